@@ -1,0 +1,16 @@
+#include "backends/cpu/families.h"
+#include "backends/register.h"
+
+namespace flexcore {
+
+void register_cpu_kernels(OpRegistry& registry) {
+  cpu::register_linear(registry);
+  cpu::register_lora(registry);
+  cpu::register_attention(registry);
+  cpu::register_elementwise(registry);
+  cpu::register_cross_entropy(registry);
+  cpu::register_optimizer(registry);
+  cpu::register_sampling(registry);
+}
+
+}  // namespace flexcore

@@ -1,0 +1,26 @@
+#pragma once
+
+#include <sstream>
+#include <string>
+
+#include "flexcore/error.h"
+#include "flexcore/tensor.h"
+
+namespace flexcore {
+
+/// Joins its arguments with operator<<.
+template <class... Ts>
+std::string str(const Ts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+/// Throws `E` with the joined message when `condition` is false.
+template <class E = InvalidArgument, class... Ts>
+void require(bool condition, const Ts&... message) {
+  if (!condition) [[unlikely]]
+    throw E(str(message...));
+}
+
+}  // namespace flexcore

@@ -1,0 +1,77 @@
+#include "memory/ledger.h"
+
+#include <algorithm>
+#include <cstdio>
+
+namespace flexcore {
+
+std::string_view memory_tag_name(MemoryTag tag) {
+  switch (tag) {
+    case MemoryTag::kWeights:
+      return "weights";
+    case MemoryTag::kKvPages:
+      return "kv_pages";
+    case MemoryTag::kSavedActivations:
+      return "saved_activations";
+    case MemoryTag::kAdapters:
+      return "adapters";
+    case MemoryTag::kGradients:
+      return "gradients";
+    case MemoryTag::kOptimizer:
+      return "optimizer";
+    case MemoryTag::kWorkspace:
+      return "workspace";
+    case MemoryTag::kCount:
+      break;
+  }
+  return "unknown";
+}
+
+void MemoryLedger::add(MemoryTag tag, std::size_t bytes) {
+  const std::lock_guard lock(mutex_);
+  const auto i = static_cast<std::size_t>(tag);
+  current_[i] += bytes;
+  peak_[i] = std::max(peak_[i], current_[i]);
+}
+
+void MemoryLedger::remove(MemoryTag tag, std::size_t bytes) {
+  const std::lock_guard lock(mutex_);
+  auto& current = current_[static_cast<std::size_t>(tag)];
+  current -= std::min(current, bytes);
+}
+
+std::size_t MemoryLedger::current(MemoryTag tag) const {
+  const std::lock_guard lock(mutex_);
+  return current_[static_cast<std::size_t>(tag)];
+}
+
+std::size_t MemoryLedger::peak(MemoryTag tag) const {
+  const std::lock_guard lock(mutex_);
+  return peak_[static_cast<std::size_t>(tag)];
+}
+
+std::size_t MemoryLedger::total() const {
+  const std::lock_guard lock(mutex_);
+  std::size_t sum = 0;
+  for (const auto bytes : current_) sum += bytes;
+  return sum;
+}
+
+void MemoryLedger::reset_peak(MemoryTag tag) {
+  const std::lock_guard lock(mutex_);
+  peak_[static_cast<std::size_t>(tag)] = current_[static_cast<std::size_t>(tag)];
+}
+
+std::string MemoryLedger::describe() const {
+  std::string text;
+  for (std::size_t i = 0; i < kTags; ++i) {
+    const auto tag = static_cast<MemoryTag>(i);
+    char line[96];
+    std::snprintf(line, sizeof line, "%s%.*s %.1f MB", i ? ", " : "", static_cast<int>(memory_tag_name(tag).size()),
+                  memory_tag_name(tag).data(), static_cast<double>(current(tag)) / 1e6);
+    text += line;
+  }
+  return text;
+}
+
+}  // namespace flexcore

@@ -1,0 +1,46 @@
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <string>
+#include <string_view>
+
+namespace flexcore {
+
+/// What a reservation is for. These names are the keys of `Engine.memory()`.
+enum class MemoryTag : std::uint8_t {
+  kWeights,
+  kKvPages,
+  kSavedActivations,
+  kAdapters,
+  kGradients,
+  kOptimizer,
+  kWorkspace,
+  kCount,
+};
+
+std::string_view memory_tag_name(MemoryTag tag);
+
+/// Counts every byte that an engine holds, by tag. Thread-safe.
+class MemoryLedger {
+ public:
+  void add(MemoryTag tag, std::size_t bytes);
+  void remove(MemoryTag tag, std::size_t bytes);
+
+  std::size_t current(MemoryTag tag) const;
+  std::size_t peak(MemoryTag tag) const;
+  std::size_t total() const;
+  /// Lets `peak` start again from the current value.
+  void reset_peak(MemoryTag tag);
+  std::string describe() const;  // "weights 269.1 MB, kv_pages 94.4 MB, ...", for messages
+
+ private:
+  static constexpr std::size_t kTags = static_cast<std::size_t>(MemoryTag::kCount);
+  mutable std::mutex mutex_;
+  std::array<std::size_t, kTags> current_{};
+  std::array<std::size_t, kTags> peak_{};
+};
+
+}  // namespace flexcore
