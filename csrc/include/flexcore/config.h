@@ -1,0 +1,94 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace flexcore {
+
+/// Latency objective of a request class.
+struct SLO {
+  double tpot_ms = 100.0;   // time per output token after the first, mean over a request
+  double ttft_ms = 2000.0;  // time to first token, from arrival, queueing included
+};
+
+struct EngineConfig {
+  std::string device = "auto";      // "auto", "cpu", "cuda", "cuda:1"
+  std::string dtype = "bfloat16";   // of weights, keys and values, activations; "float32" is the exact mode
+  std::int64_t max_model_len = 2048;
+  std::int64_t max_num_seqs = 64;              // sequences that run at once, finetuning included
+  std::int64_t max_num_batched_tokens = 512;   // rows of one forward pass
+  std::int64_t block_size = 16;                // tokens of a page
+  std::optional<std::int64_t> kv_cache_memory_bytes;   // default: max_num_seqs sequences of max_model_len, within a quarter of memory
+  std::optional<std::int64_t> finetune_memory_bytes;   // saved activations and gradients in flight; default: no limit of its own
+  bool enable_prefix_caching = true;
+  int num_threads = 0;  // 0: every core this process may use
+  std::uint64_t seed = 0;
+  SLO slo;
+};
+
+/// How tokens are chosen. Applied in this order: logit_bias, penalties, temperature, top_k, top_p, min_p.
+struct SamplingParams {
+  std::int64_t max_tokens = 16;
+  std::int64_t min_tokens = 0;   // no end of sequence before this many
+  double temperature = 1.0;      // 0: greedy
+  double top_p = 1.0;
+  std::int64_t top_k = 0;        // 0 or -1: all
+  double min_p = 0.0;
+  double presence_penalty = 0.0;
+  double frequency_penalty = 0.0;
+  double repetition_penalty = 1.0;
+  std::vector<std::int32_t> stop_token_ids;
+  bool ignore_eos = false;
+  std::optional<std::uint64_t> seed;          // default: drawn from the engine's seed and the request's id
+  std::int64_t n = 1;                         // answers a prompt; ids of the others follow the first
+  std::optional<std::int64_t> logprobs;       // k: with every token, the k most likely
+  std::map<std::int32_t, double> logit_bias;  // token -> added to its logit
+};
+
+struct Request {
+  std::vector<std::int32_t> prompt_token_ids;
+  SamplingParams sampling = {};
+  std::string adapter = {};  // "" is the base model; "name" the newest version
+};
+
+/// A LoRA adapter (Hu et al. 2021): W x + scaling * B A x, scaling = alpha / r, or alpha / sqrt(r) with use_rslora.
+struct LoraConfig {
+  std::int64_t r = 8;
+  double lora_alpha = 8.0;
+  std::vector<std::string> target_modules = {"all-linear"};  // names, suffixes of module paths, or one "all-linear"
+  bool target_modules_is_regex = false;                      // the one entry is a regular expression over the whole path
+  bool use_rslora = false;
+  std::vector<std::pair<std::string, std::int64_t>> rank_pattern;  // first match wins, as in PEFT
+  std::vector<std::pair<std::string, double>> alpha_pattern;
+};
+
+/// One training sequence. labels[i] is the token at i if it is a target, -100 if not; the next-token shift is done inside.
+struct Example {
+  std::vector<std::int32_t> input_ids;
+  std::vector<std::int32_t> labels;
+};
+
+struct FinetuneConfig {
+  std::int64_t num_epochs = 1;
+  std::int64_t batch_size = 8;  // examples of one optimizer step
+  double learning_rate = 2e-4;
+  std::string optimizer = "adamw";  // "adamw", "sgd"
+  double weight_decay = 0.0;
+  std::array<double, 2> betas = {0.9, 0.999};
+  double eps = 1e-8;
+  double max_grad_norm = 1.0;            // 0: no clipping
+  std::string lr_scheduler = "constant";  // "constant", "linear", "cosine", after the warm-up
+  double warmup_ratio = 0.0;
+  bool shuffle = true;
+  std::uint64_t seed = 0;
+  std::optional<std::int64_t> window_tokens;           // default: the scheduler decides
+  std::optional<std::int64_t> backward_window_tokens;  // default: the scheduler decides
+  double weight = 1.0;                                 // share of finetuning time among jobs
+};
+
+}  // namespace flexcore
