@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "sched/cost_model.h"
+#include "sched/sequence.h"
+
+namespace flexcore {
+
+/// Tokens [begin, end) of a request go through the model; the last row gives a token when it is the newest.
+struct SequenceWork {
+  Sequence* sequence = nullptr;
+  std::int64_t begin = 0, end = 0;
+  bool sample = false;
+  bool decode = false;  // one row, and the request has produced a token before
+};
+
+/// Tokens [begin, end) of a training sequence: a forward window, or the rows of a backward unit.
+struct TrainWindow {
+  TrainSequence* sequence = nullptr;
+  std::int64_t begin = 0, end = 0;
+};
+
+/// One layer's backward for windows of several sequences with the same program.
+struct BackwardUnit {
+  std::int64_t program = 0;
+  std::int64_t layer = 0;
+  std::vector<TrainWindow> windows;
+};
+
+/// What one iteration does.
+struct StepPlan {
+  std::vector<SequenceWork> inference;
+  std::vector<TrainWindow> forward;
+  std::vector<BackwardUnit> backward;     // in order of execution, after the forward
+  std::vector<Sequence*> preempted;       // gave their pages back; will be recomputed
+  std::vector<TrainSequence*> restarted;  // gave their pages back; saved activations are to be dropped
+  StepFeatures features;
+  double predicted_ms = 0.0;
+  double budget_ms = 0.0;
+  std::string explain;  // "decode 12, prefill 0, s=48, units 6: predicted 41.2 of 45 ms"
+
+  bool empty() const { return inference.empty() && forward.empty() && backward.empty(); }
+};
+
+}  // namespace flexcore
