@@ -26,7 +26,7 @@ struct AdamWArgs {
   };
   std::span<const Tensor> tensors;
   std::int64_t step = 1;
-  float learning_rate = 0, beta1 = 0.9f, beta2 = 0.999f, eps = 1e-8f, weight_decay = 0, grad_scale = 1;
+  double learning_rate = 0, beta1 = 0.9, beta2 = 0.999, eps = 1e-8, weight_decay = 0, grad_scale = 1;
 };
 void check(const AdamWArgs& args);
 
@@ -39,7 +39,7 @@ struct SgdArgs {
     std::int64_t size = 0;
   };
   std::span<const Tensor> tensors;
-  float learning_rate = 0, weight_decay = 0, grad_scale = 1;
+  double learning_rate = 0, weight_decay = 0, grad_scale = 1;
 };
 void check(const SgdArgs& args);
 
