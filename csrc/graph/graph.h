@@ -1,0 +1,65 @@
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "graph/operator.h"
+
+namespace flexcore {
+
+/// One activation or gradient: a row for each token of a row set. The number of rows is symbolic until a program runs.
+struct GraphTensor {
+  std::string name;  // within its layer: "q", "gate", "grad.q"; in-place updates keep the name
+  std::int64_t width = 0;
+  DType dtype = DType::kFloat32;
+  RowSet rows = RowSet::kTokens;
+  int layer = kNoLayer;
+  NodeId producer = kNoNode;
+  bool in_pages = false;  // also in the KV pages, so that no backward has to keep it
+};
+
+/// A frozen parameter that the weight store loads.
+struct GraphParam {
+  std::string name;  // as in the checkpoint
+  std::int64_t out_features = 0;
+  std::int64_t in_features = 0;  // 0: a vector of out_features
+};
+
+/// A linear that a bypass can be attached to.
+struct LinearSite {
+  std::string path;  // module path, for example "model.layers.0.self_attn.q_proj"
+  int layer = kNoLayer;
+  std::int64_t out_features = 0, in_features = 0;
+};
+
+/// When a node runs.
+enum class Phase : std::uint8_t { kTrunk, kSampleHead, kLossHead, kBackward };
+
+struct Node {
+  std::shared_ptr<const Operator> op;
+  std::vector<TensorId> inputs, outputs;
+  int layer = kNoLayer;
+  Phase phase = Phase::kTrunk;
+};
+
+/// Operators in execution order over tensors in single-assignment form. An in-place update makes a new tensor that takes over its input's memory
+/// (Operator::alias).
+class Graph {
+ public:
+  std::vector<GraphTensor> tensors;
+  std::vector<Node> nodes;
+  std::vector<GraphParam> params;
+  std::vector<LinearSite> sites;
+  int num_layers = 0;
+  TensorId hidden = kNoTensor;  // residual stream after the last layer
+  TensorId logits = kNoTensor;  // [sampled rows, vocab_size]
+
+  TensorId add_tensor(GraphTensor tensor);
+  NodeId add_node(Node node);  // at the end; sets its outputs' producer
+  const GraphTensor& tensor(TensorId id) const { return tensors[static_cast<std::size_t>(id)]; }
+  /// The last tensor of that name in a layer: after every in-place update.
+  TensorId find(int layer, std::string_view name) const;
+};
+
+}  // namespace flexcore

@@ -1,0 +1,197 @@
+#include "graph/layer_ops.h"
+
+#include <tuple>
+
+#include "graph/backward_builder.h"
+#include "ops/norm.h"
+#include "ops/rotary.h"
+#include "ops/rows.h"
+#include "ops/silu_mul.h"
+
+namespace flexcore {
+
+namespace {
+
+class EmbeddingOp final : public Operator {
+ public:
+  explicit EmbeddingOp(ParamId weight) : weight_(weight) {}
+  std::string_view name() const override { return "embedding"; }
+  bool rebuildable() const override { return true; }
+  void run(const RunState& state, const Node&, std::span<const TensorView>,
+           std::span<const TensorView> out) const override {
+    flexcore::run(*state.context,
+                  EmbeddingArgs{state.batch->token_ids, state.matrices[static_cast<std::size_t>(weight_)], out[0]});
+  }
+
+ private:
+  ParamId weight_;
+};
+
+TensorView grouped(const TensorView& x, std::int64_t group) {
+  return x.reshape({x.shape(0) * (x.shape(1) / group), group});
+}
+
+class RmsNormBackwardOp final : public Operator {
+ public:
+  RmsNormBackwardOp(ParamId weight, std::int64_t group, float eps, bool accumulate)
+      : weight_(weight), group_(group), eps_(eps), accumulate_(accumulate) {}
+  std::string_view name() const override { return "rms_norm_backward"; }
+  int alias(int) const override { return accumulate_ ? 2 : -1; }
+  // in: grad y, x [, gradient to add to]
+  void run(const RunState& state, const Node&, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    flexcore::run(*state.context,
+                  RmsNormBackwardArgs{grouped(in[0], group_), grouped(in[1], group_),
+                                      state.vectors[static_cast<std::size_t>(weight_)], grouped(out[0], group_), eps_,
+                                      accumulate_ ? GradMode::kAccumulate : GradMode::kWrite});
+  }
+
+ private:
+  ParamId weight_;
+  std::int64_t group_;
+  float eps_;
+  bool accumulate_;
+};
+
+class RmsNormOp final : public Operator {
+ public:
+  RmsNormOp(ParamId weight, std::int64_t group, float eps) : weight_(weight), group_(group), eps_(eps) {}
+  std::string_view name() const override { return "rms_norm"; }
+  bool rebuildable() const override { return true; }
+  void run(const RunState& state, const Node&, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    flexcore::run(*state.context, RmsNormArgs{grouped(in[0], group_), state.vectors[static_cast<std::size_t>(weight_)],
+                                              grouped(out[0], group_), eps_});
+  }
+  void vjp(BackwardBuilder& builder, const Node& node) const override {
+    const TensorId grad = builder.grad(node.outputs[0]);
+    if (grad == kNoTensor) return;
+    // The residual stream's gradient is float32; a head norm's keeps the dtype of q and k.
+    const auto& x = builder.graph().tensor(node.inputs[0]);
+    builder.contribute(node.inputs[0], x.dtype, {grad, node.inputs[0]}, [&](bool accumulate) {
+      return std::make_shared<RmsNormBackwardOp>(weight_, group_, eps_, accumulate);
+    });
+  }
+
+ private:
+  ParamId weight_;
+  std::int64_t group_;
+  float eps_;
+};
+
+class RotaryOp final : public Operator {
+ public:
+  RotaryOp(std::int64_t num_heads, std::int64_t head_dim, bool inverse)
+      : num_heads_(num_heads), head_dim_(head_dim), inverse_(inverse) {}
+  std::string_view name() const override { return inverse_ ? "rotary_backward" : "rotary"; }
+  int alias(int) const override { return 0; }
+  bool rebuildable() const override { return true; }
+  void run(const RunState& state, const Node&, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    const auto rows = in[0].shape(0);
+    flexcore::run(*state.context,
+                  RotaryArgs{in[0].reshape({rows, num_heads_, head_dim_}), out[0].reshape({rows, num_heads_, head_dim_}),
+                             state.batch->positions, state.batch->cos, state.batch->sin, inverse_});
+  }
+  void vjp(BackwardBuilder& builder, const Node& node) const override {
+    const TensorId grad = builder.grad(node.outputs[0]);
+    if (grad == kNoTensor) return;
+    builder.emit(std::make_shared<RotaryOp>(num_heads_, head_dim_, !inverse_), {grad}, {node.inputs[0]},
+                 builder.graph().tensor(grad).dtype);
+  }
+
+ private:
+  std::int64_t num_heads_, head_dim_;
+  bool inverse_;
+};
+
+TensorView heads(const TensorView& x, std::int64_t num_heads, std::int64_t head_dim) {
+  return x.reshape({x.shape(0), num_heads, head_dim});
+}
+
+class AttentionBackwardOp final : public Operator {
+ public:
+  explicit AttentionBackwardOp(const AttentionShape& shape) : shape_(shape) {}
+  std::string_view name() const override { return "attention_backward"; }
+  // in: grad y, q, y, lse; out: grad q, grad k, grad v of these rows. Adds to the sequences' accumulators.
+  bool effect() const override { return true; }
+  void run(const RunState& state, const Node& node, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    const auto [h, kv, d] = std::tuple(shape_.num_heads, shape_.num_kv_heads, shape_.head_dim);
+    flexcore::run(*state.context,
+                  AttentionBackwardArgs{heads(in[0], h, d), heads(in[1], h, d), heads(in[2], h, d), in[3],
+                                        state.batch->pages[static_cast<std::size_t>(node.layer)],
+                                        state.batch->backward_spans, heads(out[0], h, d), heads(out[1], kv, d),
+                                        heads(out[2], kv, d), shape_.scale, shape_.sliding_window});
+  }
+
+ private:
+  AttentionShape shape_;
+};
+
+class AttentionOp final : public Operator {
+ public:
+  explicit AttentionOp(const AttentionShape& shape) : shape_(shape) {}
+  std::string_view name() const override { return "attention"; }
+  bool effect() const override { return true; }
+  void run(const RunState& state, const Node& node, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    const auto [h, kv, d] = std::tuple(shape_.num_heads, shape_.num_kv_heads, shape_.head_dim);
+    const auto& pages = state.batch->pages[static_cast<std::size_t>(node.layer)];
+    flexcore::run(*state.context, KvWriteArgs{heads(in[1], kv, d), heads(in[2], kv, d), pages, state.batch->spans});
+    flexcore::run(*state.context, AttentionArgs{heads(in[0], h, d), pages, state.batch->spans, heads(out[0], h, d),
+                                                out[1], shape_.scale, shape_.sliding_window});
+  }
+  void vjp(BackwardBuilder& builder, const Node& node) const override {
+    const TensorId grad = builder.grad(node.outputs[0]);
+    if (grad == kNoTensor) return;
+    const TensorId q = node.inputs[0];
+    builder.emit(std::make_shared<AttentionBackwardOp>(shape_), {grad, q, node.outputs[0], node.outputs[1]},
+                 {q, node.inputs[1], node.inputs[2]}, builder.graph().tensor(q).dtype);
+  }
+
+ private:
+  AttentionShape shape_;
+};
+
+class SiluMulBackwardOp final : public Operator {
+ public:
+  std::string_view name() const override { return "silu_mul_backward"; }
+  // in: grad y, gate, up; out: grad gate, grad up
+  void run(const RunState& state, const Node&, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    flexcore::run(*state.context, SiluMulBackwardArgs{in[0], in[1], in[2], out[0], out[1]});
+  }
+};
+
+class SiluMulOp final : public Operator {
+ public:
+  std::string_view name() const override { return "silu_mul"; }
+  bool rebuildable() const override { return true; }
+  void run(const RunState& state, const Node&, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    flexcore::run(*state.context, SiluMulArgs{in[0], in[1], out[0]});
+  }
+  void vjp(BackwardBuilder& builder, const Node& node) const override {
+    const TensorId grad = builder.grad(node.outputs[0]);
+    if (grad == kNoTensor) return;
+    builder.emit(std::make_shared<SiluMulBackwardOp>(), {grad, node.inputs[0], node.inputs[1]}, node.inputs,
+                 builder.graph().tensor(node.inputs[0]).dtype);
+  }
+};
+
+}  // namespace
+
+std::shared_ptr<const Operator> embedding_op(ParamId weight) { return std::make_shared<EmbeddingOp>(weight); }
+std::shared_ptr<const Operator> rms_norm_op(ParamId weight, std::int64_t group, float eps) {
+  return std::make_shared<RmsNormOp>(weight, group, eps);
+}
+std::shared_ptr<const Operator> rotary_op(std::int64_t num_heads, std::int64_t head_dim, bool inverse) {
+  return std::make_shared<RotaryOp>(num_heads, head_dim, inverse);
+}
+std::shared_ptr<const Operator> attention_op(const AttentionShape& shape) {
+  return std::make_shared<AttentionOp>(shape);
+}
+std::shared_ptr<const Operator> silu_mul_op() { return std::make_shared<SiluMulOp>(); }
+
+}  // namespace flexcore

@@ -1,0 +1,119 @@
+#include "graph/linear_op.h"
+
+#include "graph/backward_builder.h"
+#include "ops/linear.h"
+#include "ops/lora.h"
+
+namespace flexcore {
+
+namespace {
+
+const TensorView& vector_of(const RunState& state, ParamId id) { return state.vectors[static_cast<std::size_t>(id)]; }
+const WeightView& matrix_of(const RunState& state, ParamId id) { return state.matrices[static_cast<std::size_t>(id)]; }
+
+// Inputs: gradients of every member's y [, gradient to add to]. Output: gradient of x.
+class LinearBackwardOp final : public Operator {
+ public:
+  LinearBackwardOp(std::vector<ParamId> weights, bool accumulate)
+      : weights_(std::move(weights)), accumulate_(accumulate) {}
+  std::string_view name() const override { return "linear_backward"; }
+  int alias(int) const override { return accumulate_ ? static_cast<int>(weights_.size()) : -1; }
+  void run(const RunState& state, const Node&, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    std::vector<LinearBackwardArgs::Member> members;
+    for (std::size_t i = 0; i < weights_.size(); ++i) members.push_back({matrix_of(state, weights_[i]), in[i]});
+    flexcore::run(*state.context, LinearBackwardArgs{members, out[0], accumulate_ ? GradMode::kAccumulate : GradMode::kWrite});
+  }
+
+ private:
+  std::vector<ParamId> weights_;
+  bool accumulate_;
+};
+
+// Inputs: x, gradients of every site's y [, gradient of x to add to]. Outputs: that gradient, or none. Adds to grad_a, grad_b of the segments.
+class LoraBackwardOp final : public Operator {
+ public:
+  LoraBackwardOp(std::vector<SiteId> sites, bool input_grad) : sites_(std::move(sites)), input_grad_(input_grad) {}
+  std::string_view name() const override { return "lora_backward"; }
+  int alias(int) const override { return input_grad_ ? static_cast<int>(sites_.size()) + 1 : -1; }
+  bool effect() const override { return true; }
+  void run(const RunState& state, const Node&, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    std::vector<LoraBackwardArgs::Member> members;
+    for (std::size_t i = 0; i < sites_.size(); ++i) {
+      const auto& segments = state.batch->lora[static_cast<std::size_t>(sites_[i])];
+      if (!segments.empty()) members.push_back({in[i + 1], segments});
+    }
+    if (!members.empty())
+      flexcore::run(*state.context, LoraBackwardArgs{in[0], members, input_grad_ ? out[0] : TensorView{}});
+  }
+
+ private:
+  std::vector<SiteId> sites_;
+  bool input_grad_;
+};
+
+}  // namespace
+
+void LinearOp::run(const RunState& state, const Node&, std::span<const TensorView> in,
+                   std::span<const TensorView> out) const {
+  std::vector<LinearArgs::Member> members;
+  members.reserve(members_.size());
+  for (std::size_t i = 0; i < members_.size(); ++i)
+    members.push_back({.weight = matrix_of(state, members_[i].weight),
+                       .bias = members_[i].bias == kNoParam ? TensorView{} : vector_of(state, members_[i].bias),
+                       .y = out[i],
+                       .mode = residual_ ? GradMode::kAccumulate : GradMode::kWrite});
+  flexcore::run(*state.context, LinearArgs{in[0], members});
+}
+
+void LinearOp::vjp(BackwardBuilder& builder, const Node& node) const {
+  std::vector<ParamId> weights;
+  std::vector<TensorId> grads;
+  for (std::size_t i = 0; i < members_.size(); ++i) {
+    const TensorId grad = builder.grad(node.outputs[i]);
+    if (grad == kNoTensor) continue;
+    weights.push_back(members_[i].weight);
+    grads.push_back(grad);
+  }
+  if (grads.empty()) return;
+  builder.contribute(node.inputs[0], DType::kFloat32, grads, [&](bool accumulate) {
+    return std::make_shared<LinearBackwardOp>(weights, accumulate);
+  });
+  if (residual_) builder.pass(node.inputs[1], grads[0]);
+}
+
+void LoraOp::run(const RunState& state, const Node&, std::span<const TensorView> in,
+                 std::span<const TensorView> out) const {
+  std::vector<LoraArgs::Member> members;
+  for (std::size_t i = 0; i < sites_.size(); ++i) {
+    const auto& segments = state.batch->lora[static_cast<std::size_t>(sites_[i])];
+    if (!segments.empty()) members.push_back({out[i], segments});
+  }
+  if (!members.empty()) flexcore::run(*state.context, LoraArgs{in[0], members});
+}
+
+void LoraOp::vjp(BackwardBuilder& builder, const Node& node) const {
+  std::vector<SiteId> sites;
+  std::vector<TensorId> inputs = {node.inputs[0]};
+  for (std::size_t i = 0; i < sites_.size(); ++i) {
+    const TensorId grad = builder.grad(node.outputs[i]);
+    if (grad == kNoTensor) continue;
+    sites.push_back(sites_[i]);
+    inputs.push_back(grad);
+    builder.pass(node.inputs[1 + i], grad);
+  }
+  if (sites.empty()) return;
+  const TensorId x = node.inputs[0];
+  if (!builder.needs(x)) {
+    builder.emit_effect(std::make_shared<LoraBackwardOp>(sites, false), inputs);
+    return;
+  }
+  // The kernel only adds to grad x; the base linear writes it first.
+  builder.contribute_after(x, [&builder, x, sites, inputs] {
+    builder.contribute(x, DType::kFloat32, inputs,
+                       [&](bool) { return std::make_shared<LoraBackwardOp>(sites, true); });
+  });
+}
+
+}  // namespace flexcore

@@ -1,0 +1,71 @@
+#pragma once
+
+#include <array>
+#include <span>
+#include <string_view>
+#include <vector>
+
+#include "ops/attention.h"
+#include "ops/context.h"
+#include "ops/lora.h"
+#include "ops/weight.h"
+
+namespace flexcore {
+
+using TensorId = std::int32_t;
+using NodeId = std::int32_t;
+using ParamId = std::int32_t;
+using SiteId = std::int32_t;
+inline constexpr TensorId kNoTensor = -1;
+inline constexpr NodeId kNoNode = -1;
+inline constexpr ParamId kNoParam = -1;
+inline constexpr int kNoLayer = -1;
+
+/// Which rows of a batch a tensor has.
+enum class RowSet : std::uint8_t { kTokens, kSampled, kTargets };
+inline constexpr std::size_t kNumRowSets = 3;
+using RowCounts = std::array<std::int64_t, kNumRowSets>;
+
+/// What one run needs beside the graph's tensors. Built once a step on the host, read by every layer.
+struct BatchState {
+  TensorView token_ids;                                 // [num_tokens] int32
+  TensorView positions;                                 // [num_tokens] int32
+  TensorView cos, sin;                                  // [max_positions, head_dim / 2] float32
+  std::span<const AttentionSpan> spans;                 // forward
+  std::span<const AttentionBackwardSpan> backward_spans;
+  std::span<const KvPages> pages;                       // by layer
+  std::span<const std::vector<LoraSegment>> lora;       // by LinearSite
+  TensorView sampled_rows, target_rows;                 // int32 rows of the batch
+  TensorView labels, grad_scale, loss;                  // [target rows] int32, float32, float32
+};
+
+struct RunState {
+  OpContext* context = nullptr;
+  const BatchState* batch = nullptr;
+  std::span<const WeightView> matrices;  // by ParamId; empty views for vectors
+  std::span<const TensorView> vectors;   // by ParamId; empty views for matrices
+};
+
+struct Node;
+class BackwardBuilder;
+
+/// What a node computes. Stateless: attributes only.
+class Operator {
+ public:
+  virtual ~Operator() = default;
+  virtual std::string_view name() const = 0;
+  virtual void run(const RunState& state, const Node& node, std::span<const TensorView> in,
+                   std::span<const TensorView> out) const = 0;
+  /// Adds the nodes that take the gradients of this node's outputs to those of its inputs.
+  virtual void vjp(BackwardBuilder&, const Node&) const {}
+  /// The input whose memory this output takes over, or -1.
+  virtual int alias(int /*output*/) const { return -1; }
+  /// Cheap enough (no GEMM, no attention) to run again in the backward instead of keeping its output.
+  virtual bool rebuildable() const { return false; }
+  /// Holds trainable parameters: its outputs need gradients.
+  virtual bool trainable() const { return false; }
+  /// Does something beside writing its outputs; never removed.
+  virtual bool effect() const { return false; }
+};
+
+}  // namespace flexcore
