@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Builds and runs consumer/ against (a) an install tree and (b) the wheel, in a folder of its own. PYTHON is an interpreter
+# whose environment can build wheels without isolation (make's .venv).
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+root=$(cd "$here/../.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+PATH=$(dirname "$python"):$PATH
+
+quietly() {  # runs a command; shows what it printed only when it fails
+  "$@" >"$work/log" 2>&1 || { tail -n 60 "$work/log"; echo "failed: $*"; exit 1; }
+}
+
+consume() {  # label, prefix path
+  quietly cmake -S "$here/consumer" -B "$work/consumer-$1" -G Ninja -DCMAKE_BUILD_TYPE=Release \
+    -Dflexcore_DIR="$2" -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
+  quietly cmake --build "$work/consumer-$1"
+  # Only the installed headers may be seen: one -I or -isystem, and no flag or macro of flexcore's own build.
+  if [ "$(grep -oE -- '(-I|-isystem) ?[^ ]+' "$work/consumer-$1/compile_commands.json" | sort -u | wc -l)" != 1 ] ||
+     sed 's/-DNDEBUG//' "$work/consumer-$1/compile_commands.json" | grep -qE -- ' -(D|m)'; then
+    grep '"command"' "$work/consumer-$1/compile_commands.json"
+    echo "$1: flexcore::flexcore passes more to its users than its include folder"
+    exit 1
+  fi
+  "$work/consumer-$1/consumer" "$work/model" >"$work/out" || { cat "$work/out"; echo "$1: the consumer failed"; exit 1; }
+  echo "$1: $(tail -n 1 "$work/out")"
+}
+
+"$python" "$here/make_model.py" "$work/model"
+
+quietly cmake -S "$root" -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release
+quietly cmake --build "$work/build"
+quietly cmake --install "$work/build" --prefix "$work/prefix"
+rm -rf "$work/build"   # the installed package must not lean on the tree that it was built in
+consume install-tree "$work/prefix/lib/cmake/flexcore"
+
+# A fresh environment, so that what the wheel says it needs is all it needs: no torch, no transformers.
+quietly "$python" -m pip wheel --disable-pip-version-check --no-deps --wheel-dir "$work/wheel" "$root"
+quietly "$python" -m venv "$work/venv"
+quietly "$work/venv/bin/python" -m pip install --disable-pip-version-check "$work"/wheel/flexcore-*.whl
+cd "$work"
+./venv/bin/python - <<'PYTHON'
+import importlib.util
+import flexcore
+print("wheel: flexcore", flexcore.__version__)
+for name in ("torch", "transformers"):
+    assert importlib.util.find_spec(name) is None, f"the wheel brought {name}"
+PYTHON
+consume wheel "$(./venv/bin/python -m flexcore --cmake-dir)"
