@@ -1,0 +1,115 @@
+#include "flexcore/config.h"
+
+#include "record.h"
+#include "register.h"
+
+namespace flexcore::python {
+namespace {
+
+constexpr const char* kAllLinear = "all-linear";
+
+// As in PEFT: a list of names, one regular expression over the whole path, or "all-linear".
+py::object target_modules(const LoraConfig& config) {
+  const auto& names = config.target_modules;
+  if (names.size() == 1 && (config.target_modules_is_regex || names[0] == kAllLinear)) return py::str(names[0]);
+  return to_python(names);
+}
+
+void set_target_modules(LoraConfig& config, py::handle value, const std::string& where) {
+  config.target_modules = to_strings(value, where);
+  config.target_modules_is_regex = py::isinstance<py::str>(value) && config.target_modules[0] != kAllLinear;
+}
+
+void register_engine_config(py::module_& m) {
+  Record<SLO>(m, "SLO", "Latency objective: milliseconds per output token, and to the first token.")
+      .field("tpot_ms", &SLO::tpot_ms)
+      .field("ttft_ms", &SLO::ttft_ms)
+      .done();
+  Record<EngineConfig>(m, "EngineConfig",
+                       "How an engine runs. dtype \"float32\" is the exact mode; num_threads 0 takes every core.")
+      .field("device", &EngineConfig::device)
+      .field("dtype", &EngineConfig::dtype)
+      .field("max_model_len", &EngineConfig::max_model_len)
+      .field("max_num_seqs", &EngineConfig::max_num_seqs)
+      .field("max_num_batched_tokens", &EngineConfig::max_num_batched_tokens)
+      .field("block_size", &EngineConfig::block_size)
+      .field("kv_cache_memory_bytes", &EngineConfig::kv_cache_memory_bytes)
+      .field("finetune_memory_bytes", &EngineConfig::finetune_memory_bytes)
+      .field("enable_prefix_caching", &EngineConfig::enable_prefix_caching)
+      .field("num_threads", &EngineConfig::num_threads)
+      .field("seed", &EngineConfig::seed)
+      .nested("slo", &EngineConfig::slo)
+      .done();
+}
+
+void register_sampling(py::module_& m) {
+  using Sampling = TextSamplingParams;
+  Record<Sampling>(m, "SamplingParams",
+                   "How tokens are chosen. temperature 0 is greedy; stop strings are applied by flexcore.LLM.")
+      .field("max_tokens", &Sampling::max_tokens)
+      .field("min_tokens", &Sampling::min_tokens)
+      .field("temperature", &Sampling::temperature)
+      .field("top_p", &Sampling::top_p)
+      .field("top_k", &Sampling::top_k)
+      .field("min_p", &Sampling::min_p)
+      .field("presence_penalty", &Sampling::presence_penalty)
+      .field("frequency_penalty", &Sampling::frequency_penalty)
+      .field("repetition_penalty", &Sampling::repetition_penalty)
+      .field("stop", &Sampling::stop)
+      .field("stop_token_ids", &Sampling::stop_token_ids)
+      .field("ignore_eos", &Sampling::ignore_eos)
+      .field("seed", &Sampling::seed)
+      .field("n", &Sampling::n)
+      .field("logprobs", &Sampling::logprobs)
+      .field("logit_bias", &Sampling::logit_bias)
+      .done();
+}
+
+void register_finetune(py::module_& m) {
+  Record<LoraConfig>(
+      m, "LoraConfig",
+      "A LoRA adapter (Hu et al. 2021): W x + scaling * B A x. target_modules as in PEFT: a list of names, a "
+      "regular expression, or \"all-linear\".")
+      .field("r", &LoraConfig::r)
+      .field("lora_alpha", &LoraConfig::lora_alpha)
+      .property("target_modules", target_modules, set_target_modules)
+      .field("use_rslora", &LoraConfig::use_rslora)
+      .field("rank_pattern", &LoraConfig::rank_pattern)
+      .field("alpha_pattern", &LoraConfig::alpha_pattern)
+      .done();
+  Record<Example>(m, "Example",
+                  "One training sequence. labels[i] is the token at i if it is a target, -100 if not; same length as "
+                  "input_ids, the shift is done inside.")
+      .field("input_ids", &Example::input_ids)
+      .field("labels", &Example::labels)
+      .done();
+  Record<FinetuneConfig>(
+      m, "FinetuneConfig",
+      "One finetuning job. batch_size counts examples of an optimizer step; max_grad_norm 0 does not clip.")
+      .field("num_epochs", &FinetuneConfig::num_epochs)
+      .field("batch_size", &FinetuneConfig::batch_size)
+      .field("learning_rate", &FinetuneConfig::learning_rate)
+      .field("optimizer", &FinetuneConfig::optimizer)
+      .field("weight_decay", &FinetuneConfig::weight_decay)
+      .field("betas", &FinetuneConfig::betas)
+      .field("eps", &FinetuneConfig::eps)
+      .field("max_grad_norm", &FinetuneConfig::max_grad_norm)
+      .field("lr_scheduler", &FinetuneConfig::lr_scheduler)
+      .field("warmup_ratio", &FinetuneConfig::warmup_ratio)
+      .field("shuffle", &FinetuneConfig::shuffle)
+      .field("seed", &FinetuneConfig::seed)
+      .field("window_tokens", &FinetuneConfig::window_tokens)
+      .field("backward_window_tokens", &FinetuneConfig::backward_window_tokens)
+      .field("weight", &FinetuneConfig::weight)
+      .done();
+}
+
+}  // namespace
+
+void register_config(py::module_& m) {
+  register_engine_config(m);
+  register_sampling(m);
+  register_finetune(m);
+}
+
+}  // namespace flexcore::python
