@@ -8,6 +8,9 @@
 
 namespace flexcore {
 
+/// Lets checks pass a tensor itself: its text is made only when the check fails.
+inline std::ostream& operator<<(std::ostream& out, const TensorView& tensor) { return out << tensor.describe(); }
+
 /// Joins its arguments with operator<<.
 template <class... Ts>
 std::string str(const Ts&... parts) {

@@ -35,7 +35,7 @@ void check(const LoraArgs& args) {
   for (std::size_t i = 0; i < args.members.size(); ++i) {
     const auto& [y, segments] = args.members[i];
     require_matrix(op, "y", y);
-    require(y.shape(0) == args.x.shape(0), op, ": member ", i, " y is ", y.describe(), ", wanted ", args.x.shape(0),
+    require(y.shape(0) == args.x.shape(0), op, ": member ", i, " y is ", y, ", wanted ", args.x.shape(0),
             " rows like x");
     require_segments(op, i, segments, args.x.shape(0), false);
   }
@@ -47,8 +47,8 @@ void check(const LoraBackwardArgs& args) {
   for (std::size_t i = 0; i < args.members.size(); ++i) {
     const auto& [grad_y, segments] = args.members[i];
     require_matrix(op, "grad_y", grad_y);
-    require(grad_y.shape(0) == args.x.shape(0), op, ": member ", i, " grad_y is ", grad_y.describe(), ", wanted ",
-            args.x.shape(0), " rows like x");
+    require(grad_y.shape(0) == args.x.shape(0), op, ": member ", i, " grad_y is ", grad_y, ", wanted ", args.x.shape(0),
+            " rows like x");
     require_segments(op, i, segments, args.x.shape(0), true);
   }
   if (args.grad_x) {

@@ -9,7 +9,7 @@ void check(const SumSquaresArgs& args) {
   require(args.result != nullptr, op, ": result is null");
   for (std::size_t i = 0; i < args.tensors.size(); ++i) {
     const auto& t = args.tensors[i];
-    require(t.dtype() == DType::kFloat32 && t.contiguous(), op, ": tensor ", i, " is ", t.describe(),
+    require(t.dtype() == DType::kFloat32 && t.contiguous(), op, ": tensor ", i, " is ", t,
             ", wanted contiguous float32");
   }
 }

@@ -23,18 +23,18 @@ inline void require_shape(std::string_view op, std::string_view name, const Tens
   if (!same) [[unlikely]] {
     std::string wanted;
     for (const auto extent : shape) wanted += str(wanted.empty() ? "" : ", ", extent);
-    throw InvalidArgument(str(op, ": ", name, " is ", t.describe(), ", wanted [", wanted, "]"));
+    throw InvalidArgument(str(op, ": ", name, " is ", t, ", wanted [", wanted, "]"));
   }
-  require(elements == 0 || t.data() != nullptr, op, ": ", name, " is ", t.describe(), " without memory");
+  require(elements == 0 || t.data() != nullptr, op, ": ", name, " is ", t, " without memory");
 }
 
 inline void require_dtype(std::string_view op, std::string_view name, const TensorView& t, DType dtype) {
-  require(t.dtype() == dtype, op, ": ", name, " is ", t.describe(), ", wanted ", dtype_name(dtype));
+  require(t.dtype() == dtype, op, ": ", name, " is ", t, ", wanted ", dtype_name(dtype));
 }
 
 /// float32 or bfloat16, and the elements of a row side by side.
 inline void require_float_rows(std::string_view op, std::string_view name, const TensorView& t) {
-  require(t.dtype() == DType::kFloat32 || t.dtype() == DType::kBFloat16, op, ": ", name, " is ", t.describe(),
+  require(t.dtype() == DType::kFloat32 || t.dtype() == DType::kBFloat16, op, ": ", name, " is ", t,
           ", wanted float32 or bfloat16");
   const int last = t.ndim() - 1;
   require(last < 0 || t.shape(last) <= 1 || t.stride(last) == 1, op, ": ", name, " has stride ",
@@ -42,12 +42,12 @@ inline void require_float_rows(std::string_view op, std::string_view name, const
 }
 
 inline void require_contiguous(std::string_view op, std::string_view name, const TensorView& t) {
-  require(t.contiguous(), op, ": ", name, " is ", t.describe(), " with gaps, wanted contiguous");
+  require(t.contiguous(), op, ": ", name, " is ", t, " with gaps, wanted contiguous");
 }
 
 /// A matrix of float rows.
 inline void require_matrix(std::string_view op, std::string_view name, const TensorView& t) {
-  require(t.ndim() == 2, op, ": ", name, " is ", t.describe(), ", wanted two dimensions");
+  require(t.ndim() == 2, op, ": ", name, " is ", t, ", wanted two dimensions");
   require_float_rows(op, name, t);
   require_shape(op, name, t, {t.shape(0), t.shape(1)});
 }

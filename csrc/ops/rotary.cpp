@@ -7,7 +7,7 @@ namespace flexcore {
 void check(const RotaryArgs& args) {
   constexpr auto op = RotaryArgs::kName;
   const auto& x = args.x;
-  require(x.ndim() == 3, op, ": x is ", x.describe(), ", wanted [num_tokens, num_heads, head_dim]");
+  require(x.ndim() == 3, op, ": x is ", x, ", wanted [num_tokens, num_heads, head_dim]");
   require_shape(op, "x", x, {x.shape(0), x.shape(1), x.shape(2)});
   require_shape(op, "y", args.y, {x.shape(0), x.shape(1), x.shape(2)});
   require_float_rows(op, "x", x);

@@ -49,7 +49,7 @@ void check(const SampleArgs& args) {
   const auto rows = static_cast<std::size_t>(args.logits.shape(0));
   require(args.rows.size() == rows, op, ": ", args.rows.size(), " rows, wanted ", rows, " like logits");
   require(args.results.size() == rows, op, ": ", args.results.size(), " results, wanted ", rows, " like logits");
-  require(rows == 0 || args.logits.shape(1) > 0, op, ": logits is ", args.logits.describe(), ", wanted tokens");
+  require(rows == 0 || args.logits.shape(1) > 0, op, ": logits is ", args.logits, ", wanted tokens");
   for (std::size_t i = 0; i < rows; ++i) require_row(i, args.rows[i], args.results[i], args.logits.shape(1));
 }
 

@@ -8,8 +8,7 @@ namespace {
 
 void require_up(std::string_view op, const TensorView& gate, const TensorView& up) {
   require_matrix(op, "up", up, gate.shape(0), gate.shape(1));
-  require(up.dtype() == gate.dtype(), op, ": up is ", up.describe(), ", gate is ", gate.describe(),
-          ", wanted one dtype");
+  require(up.dtype() == gate.dtype(), op, ": up is ", up, ", gate is ", gate, ", wanted one dtype");
 }
 
 }  // namespace
