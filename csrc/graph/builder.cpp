@@ -38,7 +38,7 @@ ParamId GraphBuilder::matrix(const std::string& name, std::int64_t out_features,
 ParamId GraphBuilder::vector(const std::string& name, std::int64_t size) { return param(name, size, 0); }
 
 TensorId GraphBuilder::tensor(const std::string& name, std::int64_t width, DType dtype, RowSet rows) {
-  return graph_.add_tensor({name, width, dtype, rows, layer_, kNoNode, false});
+  return graph_.add_tensor({name, width, dtype, rows, layer_, kNoNode, dtype, false});
 }
 
 void GraphBuilder::node(std::shared_ptr<const Operator> op, std::vector<TensorId> inputs,
@@ -49,6 +49,7 @@ void GraphBuilder::node(std::shared_ptr<const Operator> op, std::vector<TensorId
 TensorId GraphBuilder::embedding(const std::string& name, ParamId weight) {
   const auto& p = graph_.params[static_cast<std::size_t>(weight)];
   const TensorId y = tensor(name, p.in_features, DType::kFloat32, RowSet::kTokens);
+  graph_.tensors[static_cast<std::size_t>(y)].keep_dtype = compute_;
   node(embedding_op(weight), {}, {y});
   return y;
 }
@@ -68,6 +69,7 @@ TensorId GraphBuilder::linear_node(TensorId x, TensorId residual, const LinearSp
   const ParamId bias = spec.bias ? vector(spec.path + ".bias", spec.out_features) : kNoParam;
   const bool add = residual != kNoTensor;
   const TensorId y = tensor(spec.name, spec.out_features, add ? DType::kFloat32 : compute_, rows);
+  if (add) graph_.tensors[static_cast<std::size_t>(y)].keep_dtype = compute_;
   std::vector<TensorId> inputs = {x};
   if (add) inputs.push_back(residual);
   node(std::make_shared<LinearOp>(std::vector<LinearOp::Member>{{weight, bias}}, add), std::move(inputs), {y});

@@ -16,7 +16,8 @@ struct GraphTensor {
   RowSet rows = RowSet::kTokens;
   int layer = kNoLayer;
   NodeId producer = kNoNode;
-  bool in_pages = false;  // also in the KV pages, so that no backward has to keep it
+  DType keep_dtype = DType::kFloat32;  // when it is kept for a backward
+  bool in_pages = false;               // also in the KV pages, so that no backward has to keep it
 };
 
 /// A frozen parameter that the weight store loads.

@@ -85,6 +85,7 @@ class RotaryOp final : public Operator {
       : num_heads_(num_heads), head_dim_(head_dim), inverse_(inverse) {}
   std::string_view name() const override { return inverse_ ? "rotary_backward" : "rotary"; }
   int alias(int) const override { return 0; }
+  bool in_place_only() const override { return false; }
   bool rebuildable() const override { return true; }
   void run(const RunState& state, const Node&, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
@@ -114,7 +115,6 @@ class AttentionBackwardOp final : public Operator {
   explicit AttentionBackwardOp(const AttentionShape& shape) : shape_(shape) {}
   std::string_view name() const override { return "attention_backward"; }
   // in: grad y, q, y, lse; out: grad q, grad k, grad v of these rows. Adds to the sequences' accumulators.
-  bool effect() const override { return true; }
   void run(const RunState& state, const Node& node, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
     const auto [h, kv, d] = std::tuple(shape_.num_heads, shape_.num_kv_heads, shape_.head_dim);

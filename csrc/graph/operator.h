@@ -60,6 +60,8 @@ class Operator {
   virtual void vjp(BackwardBuilder&, const Node&) const {}
   /// The input whose memory this output takes over, or -1.
   virtual int alias(int /*output*/) const { return -1; }
+  /// False: the alias only saves memory, the kernel can also write elsewhere.
+  virtual bool in_place_only() const { return true; }
   /// Cheap enough (no GEMM, no attention) to run again in the backward instead of keeping its output.
   virtual bool rebuildable() const { return false; }
   /// Holds trainable parameters: its outputs need gradients.

@@ -1,0 +1,96 @@
+#include "compile/compiled_model.h"
+
+#include <algorithm>
+#include <numeric>
+#include <utility>
+
+#include "core/check.h"
+
+namespace flexcore {
+
+namespace {
+
+std::vector<NodeId> nodes_in(const Graph& graph, Phase phase) {
+  std::vector<NodeId> nodes;
+  for (std::size_t i = 0; i < graph.nodes.size(); ++i)
+    if (graph.nodes[i].phase == phase) nodes.push_back(static_cast<NodeId>(i));
+  return nodes;
+}
+
+std::vector<SiteId> all_sites(const Graph& graph) {
+  std::vector<SiteId> sites(graph.sites.size());
+  std::iota(sites.begin(), sites.end(), 0);
+  return sites;
+}
+
+void save_kept(TrainingProgram& program, const Graph& graph, const KeepPlan& plan, const Graph& trunk) {
+  for (const auto& kept : plan.kept) {
+    const auto& tensor = graph.tensor(kept.tensor);
+    const std::size_t bytes = static_cast<std::size_t>(tensor.width) * dtype_size(tensor.keep_dtype);
+    program.choices.push_back({tensor.name, kept.layer, kept.keep, bytes});
+    if (kept.keep != Keep::kKept) continue;
+    const TensorId in_trunk = trunk.find(tensor.layer, tensor.name);
+    require<Error>(in_trunk != kNoTensor, "training program: ", tensor.name, " is not made by the forward program");
+    program.saved.push_back({in_trunk, kept.layer, tensor.width, tensor.keep_dtype, program.saved_bytes_per_token});
+    program.saved_bytes_per_token += bytes;
+  }
+}
+
+}  // namespace
+
+CompiledModel::CompiledModel(Graph base, AttachBypasses attach, const RowCounts& capacity)
+    : base_(std::move(base)), attach_(std::move(attach)), capacity_(capacity) {
+  auto graph = std::make_shared<Graph>(base_);
+  attach_(*graph, all_sites(*graph));
+  fuse_shared_inputs(*graph);
+  const std::shared_ptr<const Graph> serving = graph;
+  trunk_ = Program(serving, nodes_in(*serving, Phase::kTrunk), {}, {serving->hidden}, capacity);
+  sample_head_ = Program(serving, nodes_in(*serving, Phase::kSampleHead), {serving->hidden}, {serving->logits}, capacity);
+  score_head_ = Program(serving, nodes_in(*serving, Phase::kLossHead), {serving->hidden}, {}, capacity);
+  workspace_bytes_ = trunk_.workspace_bytes() + std::max(sample_head_.workspace_bytes(), score_head_.workspace_bytes());
+}
+
+TrainingProgram& CompiledModel::training(const std::set<SiteId>& sites) {
+  auto& entry = training_[sites];
+  if (entry) return *entry;
+  auto program = std::make_unique<TrainingProgram>();
+  auto graph = std::make_shared<Graph>(base_);
+  attach_(*graph, std::vector<SiteId>(sites.begin(), sites.end()));
+  fuse_shared_inputs(*graph);
+  const std::size_t num_forward = graph->nodes.size();
+  const TensorId hidden = graph->hidden;
+  const BackwardGraph backward = derive_backward(*graph);
+  require(backward.target_grad != kNoTensor, "training program: no linear has a trainable bypass");
+  const KeepPlan plan = prune_and_rematerialize(*graph, num_forward);
+  save_kept(*program, *graph, plan, trunk_.graph());
+
+  program->first_layer = backward.first_layer;
+  program->target_grad = backward.target_grad;
+  program->loss_head = Program(graph, nodes_in(*graph, Phase::kLossHead), {hidden}, {backward.target_grad}, capacity_);
+  program->workspace_bytes = program->loss_head.workspace_bytes();
+  program->layers.resize(static_cast<std::size_t>(graph->num_layers));
+  for (int l = backward.first_layer; l < graph->num_layers; ++l) {
+    auto& layer = program->layers[static_cast<std::size_t>(l)];
+    std::vector<TensorId> inputs = {backward.layer_grad[static_cast<std::size_t>(l) + 1]};
+    std::size_t index = 0;
+    for (const auto& kept : plan.kept) {
+      if (kept.keep != Keep::kKept) continue;
+      if (kept.layer == l) {
+        inputs.push_back(kept.tensor);
+        layer.saved.push_back(static_cast<int>(index));
+      }
+      ++index;
+    }
+    layer.grad_out = backward.layer_grad[static_cast<std::size_t>(l)];
+    std::vector<TensorId> outputs;
+    if (layer.grad_out != kNoTensor) outputs.push_back(layer.grad_out);
+    layer.program =
+        Program(graph, plan.nodes_of_layer[static_cast<std::size_t>(l)], std::move(inputs), outputs, capacity_);
+    program->workspace_bytes = std::max(program->workspace_bytes, layer.program.workspace_bytes());
+  }
+  for (const auto& saved : program->saved) trunk_.observe(saved.trunk);
+  entry = std::move(program);
+  return *entry;
+}
+
+}  // namespace flexcore

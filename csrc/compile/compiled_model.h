@@ -1,0 +1,78 @@
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "compile/passes.h"
+#include "compile/program.h"
+
+namespace flexcore {
+
+/// A forward tensor that a sequence keeps until its backward: [length, width] per sequence, at the tokens' absolute depth.
+struct SavedTensor {
+  TensorId trunk = kNoTensor;  // in the trunk's graph
+  int layer = kNoLayer;        // whose backward reads it
+  std::int64_t width = 0;
+  DType dtype = DType::kFloat32;
+  std::size_t offset = 0;  // bytes per token of the saved tensors before it
+  std::size_t bytes_per_token() const { return static_cast<std::size_t>(width) * dtype_size(dtype); }
+};
+
+/// The compiled backward for one set of LoRA sites.
+struct TrainingProgram {
+  struct Layer {
+    Program program;              // inputs: gradient of the layer's output, then saved tensors
+    std::vector<int> saved;       // index into `saved` of each further input
+    TensorId grad_out = kNoTensor;  // gradient of the layer's input, in place of the first input; kNoTensor below the lowest bypass
+  };
+  struct Choice {  // for the explanation
+    std::string name;
+    int layer = kNoLayer;
+    Keep keep = Keep::kDropped;
+    std::size_t bytes_per_token = 0;
+  };
+
+  std::vector<SavedTensor> saved;
+  std::size_t saved_bytes_per_token = 0;
+  std::vector<Layer> layers;  // empty programs below first_layer
+  int first_layer = 0;
+  Program loss_head;  // input: hidden state; output: target_grad
+  TensorId target_grad = kNoTensor;
+  std::vector<Choice> choices;
+  std::size_t workspace_bytes = 0;
+};
+
+/// Rewrites a graph with the bypass networks of a PEFT method (peft/) at the sites.
+using AttachBypasses = std::function<void(Graph&, std::span<const SiteId>)>;
+
+/// Every program of one model. Sizes are known before anything is allocated.
+class CompiledModel {
+ public:
+  /// `base`: the architecture's graph without bypasses. Serving programs get a bypass at every site, which costs nothing where no adapter is.
+  CompiledModel(Graph base, AttachBypasses attach, const RowCounts& capacity);
+
+  const Program& trunk() const { return trunk_; }
+  const Program& sample_head() const { return sample_head_; }  // input: hidden state; output: logits
+  const Program& score_head() const { return score_head_; }    // input: hidden state; writes the batch's loss
+  TensorId hidden() const { return trunk_.graph().hidden; }
+  TensorId logits() const { return trunk_.graph().logits; }
+  const Graph& base() const { return base_; }
+
+  /// Compiled at the first use of a set of sites and kept. The reference stays valid.
+  TrainingProgram& training(const std::set<SiteId>& sites);
+  std::size_t workspace_bytes() const { return workspace_bytes_; }  // of the serving programs
+
+ private:
+  Graph base_;
+  AttachBypasses attach_;
+  RowCounts capacity_;
+  Program trunk_, sample_head_, score_head_;
+  std::size_t workspace_bytes_ = 0;
+  std::map<std::set<SiteId>, std::unique_ptr<TrainingProgram>> training_;
+};
+
+}  // namespace flexcore
