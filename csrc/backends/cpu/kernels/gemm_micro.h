@@ -31,4 +31,62 @@ FLEXCORE_INLINE void multiply_tile(const float* a, const float* b, TileStrides s
   }
 }
 
+/// The same over panels of bfloat16 pairs, widened on the way: even k, then odd k. `a` holds floats.
+template <int Rows, int Panels>
+FLEXCORE_INLINE void multiply_tile_widened(const float* a, std::int64_t a_row, const std::uint32_t* b,
+                                           std::int64_t b_panel, std::int64_t num_pairs,
+                                           Vec (&acc)[Rows][Panels * kPanelVecs]) {
+  constexpr int kVecs = Panels * kPanelVecs;
+  for (std::int64_t k = 0; k < num_pairs; ++k) {
+    Vec bv[kVecs];
+#pragma GCC unroll 16
+    for (int j = 0; j < kVecs; ++j)
+      bv[j] = (Vec)(load(b + (j / kPanelVecs) * b_panel + (j % kPanelVecs) * kLanes) << 16);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const float x = a[i * a_row];
+#pragma GCC unroll 16
+      for (int j = 0; j < kVecs; ++j) acc[i][j] += x * bv[j];
+    }
+    // Loaded again: the registers are taken by accumulators.
+    asm("" : "+r"(b));
+#pragma GCC unroll 16
+    for (int j = 0; j < kVecs; ++j)
+      bv[j] = (Vec)(load(b + (j / kPanelVecs) * b_panel + (j % kPanelVecs) * kLanes) & 0xffff0000u);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const float x = a[i * a_row + 1];
+#pragma GCC unroll 16
+      for (int j = 0; j < kVecs; ++j) acc[i][j] += x * bv[j];
+    }
+    a += 2;
+    b += kPanel;
+  }
+}
+
+#if defined(FLEXCORE_ISA_avx512)
+typedef std::uint32_t Pair __attribute__((may_alias));
+
+/// The same with both operands as bfloat16 pairs.
+template <int Rows, int Panels>
+FLEXCORE_INLINE void multiply_tile_pairs(const Pair* a, std::int64_t a_row, const std::uint32_t* b,
+                                         std::int64_t b_panel, std::int64_t num_pairs,
+                                         Vec (&acc)[Rows][Panels * kPanelVecs]) {
+  constexpr int kVecs = Panels * kPanelVecs;
+  for (std::int64_t k = 0; k < num_pairs; ++k) {
+    VecU bv[kVecs];
+#pragma GCC unroll 16
+    for (int j = 0; j < kVecs; ++j) bv[j] = load(b + (j / kPanelVecs) * b_panel + (j % kPanelVecs) * kLanes);
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      const std::uint32_t x = a[i * a_row];
+#pragma GCC unroll 16
+      for (int j = 0; j < kVecs; ++j) acc[i][j] = dot_pairs(acc[i][j], x, bv[j]);
+    }
+    ++a;
+    b += kPanel;
+  }
+}
+#endif
+
 }  // namespace flexcore::cpu::FLEXCORE_ISA

@@ -1,0 +1,36 @@
+#include "ops/scatter.h"
+
+#include <cstring>
+
+#include "backends/cpu/families.h"
+
+namespace flexcore::cpu {
+
+namespace {
+
+void zero(OpContext& context, const ZeroArgs& args) {
+  constexpr std::int64_t kGrain = 1 << 16;  // bytes
+  auto* data = args.y.as<std::byte>();
+  context.threads->parallel_for(static_cast<std::int64_t>(args.y.bytes()), kGrain,
+                                [&](std::int64_t begin, std::int64_t end, int) {
+                                  std::memset(data + begin, 0, static_cast<std::size_t>(end - begin));
+                                });
+}
+
+void scatter_rows(OpContext&, const ScatterRowsArgs& args) {
+  const auto* index = args.index.as<std::int32_t>();
+  const auto bytes = static_cast<std::size_t>(args.x.shape(1)) * sizeof(float);
+  for (std::int64_t i = 0; i < args.x.shape(0); ++i) {
+    require(index[i] >= 0 && index[i] < args.y.shape(0), "scatter_rows: index ", index[i], " of ", args.y.shape(0));
+    std::memcpy(args.y.row<float>(index[i]), args.x.row<float>(i), bytes);
+  }
+}
+
+}  // namespace
+
+void register_scatter(OpRegistry& registry) {
+  registry.add<ZeroArgs>(DeviceKind::kCpu, zero);
+  registry.add<ScatterRowsArgs>(DeviceKind::kCpu, scatter_rows);
+}
+
+}  // namespace flexcore::cpu
