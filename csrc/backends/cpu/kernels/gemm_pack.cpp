@@ -1,0 +1,218 @@
+#include "backends/cpu/kernels/gemm_pack.h"
+
+#include "backends/cpu/kernels/gemm_simd.h"
+
+namespace flexcore::cpu::FLEXCORE_ISA {
+
+namespace {
+
+constexpr int kBlock = kLanes < 8 ? 4 : 8;  // side of the square that is transposed in registers
+typedef std::uint32_t Words __attribute__((vector_size(kBlock * 4)));
+typedef std::uint32_t LooseWords __attribute__((vector_size(kBlock * 4), aligned(4), may_alias));
+typedef std::uint16_t Halves __attribute__((vector_size(kBlock * 2)));
+
+struct Float16 {
+  std::uint16_t bits;
+};
+
+FLEXCORE_INLINE float to_float(Float16 x) {
+  const std::uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  // 2^112 moves the exponent's bias from 15 to 127, subnormals included; infinity and NaN get the exponent of all ones.
+  const float scaled = __builtin_bit_cast(float, magnitude << 13) * 0x1p112f;
+  const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, scaled) | (magnitude >= 0x7c00u ? 0x7f800000u : 0u);
+  return __builtin_bit_cast(float, bits | sign);
+}
+using flexcore::to_float;
+
+// out[k][16][step]: `step` neighbours in k lie together.
+template <class From, class To>
+void pack_panel(const PackPanels& g, std::int64_t panel, To* out) {
+  constexpr int kStep = sizeof(To) == 2 ? 2 : 1;
+  const auto* source = static_cast<const From*>(g.source) + panel * kPanel * g.stride;
+  const std::int64_t left = g.rows - panel * kPanel, rows = left < kPanel ? left : kPanel;
+  for (std::int64_t k = 0; k < g.k; k += kStep) {
+    To* line = out + k * kPanel;
+    for (int s = 0; s < kStep; ++s) {
+      const bool inside = k + s < g.k;
+      for (std::int64_t j = 0; j < rows; ++j)
+        line[j * kStep + s] = from_float<To>(inside ? to_float(source[j * g.stride + k + s]) : 0.0f);
+      for (std::int64_t j = rows; j < kPanel; ++j) line[j * kStep + s] = from_float<To>(0.0f);
+    }
+  }
+}
+
+template <class From>
+void pack_from(const PackPanels& g) {
+  const std::int64_t depth = g.to == Element::kBFloat16 ? (g.k + 1) / 2 * 2 : g.k;
+  for (std::int64_t panel = g.begin; panel < g.end; ++panel) {
+    const std::int64_t at = (panel - g.begin) * depth * kPanel;
+    if (g.to == Element::kBFloat16)
+      pack_panel<From>(g, panel, static_cast<bfloat16*>(g.packed) + at);
+    else
+      pack_panel<From>(g, panel, static_cast<float*>(g.packed) + at);
+  }
+}
+
+// `rounded`: through bfloat16 and back.
+template <class From, class To>
+void convert(const ConvertRows& g, bool rounded) {
+  for (std::int64_t i = 0; i < g.rows; ++i) {
+    const auto* x = static_cast<const From*>(g.x) + i * g.stride;
+    auto* out = static_cast<To*>(g.out) + i * g.padded_k;
+    if (rounded) {
+      for (std::int64_t k = 0; k < g.k; ++k) out[k] = from_float<To>(to_float(to_bfloat16(to_float(x[k]))));
+    } else {
+      for (std::int64_t k = 0; k < g.k; ++k) out[k] = from_float<To>(to_float(x[k]));
+    }
+    for (std::int64_t k = g.k; k < g.padded_k; ++k) out[k] = from_float<To>(0.0f);
+  }
+}
+
+FLEXCORE_INLINE Words load_words(const std::uint32_t* p) { return *reinterpret_cast<const LooseWords*>(p); }
+FLEXCORE_INLINE void store_words(std::uint32_t* p, Words v) { *reinterpret_cast<LooseWords*>(p) = v; }
+
+template <class W, int N>
+FLEXCORE_INLINE void transpose(W (&r)[N]) {
+  if constexpr (N == 4) {
+    const W a = __builtin_shuffle(r[0], r[1], W{0, 4, 1, 5}), b = __builtin_shuffle(r[0], r[1], W{2, 6, 3, 7});
+    const W c = __builtin_shuffle(r[2], r[3], W{0, 4, 1, 5}), d = __builtin_shuffle(r[2], r[3], W{2, 6, 3, 7});
+    r[0] = __builtin_shuffle(a, c, W{0, 1, 4, 5});
+    r[1] = __builtin_shuffle(a, c, W{2, 3, 6, 7});
+    r[2] = __builtin_shuffle(b, d, W{0, 1, 4, 5});
+    r[3] = __builtin_shuffle(b, d, W{2, 3, 6, 7});
+  } else {
+    W a[8], b[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 2) {
+      a[i] = __builtin_shuffle(r[i], r[i + 1], W{0, 8, 1, 9, 4, 12, 5, 13});
+      a[i + 1] = __builtin_shuffle(r[i], r[i + 1], W{2, 10, 3, 11, 6, 14, 7, 15});
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i += 4) {
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        b[i + 2 * j] = __builtin_shuffle(a[i + j], a[i + j + 2], W{0, 1, 8, 9, 4, 5, 12, 13});
+        b[i + 2 * j + 1] = __builtin_shuffle(a[i + j], a[i + j + 2], W{2, 3, 10, 11, 6, 7, 14, 15});
+      }
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      r[i] = __builtin_shuffle(b[i], b[i + 4], W{0, 1, 2, 3, 8, 9, 10, 11});
+      r[i + 4] = __builtin_shuffle(b[i], b[i + 4], W{4, 5, 6, 7, 12, 13, 14, 15});
+    }
+  }
+}
+
+// Part of each line, zeros past the matrix's last one.
+FLEXCORE_INLINE void load_lines(const std::uint32_t* lines, std::int64_t count, Words (&r)[kBlock]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < kBlock; ++i) r[i] = i < count ? load_words(lines + i * kPanel) : Words{};
+}
+
+FLEXCORE_INLINE Words widen(Halves h) { return __builtin_convertvector(h, Words); }
+
+// One 16 x 16 block: lines of 16 n -> lines of 16 k.
+void transpose_float32(const std::uint32_t* in, std::int64_t lines, std::uint32_t* out) {
+  for (int k = 0; k < kPanel; k += kBlock) {
+    for (int n = 0; n < kPanel; n += kBlock) {
+      Words r[kBlock];
+      load_lines(in + k * kPanel + n, lines - k, r);
+      transpose(r);
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlock; ++i) store_words(out + (n + i) * kPanel + k, r[i]);
+    }
+  }
+}
+
+// The same from lines of 16 pairs of k: to floats, or to lines of 16 pairs of n.
+void transpose_pairs(const std::uint32_t* in, std::int64_t lines, std::uint32_t* out) {
+  struct Split {
+    Halves low, high;
+  };
+  for (int k = 0; k < kPanel; k += 2 * kBlock) {
+    for (int n = 0; n < kPanel; n += kBlock) {
+      Words r[kBlock];
+      load_lines(in + k / 2 * kPanel + n, lines - k / 2, r);
+      transpose(r);  // r[i]: k .. k + 2 kBlock of row n + i
+#pragma GCC unroll 8
+      for (int i = 0; i < kBlock; i += kPairs ? 2 : 1) {
+        const auto row = __builtin_bit_cast(Split, r[i]);
+        if constexpr (kPairs) {
+          const auto odd = __builtin_bit_cast(Split, r[i + 1]);
+          std::uint32_t* line = out + (n + i) / 2 * kPanel + k;
+          store_words(line, widen(row.low) | widen(odd.low) << 16);
+          store_words(line + kBlock, widen(row.high) | widen(odd.high) << 16);
+        } else {
+          std::uint32_t* line = out + (n + i) * kPanel + k;
+          store_words(line, widen(row.low) << 16);
+          store_words(line + kBlock, widen(row.high) << 16);
+        }
+      }
+    }
+  }
+}
+
+template <class From, class To>
+void gather(const GatherWeightRows& g) {
+  constexpr int kStep = sizeof(From) == 2 ? 2 : 1;
+  const auto* weight = static_cast<const From*>(g.weight);
+  const std::int64_t depth = (g.k + kStep - 1) / kStep * kStep;
+  for (std::int64_t i = 0; i < g.count; ++i) {
+    const std::int64_t id = g.ids[i];
+    To* y = static_cast<To*>(g.y) + i * g.y_stride;
+    if (g.packed) {
+      const From* in = weight + id / kPanel * depth * kPanel + id % kPanel * kStep;
+      for (std::int64_t k = 0; k < g.k; ++k)
+        y[k] = from_float<To>(to_float(in[k / kStep * kStep * kPanel + k % kStep]));
+    } else {
+      const From* in = weight + id * g.k;
+      for (std::int64_t k = 0; k < g.k; ++k) y[k] = from_float<To>(to_float(in[k]));
+    }
+  }
+}
+
+}  // namespace
+
+void pack_panels(const PackPanels& g) {
+  if (g.from == Element::kFloat32)
+    pack_from<float>(g);
+  else if (g.from == Element::kBFloat16)
+    pack_from<bfloat16>(g);
+  else
+    pack_from<Float16>(g);
+}
+
+void convert_rows(const ConvertRows& g) {
+  const bool narrow = g.weight == Element::kBFloat16;
+  if (narrow && kPairs) {
+    g.from == Element::kFloat32 ? convert<float, bfloat16>(g, false) : convert<bfloat16, bfloat16>(g, false);
+  } else {
+    g.from == Element::kFloat32 ? convert<float, float>(g, narrow) : convert<bfloat16, float>(g, false);
+  }
+}
+
+void transpose_panels(const TransposePanels& g) {
+  const bool narrow = g.weight == Element::kBFloat16;
+  const int lines_a_block = narrow ? kPanel / 2 : kPanel;
+  const std::int64_t lines = narrow ? (g.k + 1) / 2 : g.k;  // of one panel of the weight
+  const std::int64_t out_block = kPanel * kPanel / (narrow && kPairs ? 2 : 1);
+  auto* out = static_cast<std::uint32_t*>(g.out);
+  for (std::int64_t kb = g.k_begin; kb < g.k_end; ++kb) {
+    const std::int64_t line = kb * lines_a_block;
+    for (std::int64_t n = g.n_begin; n < g.n_end; n += kPanel) {
+      const auto* in = static_cast<const std::uint32_t*>(g.packed) + (n / kPanel * lines + line) * kPanel;
+      narrow ? transpose_pairs(in, lines - line, out) : transpose_float32(in, lines - line, out);
+      out += out_block;
+    }
+  }
+}
+
+void gather_weight_rows(const GatherWeightRows& g) {
+  const bool to_float32 = g.to == Element::kFloat32;
+  if (g.from == Element::kFloat32)
+    to_float32 ? gather<float, float>(g) : gather<float, bfloat16>(g);
+  else
+    to_float32 ? gather<bfloat16, float>(g) : gather<bfloat16, bfloat16>(g);
+}
+
+}  // namespace flexcore::cpu::FLEXCORE_ISA
