@@ -45,7 +45,8 @@ CompiledModel::CompiledModel(Graph base, AttachBypasses attach, const RowCounts&
   fuse_shared_inputs(*graph);
   const std::shared_ptr<const Graph> serving = graph;
   trunk_ = Program(serving, nodes_in(*serving, Phase::kTrunk), {}, {serving->hidden}, capacity);
-  sample_head_ = Program(serving, nodes_in(*serving, Phase::kSampleHead), {serving->hidden}, {serving->logits}, capacity);
+  sample_head_ =
+      Program(serving, nodes_in(*serving, Phase::kSampleHead), {serving->hidden}, {serving->logits}, capacity);
   score_head_ = Program(serving, nodes_in(*serving, Phase::kLossHead), {serving->hidden}, {}, capacity);
   workspace_bytes_ = trunk_.workspace_bytes() + std::max(sample_head_.workspace_bytes(), score_head_.workspace_bytes());
 }

@@ -12,7 +12,8 @@
 
 namespace flexcore {
 
-/// A forward tensor that a sequence keeps until its backward: [length, width] per sequence, at the tokens' absolute depth.
+/// A forward tensor that a sequence keeps until its backward: [length, width] per sequence, at the tokens' absolute
+/// depth.
 struct SavedTensor {
   TensorId trunk = kNoTensor;  // in the trunk's graph
   int layer = kNoLayer;        // whose backward reads it
@@ -25,9 +26,10 @@ struct SavedTensor {
 /// The compiled backward for one set of LoRA sites.
 struct TrainingProgram {
   struct Layer {
-    Program program;              // inputs: gradient of the layer's output, then saved tensors
-    std::vector<int> saved;       // index into `saved` of each further input
-    TensorId grad_out = kNoTensor;  // gradient of the layer's input, in place of the first input; kNoTensor below the lowest bypass
+    Program program;         // inputs: gradient of the layer's output, then saved tensors
+    std::vector<int> saved;  // index into `saved` of each further input
+    TensorId grad_out =
+        kNoTensor;  // gradient of the layer's input, in place of the first input; kNoTensor below the lowest bypass
   };
   struct Choice {  // for the explanation
     std::string name;
@@ -52,7 +54,8 @@ using AttachBypasses = std::function<void(Graph&, std::span<const SiteId>)>;
 /// Every program of one model. Sizes are known before anything is allocated.
 class CompiledModel {
  public:
-  /// `base`: the architecture's graph without bypasses. Serving programs get a bypass at every site, which costs nothing where no adapter is.
+  /// `base`: the architecture's graph without bypasses. Serving programs get a bypass at every site, which costs
+  /// nothing where no adapter is.
   CompiledModel(Graph base, AttachBypasses attach, const RowCounts& capacity);
 
   const Program& trunk() const { return trunk_; }

@@ -12,9 +12,8 @@ namespace flexcore {
 namespace {
 
 bool reads_any(const Node& node, const std::vector<TensorId>& tensors) {
-  return std::any_of(node.inputs.begin(), node.inputs.end(), [&](TensorId input) {
-    return std::find(tensors.begin(), tensors.end(), input) != tensors.end();
-  });
+  return std::any_of(node.inputs.begin(), node.inputs.end(),
+                     [&](TensorId input) { return std::find(tensors.begin(), tensors.end(), input) != tensors.end(); });
 }
 
 // The second linear moves up to the first: it reads nothing else.

@@ -62,8 +62,8 @@ void Program::assign_memory(const RowCounts& capacity, const std::vector<TensorI
   for (std::size_t i = 0; i < nodes_.size(); ++i) {
     const auto& node = graph_->nodes[static_cast<std::size_t>(nodes_[i])];
     for (const auto input : node.inputs)
-      require<Error>(place_[static_cast<std::size_t>(input)].known, "program: ", node.op->name(), " of layer ", node.layer,
-                     " reads ", graph_->tensor(input).name, " before it is made");
+      require<Error>(place_[static_cast<std::size_t>(input)].known, "program: ", node.op->name(), " of layer ",
+                     node.layer, " reads ", graph_->tensor(input).name, " before it is made");
     for (std::size_t o = 0; o < node.outputs.size(); ++o) {
       const auto out = static_cast<std::size_t>(node.outputs[o]);
       const auto& tensor = graph_->tensors[out];

@@ -15,8 +15,8 @@ class ProgramObserver {
   virtual void ready(TensorId tensor, const TensorView& value) = 0;
 };
 
-/// A run of a graph's nodes with memory assigned: the size table is made first, with the row capacities for the symbolic counts; tensors whose lives do not
-/// overlap share bytes of one workspace.
+/// A run of a graph's nodes with memory assigned: the size table is made first, with the row capacities for the
+/// symbolic counts; tensors whose lives do not overlap share bytes of one workspace.
 class Program {
  public:
   Program() = default;
@@ -47,8 +47,8 @@ class Program {
   std::shared_ptr<const Graph> graph_;
   std::vector<NodeId> nodes_;
   std::vector<TensorId> inputs_;
-  std::vector<Place> place_;                      // by TensorId
-  std::vector<std::vector<TensorId>> observed_;   // by position in nodes_
+  std::vector<Place> place_;                     // by TensorId
+  std::vector<std::vector<TensorId>> observed_;  // by position in nodes_
   std::size_t workspace_bytes_ = 0;
 };
 

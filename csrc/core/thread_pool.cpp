@@ -90,7 +90,8 @@ struct ThreadPool::State {
 ThreadPool::ThreadPool(int num_threads) : state_(std::make_unique<State>()) {
   require(num_threads >= 0 && num_threads <= 1024, "num_threads: ", num_threads, ", wanted 0 (all cores) to 1024");
   const int count = num_threads == 0 ? usable_cores() : num_threads;
-  for (int worker = 1; worker < count; ++worker) state_->threads.emplace_back([s = state_.get(), worker] { s->loop(worker); });
+  for (int worker = 1; worker < count; ++worker)
+    state_->threads.emplace_back([s = state_.get(), worker] { s->loop(worker); });
 }
 
 ThreadPool::~ThreadPool() {

@@ -8,8 +8,8 @@
 namespace flexcore {
 
 /// A fixed team of threads that run one function together. The caller is worker 0. Workers spin for a short
-/// while after each run, so that the many small regions of a decode step cost about a microsecond each, and sleep after.
-/// One thread at a time may call into a pool. An exception in a worker is re-thrown to the caller.
+/// while after each run, so that the many small regions of a decode step cost about a microsecond each, and sleep
+/// after. One thread at a time may call into a pool. An exception in a worker is re-thrown to the caller.
 class ThreadPool {
  public:
   /// `num_threads` 0: the number of cores this process may use.

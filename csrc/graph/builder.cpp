@@ -20,8 +20,8 @@ void GraphBuilder::begin_phase(Phase phase) {
 }
 
 ParamId GraphBuilder::param(const std::string& name, std::int64_t out_features, std::int64_t in_features) {
-  const auto same = std::find_if(graph_.params.begin(), graph_.params.end(),
-                                 [&](const GraphParam& p) { return p.name == name; });
+  const auto same =
+      std::find_if(graph_.params.begin(), graph_.params.end(), [&](const GraphParam& p) { return p.name == name; });
   if (same != graph_.params.end()) {
     require<Error>(same->out_features == out_features && same->in_features == in_features, "parameter ", name,
                    " used with two shapes");

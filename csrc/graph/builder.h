@@ -9,7 +9,8 @@
 
 namespace flexcore {
 
-/// Builds a model's forward graph. Tensors are named within the current layer; parameters by their name in the checkpoint.
+/// Builds a model's forward graph. Tensors are named within the current layer; parameters by their name in the
+/// checkpoint.
 class GraphBuilder {
  public:
   /// `compute` is the dtype of weights and activations; the residual stream is float32.

@@ -44,8 +44,8 @@ struct Node {
   Phase phase = Phase::kTrunk;
 };
 
-/// Operators in execution order over tensors in single-assignment form. An in-place update makes a new tensor that takes over its input's memory
-/// (Operator::alias).
+/// Operators in execution order over tensors in single-assignment form. An in-place update makes a new tensor that
+/// takes over its input's memory (Operator::alias).
 class Graph {
  public:
   std::vector<GraphTensor> tensors;

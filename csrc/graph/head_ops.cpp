@@ -16,7 +16,8 @@ class GatherOp final : public Operator {
     const auto& index = rows_ == RowSet::kSampled ? state.batch->sampled_rows : state.batch->target_rows;
     flexcore::run(*state.context, GatherRowsArgs{in[0], index, out[0]});
   }
-  // The gradient of the gathered rows is where the loss head ends: the engine scatters it to the sequences' own gradients.
+  // The gradient of the gathered rows is where the loss head ends: the engine scatters it to the sequences' own
+  // gradients.
   void vjp(BackwardBuilder& builder, const Node& node) const override {
     const TensorId grad = builder.grad(node.outputs[0]);
     if (grad != kNoTensor) builder.pass(node.inputs[0], grad);
@@ -40,9 +41,7 @@ class CrossEntropyOp final : public Operator {
                                          batch.loss, batch.grad_scale, loss_only ? TensorView{} : out[0]});
   }
   // The forward made the gradient already.
-  void vjp(BackwardBuilder& builder, const Node& node) const override {
-    builder.pass(node.inputs[0], node.outputs[0]);
-  }
+  void vjp(BackwardBuilder& builder, const Node& node) const override { builder.pass(node.inputs[0], node.outputs[0]); }
 
  private:
   ParamId weight_;

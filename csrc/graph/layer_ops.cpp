@@ -90,9 +90,9 @@ class RotaryOp final : public Operator {
   void run(const RunState& state, const Node&, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
     const auto rows = in[0].shape(0);
-    flexcore::run(*state.context,
-                  RotaryArgs{in[0].reshape({rows, num_heads_, head_dim_}), out[0].reshape({rows, num_heads_, head_dim_}),
-                             state.batch->positions, state.batch->cos, state.batch->sin, inverse_});
+    flexcore::run(*state.context, RotaryArgs{in[0].reshape({rows, num_heads_, head_dim_}),
+                                             out[0].reshape({rows, num_heads_, head_dim_}), state.batch->positions,
+                                             state.batch->cos, state.batch->sin, inverse_});
   }
   void vjp(BackwardBuilder& builder, const Node& node) const override {
     const TensorId grad = builder.grad(node.outputs[0]);

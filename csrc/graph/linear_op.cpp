@@ -22,7 +22,8 @@ class LinearBackwardOp final : public Operator {
            std::span<const TensorView> out) const override {
     std::vector<LinearBackwardArgs::Member> members;
     for (std::size_t i = 0; i < weights_.size(); ++i) members.push_back({matrix_of(state, weights_[i]), in[i]});
-    flexcore::run(*state.context, LinearBackwardArgs{members, out[0], accumulate_ ? GradMode::kAccumulate : GradMode::kWrite});
+    flexcore::run(*state.context,
+                  LinearBackwardArgs{members, out[0], accumulate_ ? GradMode::kAccumulate : GradMode::kWrite});
   }
 
  private:
@@ -30,7 +31,8 @@ class LinearBackwardOp final : public Operator {
   bool accumulate_;
 };
 
-// Inputs: x, gradients of every site's y [, gradient of x to add to]. Outputs: that gradient, or none. Adds to grad_a, grad_b of the segments.
+// Inputs: x, gradients of every site's y [, gradient of x to add to]. Outputs: that gradient, or none. Adds to grad_a,
+// grad_b of the segments.
 class LoraBackwardOp final : public Operator {
  public:
   LoraBackwardOp(std::vector<SiteId> sites, bool input_grad) : sites_(std::move(sites)), input_grad_(input_grad) {}
@@ -77,9 +79,8 @@ void LinearOp::vjp(BackwardBuilder& builder, const Node& node) const {
     grads.push_back(grad);
   }
   if (grads.empty()) return;
-  builder.contribute(node.inputs[0], DType::kFloat32, grads, [&](bool accumulate) {
-    return std::make_shared<LinearBackwardOp>(weights, accumulate);
-  });
+  builder.contribute(node.inputs[0], DType::kFloat32, grads,
+                     [&](bool accumulate) { return std::make_shared<LinearBackwardOp>(weights, accumulate); });
   if (residual_) builder.pass(node.inputs[1], grads[0]);
 }
 
@@ -111,8 +112,7 @@ void LoraOp::vjp(BackwardBuilder& builder, const Node& node) const {
   }
   // The kernel only adds to grad x; the base linear writes it first.
   builder.contribute_after(x, [&builder, x, sites, inputs] {
-    builder.contribute(x, DType::kFloat32, inputs,
-                       [&](bool) { return std::make_shared<LoraBackwardOp>(sites, true); });
+    builder.contribute(x, DType::kFloat32, inputs, [&](bool) { return std::make_shared<LoraBackwardOp>(sites, true); });
   });
 }
 

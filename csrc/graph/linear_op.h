@@ -8,7 +8,8 @@
 
 namespace flexcore {
 
-/// Inputs: x [, residual]. Outputs: y of every member; with a residual, the one y takes over its memory (y = residual + x W^T).
+/// Inputs: x [, residual]. Outputs: y of every member; with a residual, the one y takes over its memory (y = residual +
+/// x W^T).
 class LinearOp final : public Operator {
  public:
   struct Member {
@@ -31,8 +32,8 @@ class LinearOp final : public Operator {
   bool residual_;
 };
 
-/// The bypass network of LoRA at one or several linears with the same input. Inputs: x, y of every site. Outputs: the same y, in place:
-/// y += scaling * (x A^T) B^T. Does nothing for rows whose adapter has no LoRA there.
+/// The bypass network of LoRA at one or several linears with the same input. Inputs: x, y of every site. Outputs: the
+/// same y, in place: y += scaling * (x A^T) B^T. Does nothing for rows whose adapter has no LoRA there.
 class LoraOp final : public Operator {
  public:
   explicit LoraOp(std::vector<SiteId> sites) : sites_(std::move(sites)) {}

@@ -28,15 +28,15 @@ using RowCounts = std::array<std::int64_t, kNumRowSets>;
 
 /// What one run needs beside the graph's tensors. Built once a step on the host, read by every layer.
 struct BatchState {
-  TensorView token_ids;                                 // [num_tokens] int32
-  TensorView positions;                                 // [num_tokens] int32
-  TensorView cos, sin;                                  // [max_positions, head_dim / 2] float32
-  std::span<const AttentionSpan> spans;                 // forward
+  TensorView token_ids;                  // [num_tokens] int32
+  TensorView positions;                  // [num_tokens] int32
+  TensorView cos, sin;                   // [max_positions, head_dim / 2] float32
+  std::span<const AttentionSpan> spans;  // forward
   std::span<const AttentionBackwardSpan> backward_spans;
-  std::span<const KvPages> pages;                       // by layer
-  std::span<const std::vector<LoraSegment>> lora;       // by LinearSite
-  TensorView sampled_rows, target_rows;                 // int32 rows of the batch
-  TensorView labels, grad_scale, loss;                  // [target rows] int32, float32, float32
+  std::span<const KvPages> pages;                  // by layer
+  std::span<const std::vector<LoraSegment>> lora;  // by LinearSite
+  TensorView sampled_rows, target_rows;            // int32 rows of the batch
+  TensorView labels, grad_scale, loss;             // [target rows] int32, float32, float32
 };
 
 struct RunState {

@@ -8,8 +8,8 @@
 
 namespace flexcore {
 
-/// Stack of temporary tensors, for kernels' scratch. Grows by whole buffers, which it keeps; all of it counts as workspace.
-/// Not thread-safe: take scratch for all workers before a parallel region.
+/// Stack of temporary tensors, for kernels' scratch. Grows by whole buffers, which it keeps; all of it counts as
+/// workspace. Not thread-safe: take scratch for all workers before a parallel region.
 class Arena {
  public:
   Arena(Allocator& allocator, MemoryLedger& ledger) : allocator_(&allocator), ledger_(&ledger) {}

@@ -30,8 +30,8 @@ Buffer::Buffer(Allocator& allocator, MemoryLedger& ledger, MemoryTag tag, std::s
     : allocator_(&allocator), ledger_(&ledger), tag_(tag) {
   if (bytes == 0) return;
   data_ = allocator.allocate(bytes);
-  require<OutOfMemory>(data_ != nullptr, "out of memory: ", bytes, " bytes for ", memory_tag_name(tag), "; held: ",
-                       ledger.describe());
+  require<OutOfMemory>(data_ != nullptr, "out of memory: ", bytes, " bytes for ", memory_tag_name(tag),
+                       "; held: ", ledger.describe());
   bytes_ = bytes;
   ledger.add(tag, bytes);
 }

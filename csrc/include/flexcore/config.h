@@ -17,14 +17,16 @@ struct SLO {
 };
 
 struct EngineConfig {
-  std::string device = "auto";      // "auto", "cpu", "cuda", "cuda:1"
-  std::string dtype = "bfloat16";   // of weights, keys and values, activations; "float32" is the exact mode
+  std::string device = "auto";     // "auto", "cpu", "cuda", "cuda:1"
+  std::string dtype = "bfloat16";  // of weights, keys and values, activations; "float32" is the exact mode
   std::int64_t max_model_len = 2048;
-  std::int64_t max_num_seqs = 64;              // sequences that run at once, finetuning included
-  std::int64_t max_num_batched_tokens = 512;   // rows of one forward pass
-  std::int64_t block_size = 16;                // tokens of a page
-  std::optional<std::int64_t> kv_cache_memory_bytes;   // default: max_num_seqs sequences of max_model_len, within a quarter of memory
-  std::optional<std::int64_t> finetune_memory_bytes;   // saved activations and gradients in flight; default: no limit of its own
+  std::int64_t max_num_seqs = 64;             // sequences that run at once, finetuning included
+  std::int64_t max_num_batched_tokens = 512;  // rows of one forward pass
+  std::int64_t block_size = 16;               // tokens of a page
+  std::optional<std::int64_t>
+      kv_cache_memory_bytes;  // default: max_num_seqs sequences of max_model_len, within a quarter of memory
+  std::optional<std::int64_t>
+      finetune_memory_bytes;  // saved activations and gradients in flight; default: no limit of its own
   bool enable_prefix_caching = true;
   int num_threads = 0;  // 0: every core this process may use
   std::uint64_t seed = 0;
@@ -34,10 +36,10 @@ struct EngineConfig {
 /// How tokens are chosen. Applied in this order: logit_bias, penalties, temperature, top_k, top_p, min_p.
 struct SamplingParams {
   std::int64_t max_tokens = 16;
-  std::int64_t min_tokens = 0;   // no end of sequence before this many
-  double temperature = 1.0;      // 0: greedy
+  std::int64_t min_tokens = 0;  // no end of sequence before this many
+  double temperature = 1.0;     // 0: greedy
   double top_p = 1.0;
-  std::int64_t top_k = 0;        // 0 or -1: all
+  std::int64_t top_k = 0;  // 0 or -1: all
   double min_p = 0.0;
   double presence_penalty = 0.0;
   double frequency_penalty = 0.0;
@@ -61,13 +63,14 @@ struct LoraConfig {
   std::int64_t r = 8;
   double lora_alpha = 8.0;
   std::vector<std::string> target_modules = {"all-linear"};  // names, suffixes of module paths, or one "all-linear"
-  bool target_modules_is_regex = false;                      // the one entry is a regular expression over the whole path
+  bool target_modules_is_regex = false;  // the one entry is a regular expression over the whole path
   bool use_rslora = false;
   std::vector<std::pair<std::string, std::int64_t>> rank_pattern;  // first match wins, as in PEFT
   std::vector<std::pair<std::string, double>> alpha_pattern;
 };
 
-/// One training sequence. labels[i] is the token at i if it is a target, -100 if not; the next-token shift is done inside.
+/// One training sequence. labels[i] is the token at i if it is a target, -100 if not; the next-token shift is done
+/// inside.
 struct Example {
   std::vector<std::int32_t> input_ids;
   std::vector<std::int32_t> labels;
@@ -81,7 +84,7 @@ struct FinetuneConfig {
   double weight_decay = 0.0;
   std::array<double, 2> betas = {0.9, 0.999};
   double eps = 1e-8;
-  double max_grad_norm = 1.0;            // 0: no clipping
+  double max_grad_norm = 1.0;             // 0: no clipping
   std::string lr_scheduler = "constant";  // "constant", "linear", "cosine", after the warm-up
   double warmup_ratio = 0.0;
   bool shuffle = true;

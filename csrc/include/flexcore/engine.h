@@ -37,7 +37,7 @@ struct FinetuneEvent {
   double loss = 0.0;               // mean over the step's target tokens
   std::int64_t target_tokens = 0;  // of the step
   double learning_rate = 0.0;
-  double grad_norm = 0.0;          // before clipping
+  double grad_norm = 0.0;  // before clipping
   JobStatus status = JobStatus::kRunning;
 };
 
@@ -99,7 +99,8 @@ struct ModelInfo {
 /// Serves and finetunes one model. One thread at a time may call it, except cancel, which any thread may.
 class Engine {
  public:
-  /// `model`: a Hugging Face directory (config.json and safetensors). Throws ModelLoadError, Unsupported, InvalidArgument, OutOfMemory.
+  /// `model`: a Hugging Face directory (config.json and safetensors). Throws ModelLoadError, Unsupported,
+  /// InvalidArgument, OutOfMemory.
   static Engine load(const std::string& model, const EngineConfig& config = {});
   Engine(Engine&&) noexcept;
   Engine& operator=(Engine&&) noexcept;
@@ -111,7 +112,8 @@ class Engine {
   std::vector<RequestId> submit_batch(const std::vector<Request>& requests);
   /// One iteration: inference first, then as much finetuning as the objective leaves room for.
   StepReport step();
-  /// Frees the request's pages at once; its last event, "cancelled", comes with the next step. False: no such running request.
+  /// Frees the request's pages at once; its last event, "cancelled", comes with the next step. False: no such running
+  /// request.
   bool cancel(RequestId request);
   bool has_work() const;  // anything to serve, or a job that runs
 
@@ -137,8 +139,8 @@ class Engine {
   std::vector<float> score(const std::vector<std::int32_t>& token_ids, const std::string& adapter = {});
   /// float32 [len, vocab_size] logits by the serving path, row-major.
   std::vector<float> logits(const std::vector<std::int32_t>& token_ids, const std::string& adapter = {});
-  /// Loss (mean over target tokens) and gradients of every adapter tensor, without an optimizer step. `window_tokens` and
-  /// `backward_window_tokens` cut the sequences; 0: one window.
+  /// Loss (mean over target tokens) and gradients of every adapter tensor, without an optimizer step. `window_tokens`
+  /// and `backward_window_tokens` cut the sequences; 0: one window.
   LossAndGradients loss_and_gradients(const std::string& adapter, const std::vector<Example>& examples,
                                       std::int64_t window_tokens = 0, std::int64_t backward_window_tokens = 0);
 

@@ -7,7 +7,8 @@
 #include "flexcore/error.h"
 #include "flexcore/tensor.h"
 
-/// The kernels alone, on arrays that the caller owns. CPU tensors run on a pool of the calling thread's own making (`Runtime`).
+/// The kernels alone, on arrays that the caller owns. CPU tensors run on a pool of the calling thread's own making
+/// (`Runtime`).
 namespace flexcore::ops {
 
 /// Threads and scratch memory for calls. One thread at a time may use it.

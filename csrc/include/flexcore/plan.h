@@ -11,15 +11,17 @@ namespace flexcore {
 
 /// What the compiler decided for one forward tensor that the backward reads.
 struct PlannedTensor {
-  std::string name;    // "attention_norm.y", "q", "gate", ...
-  std::string choice;  // "kept", "rebuilt", "in kv_pages", "dropped"
-  std::string reason;  // one line
+  std::string name;                  // "attention_norm.y", "q", "gate", ...
+  std::string choice;                // "kept", "rebuilt", "in kv_pages", "dropped"
+  std::string reason;                // one line
   std::int64_t bytes_per_token = 0;  // of one layer
 };
 
-/// Bytes before any allocation. `saved_activations` equals the measured peak for one sequence of `sequence_length` tokens.
+/// Bytes before any allocation. `saved_activations` equals the measured peak for one sequence of `sequence_length`
+/// tokens.
 struct MemoryPlan {
-  std::int64_t weights = 0, kv_pages = 0, saved_activations = 0, adapters = 0, gradients = 0, optimizer = 0, workspace = 0;
+  std::int64_t weights = 0, kv_pages = 0, saved_activations = 0, adapters = 0, gradients = 0, optimizer = 0,
+               workspace = 0;
   std::int64_t num_layers = 0, sequence_length = 0;
   std::int64_t saved_bytes_per_token_per_layer = 0;
   std::int64_t unpruned_bytes_per_token_per_layer = 0;  // if every forward tensor were kept
@@ -30,7 +32,8 @@ struct MemoryPlan {
   std::string describe() const;  // a table for a terminal
 };
 
-/// The memory table of an engine on `model` with `config`, finetuning one sequence with `lora`, without loading weights.
+/// The memory table of an engine on `model` with `config`, finetuning one sequence with `lora`, without loading
+/// weights.
 MemoryPlan plan(const std::string& model, const EngineConfig& config, const std::optional<LoraConfig>& lora = {},
                 std::int64_t sequence_length = 1024);
 

@@ -49,8 +49,8 @@ class TensorView {
   int ndim() const { return ndim_; }
   std::int64_t shape(int i) const { return shape_[i]; }
   std::int64_t stride(int i) const { return strides_[i]; }
-  std::int64_t size() const;     // elements
-  std::size_t bytes() const;     // of the elements, gaps left out
+  std::int64_t size() const;  // elements
+  std::size_t bytes() const;  // of the elements, gaps left out
   bool contiguous() const;
 
   /// Rows [begin, end) of the first dimension.

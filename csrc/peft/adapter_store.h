@@ -1,0 +1,89 @@
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "flexcore/config.h"
+#include "flexcore/engine.h"
+#include "graph/graph.h"
+#include "memory/buffer.h"
+#include "ops/lora.h"
+
+namespace flexcore {
+
+/// One LoRA pair of an adapter. Offsets are in floats from the start of its parameters.
+struct LoraModule {
+  SiteId site = 0;
+  std::int64_t rank = 0;
+  float scaling = 1.0f;
+  std::int64_t in_features = 0, out_features = 0;
+  std::int64_t a_offset = 0, b_offset = 0;
+  std::string path;
+};
+
+/// One version of an adapter. Requests hold the version that they began with; training makes a new one.
+class Adapter {
+ public:
+  std::string name;
+  std::uint64_t uid = 0;  // of the name's loading; versions share it
+  std::int64_t version = 0;
+  LoraConfig config;
+  std::vector<LoraModule> modules;  // by site
+  std::int64_t num_parameters = 0;
+  std::int64_t num_requests = 0;  // running or waiting requests on this version
+
+  float* parameters() const { return reinterpret_cast<float*>(params_.data()); }
+  std::size_t bytes() const { return params_.bytes(); }
+  /// Key under which prefixes computed with this version may be shared.
+  std::uint64_t cache_key() const { return (uid << 32) | static_cast<std::uint64_t>(version); }
+  std::set<SiteId> sites() const;
+  /// The module at a site, or null.
+  const LoraModule* find(SiteId site) const;
+  /// Rows [begin, end) of a batch through `module`; gradients, if wanted, at the same offsets from `gradients`.
+  LoraSegment segment(const LoraModule& module, std::int64_t begin, std::int64_t end, float* gradients = nullptr) const;
+
+ private:
+  friend class AdapterStore;
+  Buffer params_;
+};
+
+/// Adapters by name, newest version each.
+class AdapterStore {
+ public:
+  AdapterStore(const std::vector<LinearSite>& sites, Allocator& allocator, MemoryLedger& ledger);
+
+  /// A ~ U(-1/sqrt(in), 1/sqrt(in)) (PEFT's default, kaiming with a = sqrt(5)), B = 0.
+  std::shared_ptr<Adapter> create(const std::string& name, const LoraConfig& config, std::uint64_t seed);
+  std::shared_ptr<Adapter> load(const std::string& name, const std::string& directory);
+  void save(const std::string& name, const std::string& directory) const;
+  void remove(const std::string& name);
+
+  bool contains(const std::string& name) const { return newest_.contains(name); }
+  /// Newest version. Throws InvalidArgument that lists the names there are.
+  std::shared_ptr<Adapter> get(const std::string& name) const;
+  std::vector<std::shared_ptr<Adapter>> all() const;
+
+  /// A version whose parameters may be changed, and which is the newest from now on: a copy when requests still use the
+  /// newest one.
+  std::shared_ptr<Adapter> next_version(const std::string& name);
+
+ private:
+  std::shared_ptr<Adapter> layout(const std::string& name, const LoraConfig& config) const;
+  void put(std::shared_ptr<Adapter> adapter);
+
+  const std::vector<LinearSite>& sites_;
+  Allocator& allocator_;
+  MemoryLedger& ledger_;
+  std::map<std::string, std::shared_ptr<Adapter>> newest_;
+  std::uint64_t next_uid_ = 1;
+};
+
+/// Writes any arrays laid out as an adapter's parameters (parameters, optimizer moments) under PEFT's names.
+std::string peft_key(const LoraModule& module, bool is_a);
+
+}  // namespace flexcore

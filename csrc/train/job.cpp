@@ -1,0 +1,129 @@
+#include "train/job.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numbers>
+#include <numeric>
+#include <utility>
+
+#include "core/check.h"
+#include "core/philox.h"
+#include "ops/optimizer.h"
+#include "ops/scatter.h"
+
+namespace flexcore {
+
+double learning_rate_at(const FinetuneConfig& config, std::int64_t step, std::int64_t total) {
+  const double peak = config.learning_rate;
+  const auto warmup = static_cast<std::int64_t>(std::ceil(config.warmup_ratio * static_cast<double>(total)));
+  if (step < warmup) return peak * static_cast<double>(step) / static_cast<double>(std::max<std::int64_t>(1, warmup));
+  if (config.lr_scheduler == "constant") return peak;
+  const double progress =
+      static_cast<double>(step - warmup) / static_cast<double>(std::max<std::int64_t>(1, total - warmup));
+  if (config.lr_scheduler == "linear") return peak * std::max(0.0, 1.0 - progress);
+  return peak * std::max(0.0, 0.5 * (1.0 + std::cos(std::numbers::pi * progress)));
+}
+
+void check(const FinetuneConfig& c) {
+  const auto positive = [](std::int64_t value, const char* name) {
+    require(value >= 1, name, ": ", value, ", wanted >= 1");
+  };
+  positive(c.num_epochs, "num_epochs");
+  positive(c.batch_size, "batch_size");
+  require(std::isfinite(c.learning_rate) && c.learning_rate >= 0, "learning_rate: ", c.learning_rate, ", wanted >= 0");
+  require(c.optimizer == "adamw" || c.optimizer == "sgd", "optimizer: \"", c.optimizer,
+          "\", wanted \"adamw\" or \"sgd\"");
+  require(c.lr_scheduler == "constant" || c.lr_scheduler == "linear" || c.lr_scheduler == "cosine", "lr_scheduler: \"",
+          c.lr_scheduler, "\", wanted \"constant\", \"linear\" or \"cosine\"");
+  require(std::isfinite(c.weight_decay) && c.weight_decay >= 0, "weight_decay: ", c.weight_decay, ", wanted >= 0");
+  for (const double beta : c.betas) require(beta >= 0 && beta < 1, "betas: ", beta, ", wanted in [0, 1)");
+  require(std::isfinite(c.eps) && c.eps > 0, "eps: ", c.eps, ", wanted > 0");
+  require(c.max_grad_norm >= 0, "max_grad_norm: ", c.max_grad_norm, ", wanted >= 0 (0: no clipping)");
+  require(c.warmup_ratio >= 0 && c.warmup_ratio <= 1, "warmup_ratio: ", c.warmup_ratio, ", wanted in [0, 1]");
+  require(std::isfinite(c.weight) && c.weight > 0, "weight: ", c.weight, ", wanted > 0");
+  if (c.window_tokens) positive(*c.window_tokens, "window_tokens");
+  if (c.backward_window_tokens) positive(*c.backward_window_tokens, "backward_window_tokens");
+}
+
+TrainingJob::TrainingJob(JobId id_, std::string adapter_, std::vector<Example> examples_, const FinetuneConfig& config_)
+    : id(id_), adapter(std::move(adapter_)), examples(std::move(examples_)), config(config_) {}
+
+std::int64_t TrainingJob::steps_per_epoch() const {
+  const auto count = static_cast<std::int64_t>(examples.size());
+  return (count + config.batch_size - 1) / config.batch_size;
+}
+
+std::vector<std::int64_t> TrainingJob::batch() const {
+  const auto count = static_cast<std::int64_t>(examples.size());
+  std::vector<std::int64_t> order(static_cast<std::size_t>(count));
+  std::iota(order.begin(), order.end(), 0);
+  if (config.shuffle) {
+    // Fisher-Yates from (seed, epoch) alone, so that a resumed job sees the same order.
+    for (std::int64_t i = count - 1; i > 0; --i) {
+      const auto draw =
+          philox(config.seed, (static_cast<std::uint64_t>(epoch()) << 32) | static_cast<std::uint64_t>(i));
+      const std::uint64_t wide = (static_cast<std::uint64_t>(draw[0]) << 32) | draw[1];
+      std::swap(order[static_cast<std::size_t>(i)], order[wide % static_cast<std::uint64_t>(i + 1)]);
+    }
+  }
+  const std::int64_t begin = step % steps_per_epoch() * config.batch_size;
+  const std::int64_t end = std::min(count, begin + config.batch_size);
+  return {order.begin() + begin, order.begin() + end};
+}
+
+void TrainingJob::allocate(OpContext& context, Allocator& allocator, MemoryLedger& ledger,
+                           std::int64_t num_parameters) {
+  if (num_parameters_ == num_parameters) return;
+  const auto bytes = static_cast<std::size_t>(num_parameters) * sizeof(float);
+  gradients_ = Buffer(allocator, ledger, MemoryTag::kGradients, bytes);
+  if (config.optimizer == "adamw") optimizer_ = Buffer(allocator, ledger, MemoryTag::kOptimizer, 2 * bytes);
+  num_parameters_ = num_parameters;
+  run(context, ZeroArgs{gradient_view()});
+  if (optimizer_) run(context, ZeroArgs{optimizer_view()});
+}
+
+TensorView TrainingJob::gradient_view() const { return gradients_.view(DType::kFloat32, {num_parameters_}); }
+
+TensorView TrainingJob::optimizer_view() const {
+  return optimizer_ ? optimizer_.view(DType::kFloat32, {2, num_parameters_}) : TensorView{};
+}
+
+void TrainingJob::release() {
+  sequences.clear();
+  gradients_.reset();
+  optimizer_.reset();
+  num_parameters_ = 0;
+}
+
+double TrainingJob::optimizer_step(OpContext& context, const Adapter& target) {
+  const TensorView all = gradient_view();
+  double squares = 0.0;
+  run(context, SumSquaresArgs{{&all, 1}, &squares});
+  const double norm = std::sqrt(squares);
+  require<Error>(std::isfinite(norm), "gradient norm is ", norm, " at optimizer step ", step);
+  // torch.nn.utils.clip_grad_norm_: the coefficient is max_norm / (norm + 1e-6), at most 1.
+  const double clip = config.max_grad_norm > 0 ? std::min(1.0, config.max_grad_norm / (norm + 1e-6)) : 1.0;
+  const auto rate = static_cast<float>(learning_rate());
+  const auto decay = static_cast<float>(config.weight_decay);
+  if (config.optimizer == "adamw") {
+    auto* moments = optimizer_view().as<float>();
+    const AdamWArgs::Tensor tensor{target.parameters(), gradients(), moments, moments + num_parameters_,
+                                   num_parameters_};
+    run(context, AdamWArgs{{&tensor, 1},
+                           step + 1,
+                           rate,
+                           static_cast<float>(config.betas[0]),
+                           static_cast<float>(config.betas[1]),
+                           static_cast<float>(config.eps),
+                           decay,
+                           static_cast<float>(clip)});
+  } else {
+    const SgdArgs::Tensor tensor{target.parameters(), gradients(), num_parameters_};
+    run(context, SgdArgs{{&tensor, 1}, rate, decay, static_cast<float>(clip)});
+  }
+  run(context, ZeroArgs{all});
+  ++step;
+  return norm;
+}
+
+}  // namespace flexcore

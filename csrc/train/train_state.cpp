@@ -1,0 +1,63 @@
+#include "train/train_state.h"
+
+#include <algorithm>
+#include <utility>
+
+namespace flexcore {
+
+TrainState::TrainState(const Example& example_, std::shared_ptr<Adapter> adapter_, TrainingProgram& program_,
+                       float* gradients_, float grad_scale_)
+    : example(&example_),
+      adapter(std::move(adapter_)),
+      program(&program_),
+      gradients(gradients_),
+      grad_scale(grad_scale_) {
+  sequence.length = length();
+  sequence.first_layer = program->first_layer;
+  num_targets = count_targets(example_);
+}
+
+std::size_t TrainState::saved_bytes(const TrainingProgram& program, std::int64_t length) {
+  return program.saved_bytes_per_token * static_cast<std::size_t>(length);
+}
+
+std::size_t TrainState::gradient_bytes(const TrainShape& shape, std::int64_t length) {
+  return static_cast<std::size_t>((shape.hidden_size + 2 * shape.kv_width) * length) * sizeof(float);
+}
+
+void TrainState::allocate(Allocator& allocator, MemoryLedger& ledger, const TrainShape& shape) {
+  shape_ = shape;
+  saved_ = Buffer(allocator, ledger, MemoryTag::kSavedActivations, saved_bytes(*program, length()));
+  grads_ = Buffer(allocator, ledger, MemoryTag::kGradients, gradient_bytes(shape, length()));
+}
+
+void TrainState::restart() {
+  saved_.reset();
+  grads_.reset();
+  loss_sum = 0.0;
+}
+
+TensorView TrainState::saved(std::size_t index, std::int64_t begin, std::int64_t end) const {
+  const auto& tensor = program->saved[index];
+  return saved_.view(tensor.dtype, {length(), tensor.width}, tensor.offset * static_cast<std::size_t>(length()))
+      .rows(begin, end);
+}
+
+TensorView TrainState::grad_hidden(std::int64_t begin, std::int64_t end) const {
+  return grads_.view(DType::kFloat32, {length(), shape_.hidden_size}).rows(begin, end);
+}
+
+float* TrainState::grad_k() const { return reinterpret_cast<float*>(grads_.data()) + shape_.hidden_size * length(); }
+
+float* TrainState::grad_v() const { return grad_k() + shape_.kv_width * length(); }
+
+TensorView TrainState::kv_gradients() const {
+  return TensorView(grad_k(), DType::kFloat32, {2 * length(), shape_.kv_width});
+}
+
+std::int64_t count_targets(const Example& example) {
+  return std::count_if(example.labels.begin() + (example.labels.empty() ? 0 : 1), example.labels.end(),
+                       [](std::int32_t label) { return label != -100; });
+}
+
+}  // namespace flexcore

@@ -1,0 +1,60 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "compile/compiled_model.h"
+#include "flexcore/config.h"
+#include "memory/buffer.h"
+#include "peft/adapter_store.h"
+#include "sched/sequence.h"
+
+namespace flexcore {
+
+/// Sizes that a training sequence's stores are made of.
+struct TrainShape {
+  std::int64_t hidden_size = 0;
+  std::int64_t kv_width = 0;  // num_kv_heads * head_dim
+};
+
+/// A training sequence in flight: what its backward will need, at the tokens' absolute depth.
+class TrainState {
+ public:
+  TrainState(const Example& example, std::shared_ptr<Adapter> adapter, TrainingProgram& program, float* gradients,
+             float grad_scale);
+
+  TrainSequence sequence;  // the scheduler's view
+  const Example* example;
+  std::shared_ptr<Adapter> adapter;
+  TrainingProgram* program;
+  float* gradients;  // of the job, laid out as the adapter's parameters
+  float grad_scale;  // 1 / target tokens of the optimizer step
+  double loss_sum = 0.0;
+  std::int64_t num_targets = 0;
+
+  /// Takes memory at the first window; throws OutOfMemory.
+  void allocate(Allocator& allocator, MemoryLedger& ledger, const TrainShape& shape);
+  /// Forgets the forward done so far, after the scheduler has restarted the sequence.
+  void restart();
+  bool allocated() const { return static_cast<bool>(saved_) || static_cast<bool>(grads_); }
+
+  TensorView saved(std::size_t index, std::int64_t begin, std::int64_t end) const;  // [rows, width]
+  TensorView grad_hidden(std::int64_t begin, std::int64_t end) const;               // [rows, hidden_size] float32
+  float* grad_k() const;                                                            // [length, kv_width]
+  float* grad_v() const;
+  TensorView kv_gradients() const;  // both, [2 * length, kv_width]
+
+  static std::size_t saved_bytes(const TrainingProgram& program, std::int64_t length);
+  static std::size_t gradient_bytes(const TrainShape& shape, std::int64_t length);
+  std::int64_t length() const { return static_cast<std::int64_t>(example->input_ids.size()); }
+
+ private:
+  Buffer saved_, grads_;
+  TrainShape shape_;
+};
+
+/// Rows of an example that have a target: labels[row + 1] != -100.
+std::int64_t count_targets(const Example& example);
+
+}  // namespace flexcore
