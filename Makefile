@@ -9,7 +9,7 @@ PYTHON ?= python3
 JOBS ?= $(shell nproc)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq install
 BUILD := build/package
 
 export CMAKE_BUILD_PARALLEL_LEVEL := $(JOBS)
@@ -23,7 +23,7 @@ tree = $(shell find $(1) -name __pycache__ -prune -o -print)
 SOURCES := $(call tree,csrc python) CMakeLists.txt pyproject.toml VERSION
 TESTS := $(call tree,tests/cpp)
 
-.PHONY: help demo test bench lint format clean setup-demo setup-test setup-lint
+.PHONY: help demo test bench lint format clean setup-demo setup-test setup-lint build-tests
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,7 @@ clean:  ## remove .venv and everything that was built
 setup-demo: $(VENV)/.demo
 setup-test: $(VENV)/.test
 setup-lint: $(VENV)/.lint
+build-tests: $(VENV)/.tests
 
 $(VENV)/.venv: third_party/system.sh
 	@echo "setting up $(VENV)"
@@ -93,9 +94,10 @@ $(VENV)/.lint: $(VENV)/.venv pyproject.toml third_party/requirements.py
 	@touch $@
 
 # One build tree for the package and the C++ tests. Not an editable install: the tests run what a user would install.
-build_package = mkdir -p build && $(PIP) -v --no-build-isolation --no-deps --force-reinstall . \
-  -Cbuild-dir=$(BUILD) -Ccmake.define.FLEXCORE_BUILD_TESTS=$(1) >build/package.log 2>&1 \
-  || { grep -nE 'error|Error' build/package.log | head -n 20; tail -n 20 build/package.log; echo "log: build/package.log"; exit 1; }
+build_package = mkdir -p build && $(BIN)/python -m pip --disable-pip-version-check -v install . \
+  --no-build-isolation --no-deps --force-reinstall -Cbuild-dir=$(BUILD) -Ccmake.define.FLEXCORE_BUILD_TESTS=$(1) >build/package.log 2>&1 \
+  || { { grep -q FAILED: build/package.log && sed -n '/FAILED:/,$$p' build/package.log || tail -n 40 build/package.log; } \
+       | head -n 40; echo "log: build/package.log"; exit 1; }
 
 $(VENV)/.package: $(VENV)/.demo $(SOURCES)
 	@echo "building flexcore (minutes the first time)"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Sees to what PyPI cannot give: compiler, Python headers, venv, GoogleTest, Google Benchmark. Installs with apt where that
-# is possible and says what to do where it is not. Usage: system.sh PYTHON {compiler|headers|venv|gtest|benchmark}...
+# Sees to what PyPI cannot give: compiler, Python headers, venv, GoogleTest, Google Benchmark, ccache. Installs with apt where that
+# is possible and says what to do where it is not. Usage: system.sh PYTHON {compiler|headers|venv|gtest|benchmark|ccache}...
 set -euo pipefail
 python=$1
 shift
@@ -31,6 +31,7 @@ have() {
     venv) "$python" -c 'import venv, ensurepip' 2>/dev/null ;;
     gtest) has_header gtest/gtest.h ;;
     benchmark) has_header benchmark/benchmark.h ;;
+    ccache) command -v ccache >/dev/null ;;
     *) echo "system.sh: unknown item $1" >&2; exit 2 ;;
   esac
 }
@@ -44,6 +45,7 @@ package() {
     venv) echo "python$version-venv" ;;
     gtest) echo libgtest-dev ;;
     benchmark) echo libbenchmark-dev ;;
+    ccache) echo ccache ;;
   esac
 }
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Builds and runs consumer/ against (a) an install tree and (b) the wheel, in a folder of its own. PYTHON is an interpreter
-# whose environment can build wheels without isolation (make's .venv).
+# with pip, numpy and safetensors (make's .venv); BUILD is a finished build to install from, instead of one of its own.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
+cd "$root"
 python=${PYTHON:-$root/.venv/bin/python}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -30,13 +31,15 @@ consume() {  # label, prefix path
 
 "$python" "$here/make_model.py" "$work/model"
 
-quietly cmake -S "$root" -B "$work/build" -G Ninja -DCMAKE_BUILD_TYPE=Release
-quietly cmake --build "$work/build"
-quietly cmake --install "$work/build" --prefix "$work/prefix"
-rm -rf "$work/build"   # the installed package must not lean on the tree that it was built in
+build=${BUILD:-$work/build}
+if [ -z "${BUILD:-}" ]; then
+  quietly cmake -S "$root" -B "$build" -G Ninja -DCMAKE_BUILD_TYPE=Release
+  quietly cmake --build "$build"
+fi
+quietly cmake --install "$build" --prefix "$work/prefix" --component development
 consume install-tree "$work/prefix/lib/cmake/flexcore"
 
-# A fresh environment, so that what the wheel says it needs is all it needs: no torch, no transformers.
+# Built in isolation, as pip does for a user; then a fresh environment, so that what the wheel says it needs is all it needs: no torch, no transformers.
 quietly "$python" -m pip wheel --disable-pip-version-check --no-deps --wheel-dir "$work/wheel" "$root"
 quietly "$python" -m venv "$work/venv"
 quietly "$work/venv/bin/python" -m pip install --disable-pip-version-check "$work"/wheel/flexcore-*.whl
