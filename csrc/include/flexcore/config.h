@@ -56,6 +56,7 @@ struct Request {
   std::vector<std::int32_t> prompt_token_ids;
   SamplingParams sampling = {};
   std::string adapter = {};  // "" is the base model; "name" the newest version
+  std::optional<std::int64_t> max_tokens = {};  // short for sampling.max_tokens, which it goes before
 };
 
 /// A LoRA adapter (Hu et al. 2021): W x + scaling * B A x, scaling = alpha / r, or alpha / sqrt(r) with use_rslora.
