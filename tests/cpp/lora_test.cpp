@@ -1,0 +1,262 @@
+#include "ops/lora.h"
+
+#include <gtest/gtest.h>
+
+#include <list>
+
+#include "op_fixture.h"
+
+namespace flexcore::test {
+namespace {
+
+/// Adapters of one module and the segments that use them.
+class Adapters {
+ public:
+  Adapters(std::int64_t in, std::int64_t out, std::mt19937& rng) : in_(in), out_(out), rng_(rng) {}
+
+  void add(std::int64_t begin, std::int64_t end, std::int64_t rank, float scaling) {
+    auto& a = matrices_.emplace_back(Matrix::random(DType::kFloat32, rank, in_, rng_));
+    auto& b = matrices_.emplace_back(Matrix::random(DType::kFloat32, out_, rank, rng_));
+    auto& grad_a = matrices_.emplace_back(Matrix::random(DType::kFloat32, rank, in_, rng_));
+    auto& grad_b = matrices_.emplace_back(Matrix::random(DType::kFloat32, out_, rank, rng_));
+    segments_.push_back({begin, end, a.floats(), b.floats(), rank, scaling, grad_a.floats(), grad_b.floats()});
+  }
+  /// The last segment's adapter once more, on other rows.
+  void share(std::int64_t begin, std::int64_t end) {
+    segments_.push_back(segments_.back());
+    segments_.back().begin = begin, segments_.back().end = end;
+  }
+  std::vector<LoraSegment>& segments() { return segments_; }
+  /// The matrices, in the order a, b, grad_a, grad_b of each adapter.
+  std::list<Matrix>& matrices() { return matrices_; }
+
+ private:
+  std::int64_t in_, out_;
+  std::mt19937& rng_;
+  std::list<Matrix> matrices_;
+  std::vector<LoraSegment> segments_;
+};
+
+OpFixture& fixture() {
+  static OpFixture ops(2, {cpu::register_lora});
+  return ops;
+}
+
+/// x A^T of one segment, in double: [rows][rank].
+std::vector<double> shrink(const Matrix& x, const LoraSegment& s) {
+  std::vector<double> u((s.end - s.begin) * s.rank);
+  for (std::int64_t i = s.begin; i < s.end; ++i)
+    for (std::int64_t r = 0; r < s.rank; ++r)
+      for (std::int64_t k = 0; k < x.width(); ++k)
+        u[(i - s.begin) * s.rank + r] += x(i, k) * s.lora_a[r * x.width() + k];
+  return u;
+}
+
+/// grad_y B of one segment.
+std::vector<double> shrink_gradient(const Matrix& g, const LoraSegment& s) {
+  std::vector<double> du((s.end - s.begin) * s.rank);
+  for (std::int64_t i = s.begin; i < s.end; ++i)
+    for (std::int64_t o = 0; o < g.width(); ++o)
+      for (std::int64_t r = 0; r < s.rank; ++r) du[(i - s.begin) * s.rank + r] += g(i, o) * s.lora_b[o * s.rank + r];
+  return du;
+}
+
+using Values = std::vector<double>;  // row-major
+
+Values values(const Matrix& m) {
+  Values v;
+  for (std::int64_t i = 0; i < m.rows(); ++i)
+    for (std::int64_t j = 0; j < m.width(); ++j) v.push_back(m(i, j));
+  return v;
+}
+
+/// |got - wanted| over |wanted|, as norms of the whole tensor.
+double norm_error(const Matrix& got, const Values& wanted) {
+  const auto g = values(got);
+  double error = 0, norm = 1e-30;
+  for (std::size_t i = 0; i < g.size(); ++i)
+    error += (g[i] - wanted[i]) * (g[i] - wanted[i]), norm += wanted[i] * wanted[i];
+  return std::isnan(error) ? 1e30 : std::sqrt(error / norm);
+}
+
+void expand(const std::vector<double>& u, const LoraSegment& s, std::int64_t width, Values& y) {
+  for (std::int64_t i = s.begin; i < s.end; ++i)
+    for (std::int64_t o = 0; o < width; ++o)
+      for (std::int64_t r = 0; r < s.rank; ++r)
+        y[i * width + o] += s.scaling * u[(i - s.begin) * s.rank + r] * s.lora_b[o * s.rank + r];
+}
+
+struct Case {
+  std::int64_t rows, in;
+  std::vector<std::int64_t> outs;
+};
+const Case kCases[] = {
+    {1, 64, {64, 17}}, {7, 33, {5, 40, 1}}, {23, 800, {96}}, {130, 48, {31, 64, 64}}, {300, 96, {80, 33}}};
+
+// Members with different segments, ranks and gaps, adapters that come twice.
+std::list<Adapters> adapters_for(const Case& c, std::mt19937& rng) {
+  std::list<Adapters> all;
+  const std::int64_t ranks[] = {16, 1, 5, 8, 33, 64, 256};
+  int next = rng() % 7;
+  for (std::size_t m = 0; m < c.outs.size(); ++m) {
+    auto& adapters = all.emplace_back(c.in, c.outs[m], rng);
+    const std::int64_t third = c.rows / 3;
+    adapters.add(0, c.rows == 1 ? 1 : third, ranks[next++ % 7], 0.5f);
+    if (c.rows == 1) continue;
+    if (m != 1) adapters.add(third, third + 1, ranks[next++ % 7], 2.0f);
+    adapters.add(third + 1, 2 * third, ranks[next++ % 7], 1.5f);
+    adapters.share(2 * third, c.rows - 1);
+    adapters.add(c.rows - 1, c.rows - 1, 4, 1.0f);  // no rows
+  }
+  return all;
+}
+
+TEST(Lora, ForwardMatchesOracle) {
+  std::mt19937 rng(1);
+  for (const auto& c : kCases)
+    for (const auto x_type : kFloats)
+      for (const auto y_type : kFloats) {
+        auto x = Matrix::random(x_type, c.rows, c.in, rng, 1.0f, 3);
+        auto adapters = adapters_for(c, rng);
+        std::vector<Matrix> ys;
+        std::vector<LoraArgs::Member> members;
+        std::vector<Values> wanted;
+        for (const auto out : c.outs) ys.push_back(Matrix::random(y_type, c.rows, out, rng, 1.0f, 5));
+        auto y = ys.begin();
+        for (auto& a : adapters) {
+          wanted.push_back(values(*y));
+          for (const auto& s : a.segments()) expand(shrink(x, s), s, y->width(), wanted.back());
+          members.push_back({y++->view(), a.segments()});
+        }
+        fixture().run(LoraArgs{x.view(), members});
+        for (std::size_t m = 0; m < ys.size(); ++m) {
+          EXPECT_LE(norm_error(ys[m], wanted[m]), epsilon(y_type)) << c.rows << " rows, member " << m;
+          EXPECT_TRUE(ys[m].gaps_untouched());
+        }
+      }
+}
+
+TEST(Lora, BackwardMatchesOracle) {
+  std::mt19937 rng(2);
+  for (const auto& c : kCases)
+    for (const auto x_type : kFloats)
+      for (const auto g_type : kFloats)
+        for (const bool with_grad_x : {true, false}) {
+          auto x = Matrix::random(x_type, c.rows, c.in, rng, 1.0f, 1);
+          auto grad_x = Matrix::random(DType::kFloat32, c.rows, c.in, rng, 1.0f, 2);
+          auto adapters = adapters_for(c, rng);
+          std::vector<Matrix> grads;
+          for (const auto out : c.outs) grads.push_back(Matrix::random(g_type, c.rows, out, rng, 1.0f, 4));
+          std::vector<LoraBackwardArgs::Member> members;
+          Values wanted_x = values(grad_x);
+          std::vector<std::pair<float*, Values>> wanted;  // of every grad_a and grad_b
+          const auto find = [&](float* p) -> Values& {
+            for (auto& [key, value] : wanted)
+              if (key == p) return value;
+            throw std::logic_error("unknown gradient");
+          };
+          auto g = grads.begin();
+          for (auto& a : adapters) {
+            for (auto& m : a.matrices()) wanted.emplace_back(m.floats(), values(m));
+            for (const auto& s : a.segments()) {
+              const auto u = shrink(x, s), du = shrink_gradient(*g, s);
+              auto &grad_a = find(s.grad_a), &grad_b = find(s.grad_b);
+              for (std::int64_t i = s.begin; i < s.end; ++i)
+                for (std::int64_t r = 0; r < s.rank; ++r) {
+                  const double ur = s.scaling * u[(i - s.begin) * s.rank + r];
+                  const double dr = s.scaling * du[(i - s.begin) * s.rank + r];
+                  for (std::int64_t k = 0; k < c.in; ++k) {
+                    wanted_x[i * c.in + k] += dr * s.lora_a[r * c.in + k];
+                    grad_a[r * c.in + k] += dr * x(i, k);
+                  }
+                  for (std::int64_t o = 0; o < g->width(); ++o) grad_b[o * s.rank + r] += ur * (*g)(i, o);
+                }
+            }
+            members.push_back({g++->view(), a.segments()});
+          }
+          fixture().run(LoraBackwardArgs{x.view(), members, with_grad_x ? grad_x.view() : TensorView()});
+          if (with_grad_x) {
+            EXPECT_LE(norm_error(grad_x, wanted_x), 2e-6) << c.rows;
+          }
+          EXPECT_TRUE(grad_x.gaps_untouched());
+          for (auto& a : adapters)
+            for (auto& m : a.matrices()) EXPECT_LE(norm_error(m, find(m.floats())), 2e-6) << c.rows << " rows";
+        }
+}
+
+// The same bits for a row alone and in a batch, and for one and three threads.
+TEST(Lora, ForwardRowsDoNotSeeTheirBatch) {
+  std::mt19937 rng(3);
+  constexpr std::int64_t kRows = 200, kIn = 1600;
+  OpFixture one(1, {cpu::register_lora}), three(3, {cpu::register_lora});
+  for (const auto type : kFloats)
+    for (const std::int64_t rank : {1, 7, 8, 16, 40}) {
+      auto x = Matrix::random(type, kRows, kIn, rng);
+      Adapters q(kIn, 100, rng), v(kIn, 36, rng);
+      q.add(0, kRows, rank, 0.7f), v.add(0, kRows, rank, 1.3f);
+      const auto y = Matrix::random(type, kRows, 100, rng), z = Matrix::random(type, kRows, 36, rng);
+      auto together_y = y, together_z = z, alone_y = y, alone_z = z;
+      const std::vector<LoraArgs::Member> all = {{together_y.view(), q.segments()}, {together_z.view(), v.segments()}};
+      three.run(LoraArgs{x.view(), all});
+      for (std::int64_t i = 0; i < kRows; ++i) {
+        q.segments()[0].begin = v.segments()[0].begin = 0;
+        q.segments()[0].end = v.segments()[0].end = 1;
+        const std::vector<LoraArgs::Member> single = {{alone_y.view().rows(i, i + 1), q.segments()},
+                                                      {alone_z.view().rows(i, i + 1), v.segments()}};
+        (i % 2 ? one : three).run(LoraArgs{x.view().rows(i, i + 1), single});
+      }
+      EXPECT_TRUE(together_y.same(alone_y)) << "rank " << rank;
+      EXPECT_TRUE(together_z.same(alone_z)) << "rank " << rank;
+    }
+}
+
+TEST(Lora, GradientsDoNotDependOnThreads) {
+  constexpr std::int64_t kRows = 333, kIn = 200, kOut = 150;
+  std::vector<std::vector<Values>> results;
+  for (const int threads : {1, 2, 5}) {
+    std::mt19937 rng(4);
+    OpFixture ops(threads, {cpu::register_lora});
+    auto x = Matrix::random(DType::kBFloat16, kRows, kIn, rng), g = Matrix::random(DType::kFloat32, kRows, kOut, rng);
+    auto grad_x = Matrix::random(DType::kFloat32, kRows, kIn, rng);
+    Adapters a(kIn, kOut, rng), b(kIn, kOut, rng);
+    a.add(0, 100, 16, 1.0f), a.share(100, 300), b.add(50, kRows, 12, 0.3f);
+    const std::vector<LoraBackwardArgs::Member> members = {{g.view(), a.segments()}, {g.view(), b.segments()}};
+    ops.run(LoraBackwardArgs{x.view(), members, grad_x.view()});
+    auto& result = results.emplace_back(1, values(grad_x));
+    for (auto* adapters : {&a, &b})
+      for (const auto& m : adapters->matrices()) result.push_back(values(m));
+  }
+  EXPECT_EQ(results[0], results[1]);
+  EXPECT_EQ(results[0], results[2]);
+}
+
+TEST(Lora, NothingToDoAndBadArguments) {
+  std::mt19937 rng(5);
+  auto x = Matrix::random(DType::kFloat32, 4, 8, rng), y = Matrix::random(DType::kFloat32, 4, 6, rng);
+  const auto before = y;
+  fixture().run(LoraArgs{x.view(), {}});
+  std::vector<LoraArgs::Member> members = {{y.view(), {}}};
+  fixture().run(LoraArgs{x.view(), members});
+  EXPECT_TRUE(y.same(before));
+
+  Adapters a(8, 6, rng);
+  a.add(0, 4, 4, 1.0f);
+  members[0].segments = a.segments();
+  const auto message = [&]() -> std::string {
+    try {
+      fixture().run(LoraArgs{x.view(), members});
+    } catch (const InvalidArgument& error) {
+      return error.what();
+    }
+    return "no error";
+  };
+  a.segments()[0].rank = 257;
+  EXPECT_EQ(message(), "lora_forward: member 0 segment 0 has rank 257, wanted 1 to 256");
+  a.segments()[0].rank = 4, a.segments()[0].end = 5;
+  EXPECT_NE(message().find("is rows [0, 5), wanted ascending disjoint rows in [0, 4)"), std::string::npos);
+  a.segments()[0].end = 4, a.segments()[0].lora_b = nullptr;
+  EXPECT_NE(message().find("has no lora_a or no lora_b"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace flexcore::test
