@@ -379,9 +379,9 @@ const T& Json::get(const char* wanted) const {
 bool Json::as_bool() const { return get<bool>("true or false"); }
 std::int64_t Json::as_int() const { return get<std::int64_t>("an integer"); }
 double Json::as_double() const { return is_int() ? static_cast<double>(as_int()) : get<double>("a number"); }
-const std::string& Json::as_string() const { return get<std::string>("a string"); }
-const Json::Array& Json::as_array() const { return get<Array>("a list"); }
-const Json::Object& Json::as_object() const { return get<Object>("an object"); }
+const std::string& Json::as_string() const& { return get<std::string>("a string"); }
+const Json::Array& Json::as_array() const& { return get<Array>("a list"); }
+const Json::Object& Json::as_object() const& { return get<Object>("an object"); }
 
 const Json* Json::find(std::string_view key) const {
   const auto* members = std::get_if<Object>(&value_);

@@ -48,9 +48,13 @@ class Json {
   bool as_bool() const;
   std::int64_t as_int() const;
   double as_double() const;  // integers too
-  const std::string& as_string() const;
-  const Array& as_array() const;
-  const Object& as_object() const;
+  const std::string& as_string() const&;
+  const Array& as_array() const&;
+  const Object& as_object() const&;
+  // A value that is about to go gives a copy, so that loops over it are safe.
+  std::string as_string() && { return std::as_const(*this).as_string(); }
+  Array as_array() && { return std::as_const(*this).as_array(); }
+  Object as_object() && { return std::as_const(*this).as_object(); }
 
   /// The member of an object, or null when the key is absent or this is no object.
   const Json* find(std::string_view key) const;
