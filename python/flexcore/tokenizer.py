@@ -1,0 +1,139 @@
+"""fc.Tokenizer: tokenizer.json and the chat template of a model directory, without transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from flexcore._core import InvalidArgument, ModelLoadError
+from flexcore.chat_template import ChatTemplate, Message
+from flexcore.detokenizer import Detokenizer
+
+_ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Text to token ids and back."""
+
+    def __init__(self, directory: str | Path, chat_template: str | None = None) -> None:
+        """`chat_template` (jinja2 source) replaces the model's own. Raises ModelLoadError."""
+        self.directory = Path(directory)
+        self._tokenizer = _load(self.directory)
+        config = _read_json(self.directory / "tokenizer_config.json")
+        self.special_tokens = _special_tokens(config, _read_json(self.directory / "special_tokens_map.json"))
+        source = chat_template or _template_source(self.directory, config)
+        self.chat_template = ChatTemplate(source, self.special_tokens) if source else None
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._tokenizer.get_vocab_size())
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.token_id(self.special_tokens.get("bos_token", ""))
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self.token_id(self.special_tokens.get("eos_token", ""))
+
+    def eos_token_ids(self) -> list[int]:
+        """Every token that ends a turn: the tokenizer's, config.json's and generation_config.json's."""
+        found = [self.eos_token_id]
+        for name in ("generation_config.json", "config.json"):
+            value = _read_json(self.directory / name).get("eos_token_id")
+            found += value if isinstance(value, list) else [value]
+        return list(dict.fromkeys(int(token) for token in found if token is not None))
+
+    def token_id(self, token: str) -> int | None:
+        value = self._tokenizer.token_to_id(token)
+        return None if value is None else int(value)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        if not isinstance(text, str):
+            raise InvalidArgument(f"encode: text: got {text!r} ({type(text).__name__}), wanted a str")
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_with_offsets(
+        self, text: str, add_special_tokens: bool = True
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each the characters [begin, end) that it covers."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return list(encoding.ids), [(begin, end) for begin, end in encoding.offsets]
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
+        return Detokenizer(lambda ids: self.decode(ids, skip_special_tokens))
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Any] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The conversation as the model reads it. Raises InvalidArgument without a template."""
+        if self.chat_template is None:
+            raise InvalidArgument(
+                f"chat: {self.directory} has no chat template; pass chat_template=, or use prompts instead of messages"
+            )
+        return self.chat_template.render(messages, tools, add_generation_prompt, **variables)
+
+    def encode_chat(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None, **variables: Any
+    ) -> list[int]:
+        """Ids of the conversation, up to where the assistant speaks. The template writes its own special tokens."""
+        return self.encode(self.apply_chat_template(messages, tools, **variables), add_special_tokens=False)
+
+
+def _load(directory: Path) -> Any:
+    import tokenizers
+
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        raise ModelLoadError(
+            f"{directory}: no tokenizer.json (AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)"
+        )
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust side raises plain Exception
+        raise ModelLoadError(f"{path}: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelLoadError(f"{path}: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _special_tokens(*sources: dict[str, Any]) -> dict[str, str]:
+    out: dict[str, str] = {}
+    for source in sources:
+        for role in _ROLES:
+            token = source.get(role)
+            if isinstance(token, dict):  # an AddedToken
+                token = token.get("content")
+            if isinstance(token, str):
+                out.setdefault(role, token)
+    return out
+
+
+def _template_source(directory: Path, config: dict[str, Any]) -> str | None:
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several named ones
+        named = {entry["name"]: entry["template"] for entry in source}
+        source = named.get("default")
+    return source if isinstance(source, str) else None
