@@ -24,6 +24,7 @@ std::vector<SiteId> all_sites(const Graph& graph) {
 }
 
 void save_kept(TrainingProgram& program, const Graph& graph, const KeepPlan& plan, const Graph& trunk) {
+  program.saved_of_trunk.resize(trunk.tensors.size());
   for (const auto& kept : plan.kept) {
     const auto& tensor = graph.tensor(kept.tensor);
     const std::size_t bytes = static_cast<std::size_t>(tensor.width) * dtype_size(tensor.keep_dtype);
@@ -31,6 +32,7 @@ void save_kept(TrainingProgram& program, const Graph& graph, const KeepPlan& pla
     if (kept.keep != Keep::kKept) continue;
     const TensorId in_trunk = trunk.find(tensor.layer, tensor.name);
     require<Error>(in_trunk != kNoTensor, "training program: ", tensor.name, " is not made by the forward program");
+    program.saved_of_trunk[static_cast<std::size_t>(in_trunk)].push_back(static_cast<int>(program.saved.size()));
     program.saved.push_back({in_trunk, kept.layer, tensor.width, tensor.keep_dtype, program.saved_bytes_per_token});
     program.saved_bytes_per_token += bytes;
   }
@@ -82,6 +84,9 @@ TrainingProgram& CompiledModel::training(const std::set<SiteId>& sites) {
       }
       ++index;
     }
+    std::size_t gathered = static_cast<std::size_t>(graph->tensor(inputs[0]).width) * sizeof(float);
+    for (const int saved : layer.saved) gathered += program->saved[static_cast<std::size_t>(saved)].bytes_per_token();
+    program->gather_bytes_per_token = std::max(program->gather_bytes_per_token, gathered);
     layer.grad_out = backward.layer_grad[static_cast<std::size_t>(l)];
     std::vector<TensorId> outputs;
     if (layer.grad_out != kNoTensor) outputs.push_back(layer.grad_out);

@@ -39,13 +39,15 @@ struct TrainingProgram {
   };
 
   std::vector<SavedTensor> saved;
+  std::vector<std::vector<int>> saved_of_trunk;  // by tensor of the trunk: indices into `saved`
   std::size_t saved_bytes_per_token = 0;
   std::vector<Layer> layers;  // empty programs below first_layer
   int first_layer = 0;
   Program loss_head;  // input: hidden state; output: target_grad
   TensorId target_grad = kNoTensor;
   std::vector<Choice> choices;
-  std::size_t workspace_bytes = 0;
+  std::size_t workspace_bytes = 0;        // of any of its programs
+  std::size_t gather_bytes_per_token = 0;  // of a layer's inputs, when a unit has windows of several sequences
 };
 
 /// Rewrites a graph with the bypass networks of a PEFT method (peft/) at the sites.

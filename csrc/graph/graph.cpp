@@ -1,5 +1,6 @@
 #include "graph/graph.h"
 
+#include <algorithm>
 #include <utility>
 
 namespace flexcore {
@@ -14,6 +15,12 @@ NodeId Graph::add_node(Node node) {
   for (const auto output : node.outputs) tensors[static_cast<std::size_t>(output)].producer = id;
   nodes.push_back(std::move(node));
   return id;
+}
+
+std::int64_t Graph::num_parameters() const {
+  std::int64_t count = 0;
+  for (const auto& param : params) count += param.out_features * std::max<std::int64_t>(param.in_features, 1);
+  return count;
 }
 
 TensorId Graph::find(int layer, std::string_view name) const {

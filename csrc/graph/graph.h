@@ -59,6 +59,7 @@ class Graph {
   TensorId add_tensor(GraphTensor tensor);
   NodeId add_node(Node node);  // at the end; sets its outputs' producer
   const GraphTensor& tensor(TensorId id) const { return tensors[static_cast<std::size_t>(id)]; }
+  std::int64_t num_parameters() const;
   /// The last tensor of that name in a layer: after every in-place update.
   TensorId find(int layer, std::string_view name) const;
 };

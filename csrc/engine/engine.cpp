@@ -1,0 +1,339 @@
+#include "flexcore/engine.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "backends/register.h"
+#include "core/check.h"
+#include "core/philox.h"
+#include "engine/impl.h"
+#include "model/archs/archs.h"
+#include "model/safetensors.h"
+#include "peft/lora.h"
+#include "train/checkpoint.h"
+
+namespace flexcore {
+
+std::string job_status_name(JobStatus status) {
+  switch (status) {
+    case JobStatus::kQueued:
+      return "queued";
+    case JobStatus::kRunning:
+      return "running";
+    case JobStatus::kPaused:
+      return "paused";
+    case JobStatus::kSucceeded:
+      return "succeeded";
+    case JobStatus::kFailed:
+      return "failed";
+    case JobStatus::kCancelled:
+      return "cancelled";
+  }
+  return "unknown";
+}
+
+Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
+    : config(config_),
+      model(ModelConfig::load(model_path)),
+      sizes(engine_sizes(model, config)),
+      threads(config.num_threads),
+      scratch(host_allocator(), ledger),
+      registry(make_op_registry()),
+      context{&registry, Device{}, &threads, &scratch, nullptr},
+      compiled(build_model(model, sizes.compute), attach_lora, row_capacity(sizes.limits)),
+      weights(context, host_allocator(), ledger, sizes.compute),
+      adapters(compiled.base().sites, host_allocator(), ledger),
+      blocks(sizes.limits.num_blocks, sizes.limits.block_size, config.enable_prefix_caching),
+      scheduler(
+          SchedulerConfig{
+              .max_num_seqs = sizes.limits.max_sampled_rows,
+              .max_num_batched_tokens = sizes.limits.max_rows,
+              .num_layers = model.num_layers,
+              .tpot_ms = config.slo.tpot_ms,
+              .ttft_ms = config.slo.ttft_ms,
+          },
+          blocks, cost) {
+  std::vector<WeightSpec> specs;
+  for (const auto& param : compiled.base().params) specs.push_back({param.name, param.out_features, param.in_features});
+  weights.load(SafetensorsModel(model_path), specs);
+  executor = std::make_unique<Executor>(context, host_allocator(), ledger, compiled, weights, model, sizes.compute,
+                                        sizes.limits);
+  calibrate();
+}
+
+Engine::Impl::~Impl() = default;
+
+double Engine::Impl::now_ms() const {
+  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+}
+
+std::uint64_t Engine::Impl::request_seed(RequestId id, const SamplingParams& sampling, std::int64_t index) const {
+  const std::uint64_t key = sampling.seed ? *sampling.seed : config.seed ^ 0x9E3779B97F4A7C15ull;
+  if (sampling.seed && index == 0) return key;
+  const auto bits = philox(key, sampling.seed ? static_cast<std::uint64_t>(index) : static_cast<std::uint64_t>(id));
+  return (static_cast<std::uint64_t>(bits[0]) << 32) | bits[1];
+}
+
+void Engine::Impl::check_tokens(std::span<const std::int32_t> tokens, const char* argument) const {
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    require(tokens[i] >= 0 && tokens[i] < model.vocab_size, argument, ": unknown token id ", tokens[i], " at position ",
+            i, ", wanted 0 <= id < ", model.vocab_size);
+}
+
+void Engine::Impl::validate(const Request& request) const {
+  const auto& s = request.sampling;
+  require(!request.prompt_token_ids.empty(), "prompt_token_ids: empty, wanted at least one token");
+  check_tokens(request.prompt_token_ids, "prompt_token_ids");
+  const auto length = static_cast<std::int64_t>(request.prompt_token_ids.size());
+  require(length < sizes.max_model_len, "prompt_token_ids: ", length, " tokens, wanted fewer than max_model_len (",
+          sizes.max_model_len, ")");
+  require(s.max_tokens >= 1, "max_tokens: ", s.max_tokens, ", wanted >= 1");
+  require(s.min_tokens >= 0 && s.min_tokens <= s.max_tokens, "min_tokens: ", s.min_tokens, ", wanted 0 to max_tokens (",
+          s.max_tokens, ")");
+  require(std::isfinite(s.temperature) && s.temperature >= 0, "temperature: ", s.temperature, ", wanted >= 0");
+  require(s.top_p > 0 && s.top_p <= 1, "top_p: ", s.top_p, ", wanted in (0, 1]");
+  require(s.top_k >= -1, "top_k: ", s.top_k, ", wanted -1 or 0 (off) or >= 1");
+  require(s.min_p >= 0 && s.min_p <= 1, "min_p: ", s.min_p, ", wanted in [0, 1]");
+  require(std::isfinite(s.presence_penalty), "presence_penalty: ", s.presence_penalty, ", wanted a finite number");
+  require(std::isfinite(s.frequency_penalty), "frequency_penalty: ", s.frequency_penalty, ", wanted a finite number");
+  require(std::isfinite(s.repetition_penalty) && s.repetition_penalty > 0, "repetition_penalty: ", s.repetition_penalty,
+          ", wanted > 0");
+  require(s.n >= 1 && s.n <= 1024, "n: ", s.n, ", wanted 1 to 1024");
+  if (s.logprobs)
+    require(*s.logprobs >= 0 && *s.logprobs <= model.vocab_size, "logprobs: ", *s.logprobs, ", wanted 0 to vocab_size");
+  check_tokens(s.stop_token_ids, "stop_token_ids");
+  for (const auto& [token, bias] : s.logit_bias) {
+    check_tokens({&token, 1}, "logit_bias");
+    require(!std::isnan(bias), "logit_bias: NaN for token ", token);
+  }
+  if (!request.adapter.empty()) adapters.get(request.adapter);
+  const std::int64_t tokens = std::min(length + s.max_tokens, sizes.max_model_len);
+  const std::int64_t needed = (tokens + sizes.limits.block_size - 1) / sizes.limits.block_size;
+  require(needed <= blocks.num_blocks(), "max_tokens: the request may grow to ", tokens, " tokens = ", needed,
+          " pages, but the pool has ", blocks.num_blocks(), "; shorten it or raise kv_cache_memory_bytes");
+}
+
+RequestId Engine::Impl::submit(const Request& request) {
+  const RequestId first = next_request;
+  for (std::int64_t index = 0; index < request.sampling.n; ++index) {
+    const RequestId id = next_request++;
+    auto state = std::make_unique<RequestState>();
+    state->sampling = request.sampling;
+    state->seed = request_seed(id, request.sampling, index);
+    if (!request.adapter.empty()) {
+      state->adapter = adapters.get(request.adapter);
+      ++state->adapter->num_requests;
+    }
+    for (const auto& [token, bias] : request.sampling.logit_bias)
+      state->logit_bias.emplace_back(token, static_cast<float>(bias));
+    state->end_tokens = request.sampling.stop_token_ids;
+    if (!request.sampling.ignore_eos)
+      state->end_tokens.insert(state->end_tokens.end(), model.eos_token_ids.begin(), model.eos_token_ids.end());
+    Sequence& sequence = state->sequence;
+    sequence.id = id;
+    sequence.tokens = request.prompt_token_ids;
+    sequence.num_prompt_tokens = static_cast<std::int64_t>(sequence.tokens.size());
+    sequence.max_total_tokens = std::min(sequence.num_prompt_tokens + request.sampling.max_tokens, sizes.max_model_len);
+    sequence.cache_key = state->adapter ? state->adapter->cache_key() : 0;
+    sequence.use_prefix_cache = config.enable_prefix_caching;
+    sequence.arrival_ms = now_ms();
+    scheduler.add(&sequence);
+    requests.emplace(id, std::move(state));
+    counters["requests_submitted"] += 1;
+  }
+  return first;
+}
+
+void Engine::Impl::finish(RequestId id) {
+  const auto request = requests.find(id);
+  scheduler.finish(&request->second->sequence);
+  if (request->second->adapter) --request->second->adapter->num_requests;
+  requests.erase(request);
+}
+
+void Engine::Impl::unload(const std::string& name) {
+  const auto adapter = adapters.get(name);
+  require(!is_training(name), "adapter \"", name, "\" is being trained; cancel its job first");
+  adapters.remove(name);
+  blocks.forget(adapter->cache_key());
+}
+
+Engine::Engine(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
+Engine::Engine(Engine&&) noexcept = default;
+Engine& Engine::operator=(Engine&&) noexcept = default;
+Engine::~Engine() = default;
+
+Engine Engine::load(const std::string& model, const EngineConfig& config) {
+  return Engine(std::make_unique<Impl>(model, config));
+}
+
+RequestId Engine::submit(const Request& request) {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->validate(request);
+  return impl_->submit(request);
+}
+
+std::vector<RequestId> Engine::submit_batch(const std::vector<Request>& requests) {
+  const std::lock_guard lock(impl_->mutex);
+  for (const auto& request : requests) impl_->validate(request);
+  std::vector<RequestId> ids;
+  for (const auto& request : requests) ids.push_back(impl_->submit(request));
+  return ids;
+}
+
+StepReport Engine::step() {
+  const std::lock_guard lock(impl_->mutex);
+  return impl_->step();
+}
+
+bool Engine::cancel(RequestId id) {
+  const std::lock_guard lock(impl_->mutex);
+  if (!impl_->requests.contains(id)) return false;
+  impl_->finish(id);
+  impl_->cancelled.push_back({.request_id = id, .finish_reason = FinishReason::kCancelled});
+  impl_->counters["requests_cancelled"] += 1;
+  return true;
+}
+
+bool Engine::has_work() const {
+  const std::lock_guard lock(impl_->mutex);
+  return impl_->scheduler.has_inference() || impl_->scheduler.has_training() || !impl_->cancelled.empty() ||
+         !impl_->job_events.empty();
+}
+
+void Engine::create_adapter(const std::string& name, const LoraConfig& config, std::uint64_t seed) {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->adapters.create(name, config, seed);
+}
+
+void Engine::load_adapter(const std::string& name, const std::string& directory) {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->adapters.load(name, directory);
+}
+
+void Engine::save_adapter(const std::string& name, const std::string& directory) const {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->adapters.save(name, directory);
+}
+
+std::vector<AdapterInfo> Engine::adapters() const {
+  const std::lock_guard lock(impl_->mutex);
+  std::vector<AdapterInfo> infos;
+  for (const auto& adapter : impl_->adapters.all()) {
+    AdapterInfo info{.name = adapter->name,
+                     .version = adapter->version,
+                     .bytes = static_cast<std::int64_t>(adapter->bytes()),
+                     .training = impl_->is_training(adapter->name)};
+    for (const auto& module : adapter->modules) {
+      info.rank = std::max(info.rank, module.rank);
+      const std::string leaf = module.path.substr(module.path.rfind('.') + 1);
+      if (std::find(info.target_modules.begin(), info.target_modules.end(), leaf) == info.target_modules.end())
+        info.target_modules.push_back(leaf);
+    }
+    infos.push_back(std::move(info));
+  }
+  return infos;
+}
+
+void Engine::unload_adapter(const std::string& name) {
+  const std::lock_guard lock(impl_->mutex);
+  impl_->unload(name);
+}
+
+JobId Engine::finetune(const std::string& adapter, std::vector<Example> examples, const FinetuneConfig& config) {
+  const std::lock_guard lock(impl_->mutex);
+  return impl_->start_job(adapter, std::move(examples), config);
+}
+
+std::vector<float> Engine::score(const std::vector<std::int32_t>& token_ids, const std::string& adapter) {
+  const std::lock_guard lock(impl_->mutex);
+  require(!token_ids.empty(), "token_ids: empty, wanted at least one token");
+  const auto held = adapter.empty() ? nullptr : impl_->adapters.get(adapter);
+  std::vector<float> scores(token_ids.size() - 1);
+  if (!scores.empty()) impl_->forward_alone(token_ids, held.get(), scores.data(), nullptr);
+  return scores;
+}
+
+std::vector<float> Engine::logits(const std::vector<std::int32_t>& token_ids, const std::string& adapter) {
+  const std::lock_guard lock(impl_->mutex);
+  require(!token_ids.empty(), "token_ids: empty, wanted at least one token");
+  const auto held = adapter.empty() ? nullptr : impl_->adapters.get(adapter);
+  std::vector<float> logits(token_ids.size() * static_cast<std::size_t>(impl_->model.vocab_size));
+  impl_->forward_alone(token_ids, held.get(), nullptr, logits.data());
+  return logits;
+}
+
+LossAndGradients Engine::loss_and_gradients(const std::string& adapter, const std::vector<Example>& examples,
+                                            std::int64_t window_tokens, std::int64_t backward_window_tokens) {
+  const std::lock_guard lock(impl_->mutex);
+  return impl_->loss_and_gradients(adapter, examples, window_tokens, backward_window_tokens);
+}
+
+std::map<std::string, std::int64_t> Engine::memory() const {
+  std::map<std::string, std::int64_t> bytes;
+  for (std::size_t i = 0; i < static_cast<std::size_t>(MemoryTag::kCount); ++i) {
+    const auto tag = static_cast<MemoryTag>(i);
+    bytes[std::string(memory_tag_name(tag))] = static_cast<std::int64_t>(impl_->ledger.current(tag));
+  }
+  return bytes;
+}
+
+std::map<std::string, std::int64_t> Engine::memory_peak() const {
+  std::map<std::string, std::int64_t> bytes;
+  for (std::size_t i = 0; i < static_cast<std::size_t>(MemoryTag::kCount); ++i) {
+    const auto tag = static_cast<MemoryTag>(i);
+    bytes[std::string(memory_tag_name(tag))] = static_cast<std::int64_t>(impl_->ledger.peak(tag));
+  }
+  return bytes;
+}
+
+std::map<std::string, double> Engine::stats() const {
+  const std::lock_guard lock(impl_->mutex);
+  const Impl& impl = *impl_;
+  auto stats = impl.counters;
+  stats["requests_waiting"] = static_cast<double>(impl.scheduler.num_waiting());
+  stats["requests_running"] = static_cast<double>(impl.scheduler.num_running());
+  stats["kv_blocks"] = static_cast<double>(impl.blocks.num_blocks());
+  stats["kv_blocks_free"] = static_cast<double>(impl.blocks.num_free());
+  stats["prefix_cache_queries"] = static_cast<double>(impl.blocks.prefix_queries());
+  stats["prefix_cache_hits"] = static_cast<double>(impl.blocks.prefix_hits());
+  stats["step_time_margin"] = impl.cost.margin();
+  stats["step_time_overrun_share"] = impl.cost.overrun_share();
+  stats["step_time_observed"] = static_cast<double>(impl.cost.num_observed());
+  const auto coefficients = impl.cost.coefficients();
+  const auto names = CostModel::term_names();
+  for (std::size_t i = 0; i < names.size(); ++i) stats[str("step_time_ms.", names[i])] = coefficients[i];
+  return stats;
+}
+
+ModelInfo Engine::model() const {
+  const Impl& impl = *impl_;
+  const auto& m = impl.model;
+  return {.architecture = m.architecture_name,
+          .device = "cpu",
+          .dtype = impl.config.dtype,
+          .num_layers = m.num_layers,
+          .hidden_size = m.hidden_size,
+          .intermediate_size = m.intermediate_size,
+          .num_heads = m.num_heads,
+          .num_kv_heads = m.num_kv_heads,
+          .head_dim = m.head_dim,
+          .vocab_size = m.vocab_size,
+          .max_position_embeddings = m.max_position_embeddings,
+          .num_parameters = impl.compiled.base().num_parameters(),
+          .eos_token_ids = m.eos_token_ids,
+          .num_blocks = impl.sizes.limits.num_blocks,
+          .block_size = impl.sizes.limits.block_size,
+          .max_model_len = impl.sizes.max_model_len,
+          .num_threads = impl.threads.size()};
+}
+
+void Engine::set_slo(const SLO& slo) {
+  const std::lock_guard lock(impl_->mutex);
+  require(slo.tpot_ms > 0 && slo.ttft_ms > 0, "slo: tpot_ms ", slo.tpot_ms, ", ttft_ms ", slo.ttft_ms, ", wanted > 0");
+  impl_->config.slo = slo;
+  impl_->scheduler.set_objective(slo.tpot_ms, slo.ttft_ms);
+}
+
+}  // namespace flexcore

@@ -1,0 +1,222 @@
+#include <algorithm>
+#include <utility>
+
+#include "core/check.h"
+#include "engine/impl.h"
+#include "ops/rows.h"
+#include "train/checkpoint.h"
+
+namespace flexcore {
+
+namespace {
+
+FinetuneEvent event_of(const TrainingJob& job) {
+  return {.job_id = job.id, .step = job.step, .loss = job.loss, .status = job.status};
+}
+
+}  // namespace
+
+void Engine::Impl::validate(const std::vector<Example>& examples) const {
+  require(!examples.empty(), "examples: empty, wanted at least one");
+  for (std::size_t i = 0; i < examples.size(); ++i) {
+    const auto& example = examples[i];
+    const auto length = static_cast<std::int64_t>(example.input_ids.size());
+    const std::string where = str("examples[", i, "]");
+    require(example.labels.size() == example.input_ids.size(), where, ".labels: ", example.labels.size(),
+            " labels, wanted as many as input_ids (", length, ")");
+    require(length >= 2, where, ".input_ids: ", length, " tokens, wanted at least 2");
+    require(length <= sizes.max_model_len, where, ".input_ids: ", length, " tokens, wanted at most max_model_len (",
+            sizes.max_model_len, ")");
+    check_tokens(example.input_ids, (where + ".input_ids").c_str());
+    for (std::size_t t = 0; t < example.labels.size(); ++t)
+      require(example.labels[t] == -100 || (example.labels[t] >= 0 && example.labels[t] < model.vocab_size), where,
+              ".labels: ", example.labels[t], " at position ", t, ", wanted -100 or a token id below ", model.vocab_size);
+    require(count_targets(example) > 0, where, ".labels: no target (all are -100 after the first), nothing to learn");
+    const std::int64_t pages = (length + sizes.limits.block_size - 1) / sizes.limits.block_size;
+    require(pages <= blocks.num_blocks(), where, ": ", length, " tokens need ", pages, " pages, but the pool has ",
+            blocks.num_blocks(), "; raise kv_cache_memory_bytes");
+  }
+}
+
+JobId Engine::Impl::start_job(const std::string& adapter, std::vector<Example> examples, const FinetuneConfig& settings) {
+  const auto target = adapters.get(adapter);
+  check(settings);
+  require(!is_training(adapter), "adapter \"", adapter, "\" is being trained by another job");
+  validate(examples);
+  executor->reserve(compiled.training(target->sites()));
+  const JobId id = next_job++;
+  auto job = std::make_unique<TrainingJob>(id, adapter, std::move(examples), settings);
+  job->allocate(context, host_allocator(), ledger, target->num_parameters);
+  scheduler.add_job(id, settings.weight);
+  start_batch(*job);
+  jobs.emplace(id, std::move(job));
+  return id;
+}
+
+TrainingJob& Engine::Impl::find_job(JobId id) const {
+  const auto job = jobs.find(id);
+  require(job != jobs.end(), "job: unknown id ", id);
+  return *job->second;
+}
+
+bool Engine::Impl::is_training(const std::string& adapter) const {
+  return std::any_of(jobs.begin(), jobs.end(), [&](const auto& entry) {
+    return entry.second->adapter == adapter && !entry.second->ended();
+  });
+}
+
+std::int64_t Engine::Impl::program_id(const TrainingProgram& program) {
+  return program_ids.emplace(&program, static_cast<std::int64_t>(program_ids.size())).first->second;
+}
+
+TrainState& Engine::Impl::state_of(const TrainSequence& sequence) { return *train_states.at(&sequence); }
+
+void Engine::Impl::start_batch(TrainingJob& job) {
+  const auto adapter = adapters.get(job.adapter);
+  TrainingProgram& program = compiled.training(adapter->sites());
+  const auto batch = job.batch();
+  job.batch_targets = 0;
+  job.batch_loss = 0.0;
+  job.sequences_done = 0;
+  for (const auto index : batch) job.batch_targets += count_targets(job.examples[static_cast<std::size_t>(index)]);
+  const float scale = 1.0f / static_cast<float>(job.batch_targets);
+  for (const auto index : batch) {
+    auto state = std::make_unique<TrainState>(job.examples[static_cast<std::size_t>(index)], adapter, program,
+                                              job.gradients(), scale);
+    state->sequence.id = next_train_sequence++;
+    state->sequence.job_id = job.id;
+    state->sequence.program = program_id(program);
+    state->sequence.window_tokens = job.config.window_tokens.value_or(0);
+    state->sequence.backward_window_tokens = job.config.backward_window_tokens.value_or(0);
+    train_states[&state->sequence] = state.get();
+    scheduler.add_training(&state->sequence);
+    job.sequences.push_back(std::move(state));
+  }
+  if (job.status == JobStatus::kQueued) job.status = JobStatus::kRunning;
+}
+
+void Engine::Impl::finish_sequences(TrainingJob& job, StepReport& report) {
+  for (auto& state : job.sequences) {
+    if (!state || !state->sequence.done) continue;
+    job.batch_loss += state->loss_sum;
+    job.trained_tokens += state->length();
+    counters["finetune_trained_tokens"] += static_cast<double>(state->length());
+    train_states.erase(&state->sequence);
+    state.reset();
+    ++job.sequences_done;
+  }
+  if (job.sequences.empty() || job.sequences_done < static_cast<std::int64_t>(job.sequences.size())) return;
+  job.sequences.clear();
+  try {
+    const auto before = adapters.get(job.adapter);
+    const std::uint64_t key = before->cache_key();
+    const double rate = job.learning_rate();
+    const std::int64_t targets = job.batch_targets;
+    const auto target = adapters.next_version(job.adapter);
+    blocks.forget(key);
+    const double norm = job.optimizer_step(context, *target);
+    job.loss = job.batch_loss / static_cast<double>(targets);
+    counters["finetune_steps"] += 1;
+    if (job.step < job.total_steps())
+      start_batch(job);
+    else
+      end_job(job, JobStatus::kSucceeded, "");
+    FinetuneEvent event = event_of(job);
+    event.target_tokens = targets;
+    event.learning_rate = rate;
+    event.grad_norm = norm;
+    report.finetune.push_back(event);
+  } catch (const Error& error) {
+    end_job(job, JobStatus::kFailed, error.what());
+    report.finetune.push_back(event_of(job));
+  }
+}
+
+void Engine::Impl::end_job(TrainingJob& job, JobStatus status, const std::string& error) {
+  for (const auto& state : job.sequences)
+    if (state) train_states.erase(&state->sequence);
+  scheduler.remove_job(job.id);
+  job.release();
+  job.status = status;
+  job.error = error;
+}
+
+JobInfo Engine::job(JobId id) const {
+  const std::lock_guard lock(impl_->mutex);
+  const TrainingJob& job = impl_->find_job(id);
+  return {job.id,      job.adapter, job.status,         job.step, job.total_steps(), job.epoch(),
+          job.loss,    job.trained_tokens, job.error};
+}
+
+std::vector<JobInfo> Engine::jobs() const {
+  std::vector<JobId> ids;
+  {
+    const std::lock_guard lock(impl_->mutex);
+    for (const auto& [id, job] : impl_->jobs) ids.push_back(id);
+  }
+  std::vector<JobInfo> infos;
+  for (const auto id : ids) infos.push_back(job(id));
+  return infos;
+}
+
+void Engine::pause_job(JobId id) {
+  const std::lock_guard lock(impl_->mutex);
+  TrainingJob& job = impl_->find_job(id);
+  require(job.active(), "job ", id, " is ", job_status_name(job.status), ", wanted a running one to pause");
+  job.status = JobStatus::kPaused;
+  impl_->scheduler.pause_job(id, true);
+  impl_->job_events.push_back(event_of(job));
+}
+
+void Engine::resume_job(JobId id) {
+  const std::lock_guard lock(impl_->mutex);
+  TrainingJob& job = impl_->find_job(id);
+  require(job.status == JobStatus::kPaused, "job ", id, " is ", job_status_name(job.status),
+          ", wanted a paused one to resume");
+  job.status = JobStatus::kRunning;
+  impl_->scheduler.pause_job(id, false);
+  impl_->job_events.push_back(event_of(job));
+}
+
+void Engine::cancel_job(JobId id) {
+  const std::lock_guard lock(impl_->mutex);
+  TrainingJob& job = impl_->find_job(id);
+  require(!job.ended(), "job ", id, " is ", job_status_name(job.status), ", nothing to cancel");
+  impl_->end_job(job, JobStatus::kCancelled, "");
+  impl_->job_events.push_back(event_of(job));
+}
+
+void Engine::save_checkpoint(JobId id, const std::string& directory) const {
+  const std::lock_guard lock(impl_->mutex);
+  const TrainingJob& job = impl_->find_job(id);
+  require(!job.ended(), "job ", id, " is ", job_status_name(job.status),
+          ": its optimizer state is gone; save_adapter still saves the result");
+  write_checkpoint(directory, job, *impl_->adapters.get(job.adapter));
+}
+
+JobId Engine::resume_finetune(const std::string& directory, std::vector<Example> examples) {
+  const std::lock_guard lock(impl_->mutex);
+  const Checkpoint checkpoint = read_checkpoint(directory);
+  const std::string& name = checkpoint.adapter;
+  require(!impl_->is_training(name), "adapter \"", name, "\" is being trained by another job");
+  check(checkpoint.config);
+  impl_->validate(examples);
+  require(static_cast<std::int64_t>(examples.size()) == checkpoint.num_examples, "examples: ", examples.size(),
+          ", wanted those of the first call (", checkpoint.num_examples, ")");
+  if (impl_->adapters.contains(name)) impl_->unload(name);
+  const auto adapter = impl_->adapters.load(name, directory);
+  impl_->executor->reserve(impl_->compiled.training(adapter->sites()));
+  const JobId id = impl_->next_job++;
+  auto job = std::make_unique<TrainingJob>(id, name, std::move(examples), checkpoint.config);
+  job->step = checkpoint.step;
+  job->loss = checkpoint.loss;
+  job->trained_tokens = checkpoint.trained_tokens;
+  job->allocate(impl_->context, host_allocator(), impl_->ledger, adapter->num_parameters);
+  read_optimizer_state(directory, *job, *adapter);
+  impl_->scheduler.add_job(id, checkpoint.config.weight);
+  impl_->start_batch(*job);
+  impl_->jobs.emplace(id, std::move(job));
+  return id;
+}
+
+}  // namespace flexcore

@@ -1,0 +1,119 @@
+#pragma once
+
+#include <chrono>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "compile/compiled_model.h"
+#include "engine/executor.h"
+#include "flexcore/engine.h"
+#include "memory/arena.h"
+#include "model/config.h"
+#include "model/weight_store.h"
+#include "ops/registry.h"
+#include "ops/sampling.h"
+#include "peft/adapter_store.h"
+#include "sched/scheduler.h"
+#include "train/job.h"
+
+namespace flexcore {
+
+/// A request from submission to its last token.
+struct RequestState {
+  Sequence sequence;
+  SamplingParams sampling;
+  std::shared_ptr<Adapter> adapter;  // the version that it began with; null: base model
+  std::uint64_t seed = 0;
+  std::vector<std::pair<std::int32_t, float>> logit_bias;
+  std::vector<std::int32_t> end_tokens;  // that end it
+};
+
+/// Sizes that follow from a model, a configuration and the machine, before anything is allocated.
+struct EngineSizes {
+  DType compute = DType::kBFloat16;
+  std::int64_t max_model_len = 0;
+  std::int64_t block_bytes = 0;  // of all layers
+  ExecutorLimits limits;
+  std::int64_t num_parameters = 0;
+};
+EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config);
+RowCounts row_capacity(const ExecutorLimits& limits);
+/// Throws InvalidArgument that names the field.
+void check(const EngineConfig& config);
+
+struct Engine::Impl {
+  Impl(const std::string& model_path, const EngineConfig& config);
+  ~Impl();
+
+  // engine.cpp
+  double now_ms() const;
+  std::uint64_t request_seed(RequestId id, const SamplingParams& sampling, std::int64_t index) const;
+  void check_tokens(std::span<const std::int32_t> tokens, const char* argument) const;
+  RequestId submit(const Request& request);
+  void validate(const Request& request) const;
+  void finish(RequestId id);
+  void unload(const std::string& name);
+
+  // step.cpp
+  StepReport step();
+  void run_plan(StepPlan& plan, StepReport& report);
+  void drop_failed_training(StepPlan& plan, StepReport& report);
+  std::vector<SamplingResult> sample(const std::vector<RequestState*>& rows, const TensorView& logits,
+                                     std::vector<std::vector<std::pair<std::int32_t, float>>>& top,
+                                     std::vector<bool>& failed);
+  void emit_token(RequestState& request, const SamplingResult& result, StepReport& report);
+
+  // finetune.cpp
+  JobId start_job(const std::string& adapter, std::vector<Example> examples, const FinetuneConfig& config);
+  void validate(const std::vector<Example>& examples) const;
+  TrainingJob& find_job(JobId id) const;
+  void start_batch(TrainingJob& job);
+  void finish_sequences(TrainingJob& job, StepReport& report);
+  void end_job(TrainingJob& job, JobStatus status, const std::string& error);
+  std::int64_t program_id(const TrainingProgram& program);
+  TrainState& state_of(const TrainSequence& sequence);
+  void publish(const std::string& adapter, const std::shared_ptr<Adapter>& before);
+  bool is_training(const std::string& adapter) const;
+
+  // measure.cpp
+  void forward_alone(std::span<const std::int32_t> tokens, const Adapter* adapter, float* scores, float* logits);
+  LossAndGradients loss_and_gradients(const std::string& adapter, const std::vector<Example>& examples,
+                                      std::int64_t window_tokens, std::int64_t backward_window_tokens);
+  // calibrate.cpp
+  void calibrate();
+
+  mutable std::mutex mutex;
+  EngineConfig config;
+  ModelConfig model;
+  EngineSizes sizes;
+  MemoryLedger ledger;  // outlives everything that reserves
+  ThreadPool threads;
+  Arena scratch;
+  OpRegistry registry;
+  OpContext context;
+  CompiledModel compiled;
+  WeightStore weights;
+  AdapterStore adapters;
+  std::unique_ptr<Executor> executor;
+  BlockManager blocks;
+  CostModel cost;
+  Scheduler scheduler;
+
+  std::map<RequestId, std::unique_ptr<RequestState>> requests;
+  std::vector<TokenEvent> cancelled;  // to be reported by the next step
+  RequestId next_request = 1;
+  std::map<JobId, std::unique_ptr<TrainingJob>> jobs;
+  std::vector<FinetuneEvent> job_events;  // changes of status to be reported by the next step
+  JobId next_job = 1;
+  std::map<const TrainSequence*, TrainState*> train_states;
+  std::map<const TrainingProgram*, std::int64_t> program_ids;
+  std::int64_t next_train_sequence = 1;
+  std::map<std::string, double> counters;
+  std::chrono::steady_clock::time_point start = std::chrono::steady_clock::now();
+};
+
+}  // namespace flexcore

@@ -1,0 +1,138 @@
+#include <algorithm>
+#include <utility>
+
+#include "core/check.h"
+#include "engine/impl.h"
+
+namespace flexcore {
+
+namespace {
+
+// Pages for work outside the scheduler; given back on every way out.
+class TemporaryPages {
+ public:
+  TemporaryPages(BlockManager& blocks, std::vector<std::int32_t>& table, std::int64_t tokens)
+      : blocks_(blocks), table_(table) {
+    require<OutOfMemory>(blocks_.reserve(table_, tokens), "kv pages: ", tokens, " tokens do not fit, ",
+                         blocks_.num_free(), " of ", blocks_.num_blocks(), " pages are free");
+  }
+  ~TemporaryPages() { blocks_.release(table_); }
+  TemporaryPages(const TemporaryPages&) = delete;
+  TemporaryPages& operator=(const TemporaryPages&) = delete;
+
+ private:
+  BlockManager& blocks_;
+  std::vector<std::int32_t>& table_;
+};
+
+}  // namespace
+
+void Engine::Impl::forward_alone(std::span<const std::int32_t> tokens, const Adapter* adapter, float* scores,
+                                 float* logits) {
+  const auto length = static_cast<std::int64_t>(tokens.size());
+  check_tokens(tokens, "token_ids");
+  require(length <= sizes.max_model_len, "token_ids: ", length, " tokens, wanted at most max_model_len (",
+          sizes.max_model_len, ")");
+  std::vector<std::int32_t> table;
+  const TemporaryPages pages(blocks, table, length);
+  const std::int64_t chunk = logits != nullptr ? sizes.limits.max_sampled_rows : sizes.limits.max_rows;
+  for (std::int64_t begin = 0; begin < length; begin += chunk) {
+    const std::int64_t end = std::min(length, begin + chunk);
+    const auto part = [&](std::int64_t from, std::int64_t to) {
+      return tokens.subspan(static_cast<std::size_t>(from), static_cast<std::size_t>(to - from));
+    };
+    RowGroup group{.tokens = part(begin, end), .position = begin, .block_table = table.data(), .adapter = adapter};
+    if (scores != nullptr) {
+      group.score_labels = part(begin + 1, std::min(length, end + 1));
+      group.score = scores + begin;
+    } else {
+      group.sampled = end - begin;
+    }
+    const TensorView rows = executor->forward({&group, 1});
+    if (logits != nullptr) std::copy_n(rows.as<float>(), rows.size(), logits + begin * model.vocab_size);
+  }
+}
+
+LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const std::vector<Example>& examples,
+                                                  std::int64_t window_tokens, std::int64_t backward_window_tokens) {
+  const auto adapter = adapters.get(name);
+  validate(examples);
+  require(window_tokens >= 0, "window_tokens: ", window_tokens, ", wanted >= 0");
+  require(backward_window_tokens >= 0, "backward_window_tokens: ", backward_window_tokens, ", wanted >= 0");
+  TrainingProgram& program = compiled.training(adapter->sites());
+  executor->reserve(program);
+  Buffer gradients(host_allocator(), ledger, MemoryTag::kGradients,
+                   static_cast<std::size_t>(adapter->num_parameters) * sizeof(float));
+  auto* grads = reinterpret_cast<float*>(gradients.data());
+  std::fill_n(grads, adapter->num_parameters, 0.0f);
+
+  std::int64_t targets = 0;
+  for (const auto& example : examples) targets += count_targets(example);
+  std::vector<std::unique_ptr<TrainState>> states;
+  std::vector<std::unique_ptr<TemporaryPages>> pages;
+  for (const auto& example : examples) {
+    states.push_back(
+        std::make_unique<TrainState>(example, adapter, program, grads, 1.0f / static_cast<float>(targets)));
+    pages.push_back(std::make_unique<TemporaryPages>(blocks, states.back()->sequence.block_table, states.back()->length()));
+    states.back()->allocate(host_allocator(), ledger, executor->shape());
+  }
+  // All sequences advance together, as many rows a pass as fit.
+  const std::int64_t max_rows = sizes.limits.max_rows;
+  const auto window_of = [max_rows](std::int64_t wanted) { return wanted > 0 ? std::min(wanted, max_rows) : max_rows; };
+  const std::int64_t forward_window = window_of(window_tokens), backward_window = window_of(backward_window_tokens);
+  for (bool more = true; more;) {
+    more = false;
+    std::vector<RowGroup> groups;
+    std::int64_t rows = 0;
+    for (auto& state : states) {
+      auto& done = state->sequence.forward_done;
+      const std::int64_t count = std::min({state->length() - done, forward_window, max_rows - rows});
+      if (done == state->length()) continue;
+      more = true;
+      if (count == 0) break;
+      const std::span<const std::int32_t> tokens(state->example->input_ids);
+      groups.push_back({.tokens = tokens.subspan(static_cast<std::size_t>(done), static_cast<std::size_t>(count)),
+                        .position = done,
+                        .block_table = state->sequence.block_table.data(),
+                        .adapter = adapter.get(),
+                        .train = state.get()});
+      done += count;
+      rows += count;
+    }
+    if (!groups.empty()) executor->forward(groups);
+  }
+  for (std::int64_t layer = model.num_layers; layer-- > program.first_layer;) {
+    for (auto& state : states) state->sequence.rows_left = state->length();
+    for (bool more = true; more;) {
+      more = false;
+      std::vector<BackwardRows> unit;
+      std::int64_t rows = 0;
+      for (auto& state : states) {
+        auto& left = state->sequence.rows_left;
+        const std::int64_t count = std::min({left, backward_window, max_rows - rows});
+        if (left == 0) continue;
+        more = true;
+        if (count == 0) break;
+        unit.push_back({state.get(), left - count, left});
+        left -= count;
+        rows += count;
+      }
+      if (!unit.empty()) executor->backward(static_cast<int>(layer), unit);
+    }
+  }
+  LossAndGradients result;
+  for (const auto& state : states) result.loss += state->loss_sum;
+  result.loss /= static_cast<double>(targets);
+  for (const auto& module : adapter->modules) {
+    const auto copy = [&](std::int64_t offset, std::int64_t rows, std::int64_t columns) {
+      return std::vector<float>(grads + offset, grads + offset + rows * columns);
+    };
+    result.gradients.push_back({peft_key(module, true), {module.rank, module.in_features},
+                                copy(module.a_offset, module.rank, module.in_features)});
+    result.gradients.push_back({peft_key(module, false), {module.out_features, module.rank},
+                                copy(module.b_offset, module.out_features, module.rank)});
+  }
+  return result;
+}
+
+}  // namespace flexcore

@@ -1,0 +1,56 @@
+#include <unistd.h>
+
+#include <algorithm>
+
+#include "core/check.h"
+#include "engine/impl.h"
+
+namespace flexcore {
+
+void check(const EngineConfig& c) {
+  const auto positive = [](std::int64_t value, const char* name) {
+    require(value >= 1, name, ": ", value, ", wanted >= 1");
+  };
+  positive(c.max_model_len, "max_model_len");
+  positive(c.max_num_seqs, "max_num_seqs");
+  positive(c.max_num_batched_tokens, "max_num_batched_tokens");
+  positive(c.block_size, "block_size");
+  require(c.dtype == "bfloat16" || c.dtype == "float32", "dtype: \"", c.dtype, "\", wanted \"bfloat16\" or \"float32\"");
+  require(c.num_threads >= 0, "num_threads: ", c.num_threads, ", wanted >= 0");
+  require(c.slo.tpot_ms > 0 && c.slo.ttft_ms > 0, "slo: tpot_ms ", c.slo.tpot_ms, ", ttft_ms ", c.slo.ttft_ms,
+          ", wanted > 0");
+  if (c.kv_cache_memory_bytes) positive(*c.kv_cache_memory_bytes, "kv_cache_memory_bytes");
+  if (c.finetune_memory_bytes) positive(*c.finetune_memory_bytes, "finetune_memory_bytes");
+  if (c.device == "cpu" || c.device == "auto") return;
+  require(c.device.rfind("cuda", 0) == 0, "device: \"", c.device, "\", wanted \"auto\", \"cpu\", \"cuda\" or \"cuda:N\"");
+  throw Unsupported(str("device: \"", c.device, "\": this build has no CUDA backend"));
+}
+
+EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config) {
+  check(config);
+  EngineSizes sizes;
+  sizes.compute = config.dtype == "float32" ? DType::kFloat32 : DType::kBFloat16;
+  sizes.max_model_len = std::min(config.max_model_len, model.max_position_embeddings);
+  sizes.block_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * config.block_size *
+                      static_cast<std::int64_t>(dtype_size(sizes.compute));
+  const std::int64_t blocks_per_sequence = (sizes.max_model_len + config.block_size - 1) / config.block_size;
+  std::int64_t num_blocks = config.max_num_seqs * blocks_per_sequence;
+  if (config.kv_cache_memory_bytes) {
+    num_blocks = *config.kv_cache_memory_bytes / sizes.block_bytes;
+    require(num_blocks >= 1, "kv_cache_memory_bytes: ", *config.kv_cache_memory_bytes, ", wanted at least one page of ",
+            sizes.block_bytes, " bytes");
+  } else {
+    const std::int64_t physical = static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE);
+    num_blocks = std::max(std::min(num_blocks, physical / 4 / sizes.block_bytes), blocks_per_sequence);
+  }
+  // Every running sequence may need a row in one step.
+  const std::int64_t max_seqs = std::min(config.max_num_seqs, config.max_num_batched_tokens);
+  sizes.limits = {config.max_num_batched_tokens, max_seqs, sizes.max_model_len, num_blocks, config.block_size};
+  return sizes;
+}
+
+RowCounts row_capacity(const ExecutorLimits& limits) {
+  return {limits.max_rows, limits.max_sampled_rows, limits.max_rows};
+}
+
+}  // namespace flexcore
