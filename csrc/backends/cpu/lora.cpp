@@ -15,8 +15,10 @@ namespace {
 // Rows x depth of one converted tile: with the four rows of A in L1, 144 KiB of a 512 KiB L2. The depth is part of the
 // arithmetic (sums along k are cut there); the rows are not.
 constexpr std::int64_t kTileRows = 48, kTileDepth = 768;
-// Multiply-adds that one worker does in about the time that a parallel region costs, and in one task.
-constexpr std::int64_t kSerialWork = 65536, kTaskWork = 131072;
+// Rows of y in one task: enough to pay for turning B around, few enough to share the work.
+constexpr std::int64_t kExpandRows = 96;
+// Multiply-adds below which a parallel region costs more than it saves, and those of the smallest and largest task.
+constexpr std::int64_t kSerialWork = 32768, kMinTaskWork = 16384, kMaxTaskWork = 524288;
 
 int type_index(const TensorView& t) { return t.dtype() == DType::kBFloat16 ? 1 : 0; }
 std::int64_t round_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
@@ -68,11 +70,16 @@ void for_tasks(OpContext& context, std::int64_t count, std::int64_t work, Body&&
   context.threads->parallel_for_each(count, body);
 }
 
-/// Ranges of columns, so many that every worker finds a few tasks, in steps that fill registers.
+/// Multiply-adds of a task such that every worker finds a few.
+std::int64_t task_work(OpContext& context, std::int64_t work) {
+  return std::clamp(work / (4 * context.threads->size()), kMinTaskWork, kMaxTaskWork);
+}
+
+/// Ranges of columns of about `work` multiply-adds each, in steps that fill registers.
 struct ColumnChunks {
-  ColumnChunks(std::int64_t columns, std::int64_t work_per_column)
+  ColumnChunks(std::int64_t columns, std::int64_t work_per_column, std::int64_t work)
       : columns(columns),
-        step(round_up(std::max<std::int64_t>(kTaskWork / std::max<std::int64_t>(work_per_column, 1), 1),
+        step(round_up(std::max<std::int64_t>(work / std::max<std::int64_t>(work_per_column, 1), 1),
                       2 * lora_kernels().column_step)),
         count((columns + step - 1) / step) {}
   std::int64_t begin(std::int64_t i) const { return i * step; }
@@ -230,21 +237,24 @@ void lora_forward(OpContext& context, const LoraArgs& args) {
   if (pieces.empty()) return;
   shrink_all(context, args.x, pieces);
 
-  const auto chunks_of = [&](const Piece& p) { return ColumnChunks(p.out_features, p.rows() * p.segment->rank); };
-  TaskTable tasks(context, pieces.size());
   std::int64_t work = 0;
-  for (std::size_t i = 0; i < pieces.size(); ++i) {
-    tasks.add(i, chunks_of(pieces[i]).count);
-    work += pieces[i].rows() * pieces[i].segment->rank * pieces[i].out_features;
-  }
+  for (const Piece& p : pieces) work += p.rows() * p.segment->rank * p.out_features;
+  const auto chunks_of = [&, part = task_work(context, work)](const Piece& p) {
+    return ColumnChunks(p.out_features, std::min(p.rows(), kExpandRows) * p.segment->rank, part);
+  };
+  TaskTable tasks(context, pieces.size());
+  for (std::size_t i = 0; i < pieces.size(); ++i)
+    tasks.add(i, (pieces[i].rows() + kExpandRows - 1) / kExpandRows * chunks_of(pieces[i]).count);
   for_tasks(context, tasks.total(), work, [&](std::int64_t task, int) {
-    const auto [index, chunk] = tasks.find(task);
+    const auto [index, part] = tasks.find(task);
     const Piece& p = pieces[index];
-    const TensorView y = args.members[p.member].y.rows(p.segment->begin, p.segment->end);
     const auto chunks = chunks_of(p);
-    lora_kernels().expand[type_index(y)]({p.u, p.stride, p.rows(), p.segment->rank, p.segment->lora_b, p.segment->rank,
-                                          false, p.segment->scaling, y.data(), y.stride(0), chunks.begin(chunk),
-                                          chunks.end(chunk)});
+    const std::int64_t row = part / chunks.count * kExpandRows, rows = std::min(kExpandRows, p.rows() - row);
+    const std::int64_t chunk = part % chunks.count, begin = p.segment->begin + row;
+    const TensorView y = args.members[p.member].y.rows(begin, begin + rows);
+    lora_kernels().expand[type_index(y)]({p.u + row * p.stride, p.stride, rows, p.segment->rank, p.segment->lora_b,
+                                          p.segment->rank, false, p.segment->scaling, y.data(), y.stride(0),
+                                          chunks.begin(chunk), chunks.end(chunk)});
   });
 }
 
@@ -309,12 +319,18 @@ void lora_backward(OpContext& context, const LoraBackwardArgs& args) {
   const std::int64_t num_members = args.members.size();
   auto* work = context.scratch->allocate<std::int64_t>(num_members + 1);
   std::fill_n(work, num_members + 1, 0);
+  std::int64_t total = 0;
   for (const Piece& p : pieces) {
-    work[0] += 2 * p.rows() * p.segment->rank;
-    work[1 + p.member] += p.rows() * p.segment->rank;
+    const std::int64_t per_column = p.rows() * p.segment->rank;
+    work[0] += 2 * per_column;
+    work[1 + p.member] += per_column;
+    total += per_column * (2 * args.x.shape(1) + p.out_features);
   }
-  const auto chunks_of = [&](std::int64_t i) {
-    return ColumnChunks(i == 0 ? args.x.shape(1) : work[i] == 0 ? 0 : args.members[i - 1].grad_y.shape(1), work[i]);
+  const auto chunks_of = [&, part = task_work(context, total)](std::int64_t i) {
+    return ColumnChunks(i == 0         ? args.x.shape(1)
+                        : work[i] == 0 ? 0
+                                       : args.members[i - 1].grad_y.shape(1),
+                        work[i], part);
   };
   TaskTable tasks(context, num_members + 1);
   for (std::int64_t i = 0; i <= num_members; ++i) tasks.add(i, chunks_of(i).count);

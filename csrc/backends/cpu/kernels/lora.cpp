@@ -9,7 +9,8 @@ namespace {
 constexpr int kWidth = 2 * kLanes;  // columns of a register tile
 constexpr int kTileRows = 6;        // 6 x 2 sums, 2 vectors of b and one of u: 15 of 16 registers
 constexpr int kMaxRank = 256;
-constexpr int kGradientRows = 256;  // rows of x in one pass: 16 KiB of a 32 KiB L1 on AVX2
+constexpr int kPanelFloats = kMaxRank * 2 * 16;  // 32 KiB: at rank 16, 512 columns of b
+constexpr int kGradientRows = 256;               // rows of x in one pass: 16 KiB of a 32 KiB L1 on AVX2
 
 // ---- shrink: sums of products along k, each with its own vector of partial sums -------------------------------------
 
@@ -103,11 +104,11 @@ __attribute__((noinline)) void expand_tile(const LoraExpand& t, const float* pan
 }
 
 template <class Y, int Rows = kTileRows>
-FLEXCORE_INLINE void expand_rest(const LoraExpand& t, const float* panel, std::int64_t row, std::int64_t column) {
-  if (t.rows - row == Rows)
+FLEXCORE_INLINE void expand_rows(const LoraExpand& t, const float* panel, std::int64_t row, std::int64_t column) {
+  if (t.rows - row >= Rows)
     expand_tile<Rows, Y>(t, panel, row, column);
   else if constexpr (Rows > 1)
-    expand_rest<Y, Rows - 1>(t, panel, row, column);
+    expand_rows<Y, Rows - 1>(t, panel, row, column);
 }
 
 // panel[r][j] = b(r, column + j), zeros beyond the last column.
@@ -124,14 +125,20 @@ FLEXCORE_INLINE void pack_b(const LoraExpand& t, std::int64_t column, float* pan
   }
 }
 
+// Row by row over as many panels as L1 holds, so that y is walked along its rows.
 template <class Y>
 void expand(const LoraExpand& t) {
-  alignas(64) float panel[kMaxRank * kWidth];
-  for (std::int64_t column = t.begin; column < t.end; column += kWidth) {
-    pack_b(t, column, panel);
-    std::int64_t row = 0;
-    for (; row + kTileRows <= t.rows; row += kTileRows) expand_tile<kTileRows, Y>(t, panel, row, column);
-    expand_rest<Y>(t, panel, row, column);
+  alignas(64) float panels[kPanelFloats];
+  const std::int64_t panel_floats = t.rank * kWidth, step = kPanelFloats / panel_floats * kWidth;
+  for (std::int64_t first = t.begin; first < t.end; first += step) {
+    const std::int64_t last = first + step < t.end ? first + step : t.end;
+    float* panel = panels;
+    for (std::int64_t column = first; column < last; column += kWidth, panel += panel_floats) pack_b(t, column, panel);
+    for (std::int64_t row = 0; row < t.rows; row += kTileRows) {
+      panel = panels;
+      for (std::int64_t column = first; column < last; column += kWidth, panel += panel_floats)
+        expand_rows<Y>(t, panel, row, column);
+    }
   }
 }
 
