@@ -11,15 +11,21 @@ as_root() {
 }
 
 apt_updated=no
-apt_install() {
+apt_install() {  # quiet, but for its last words when it fails
+  local log
   command -v apt-get >/dev/null || return 1
   [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null || return 1
   echo "apt: installing $*"
-  if [ $apt_updated = no ]; then
-    as_root apt-get update -qq || return 1
+  log=$(mktemp)
+  if { [ $apt_updated = yes ] || as_root apt-get update -qq; } >"$log" 2>&1 &&
+     as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >"$log" 2>&1; then
     apt_updated=yes
+    rm -f "$log"
+  else
+    tail -n 5 "$log" >&2
+    rm -f "$log"
+    return 1
   fi
-  as_root env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "$@" >/dev/null
 }
 
 has_header() { echo "#include <$1>" | "$compiler" -x c++ -std=c++20 -E - >/dev/null 2>&1; }

@@ -6,19 +6,35 @@ from pathlib import Path
 
 from rules import RULES, Tree
 
-SKIPPED = {".git", ".venv", "build", "dist", "__pycache__"}
+SKIPPED = {
+    ".git",
+    ".venv",
+    "build",
+    "dist",
+    "__pycache__",
+    ".mypy_cache",
+    ".ruff_cache",
+    ".pytest_cache",
+    ".hypothesis",
+}
+
+
+def listed_by_git(root: Path) -> list[Path]:
+    """Files that git does not ignore; none where there is no git, as in an unpacked source archive."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listing = subprocess.run(command, cwd=root, capture_output=True, check=True).stdout.decode()
+    except (OSError, subprocess.CalledProcessError):
+        return []
+    return [Path(name) for name in listing.split("\0") if name and (root / name).is_file()]
 
 
 def read_tree(root: Path) -> Tree:
-    """Tracked files; where there is no git (an unpacked source archive), every file."""
-    listing = subprocess.run(
-        ["git", "ls-files", "-z", "-c", "-o", "--exclude-standard"], cwd=root, capture_output=True, check=False
-    )
-    if listing.returncode == 0:
-        names = [Path(name) for name in listing.stdout.decode().split("\0") if name]
-        return Tree(root, sorted(path for path in names if (root / path).is_file()))
-    files = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
-    return Tree(root, sorted(path for path in files if not SKIPPED.intersection(path.parts)))
+    paths = listed_by_git(root)
+    if not paths:
+        files = [path.relative_to(root) for path in root.rglob("*") if path.is_file()]
+        paths = [path for path in files if not SKIPPED.intersection(path.parts)]
+    return Tree(root, sorted(paths))
 
 
 def violations(root: Path) -> list[str]:
