@@ -5,7 +5,8 @@
 #include <string>
 #include <vector>
 
-// consumer MODEL: generates from a model directory; without it: an error is an exception of ours, and the program lives on.
+// consumer MODEL: generates from a model directory; without it: an error is an exception of ours, and the program lives
+// on.
 int main(int argc, char** argv) {
   try {
     flexcore::Engine::load("no/such/model", {.device = "cpu"});
