@@ -13,6 +13,7 @@
 #include "graph/graph.h"
 #include "memory/buffer.h"
 #include "ops/lora.h"
+#include "peft/peft_files.h"
 
 namespace flexcore {
 
@@ -35,6 +36,7 @@ class Adapter {
   LoraConfig config;
   std::vector<LoraModule> modules;  // by site
   std::int64_t num_parameters = 0;
+  double lora_dropout = 0.0;  // of the files it came from; training with it is refused
   std::int64_t num_requests = 0;  // running or waiting requests on this version
 
   float* parameters() const { return reinterpret_cast<float*>(params_.data()); }
@@ -42,8 +44,6 @@ class Adapter {
   /// Key under which prefixes computed with this version may be shared.
   std::uint64_t cache_key() const { return (uid << 32) | static_cast<std::uint64_t>(version); }
   std::set<SiteId> sites() const;
-  /// The module at a site, or null.
-  const LoraModule* find(SiteId site) const;
   /// Rows [begin, end) of a batch through `module`; gradients, if wanted, at the same offsets from `gradients`.
   LoraSegment segment(const LoraModule& module, std::int64_t begin, std::int64_t end, float* gradients = nullptr) const;
 
@@ -73,8 +73,7 @@ class AdapterStore {
   std::shared_ptr<Adapter> next_version(const std::string& name);
 
  private:
-  std::shared_ptr<Adapter> layout(const std::string& name, const LoraConfig& config) const;
-  void put(std::shared_ptr<Adapter> adapter);
+  std::shared_ptr<Adapter> layout(const std::string& name, const LoraConfig& config);
 
   const std::vector<LinearSite>& sites_;
   Allocator& allocator_;
@@ -83,7 +82,10 @@ class AdapterStore {
   std::uint64_t next_uid_ = 1;
 };
 
-/// Writes any arrays laid out as an adapter's parameters (parameters, optimizer moments) under PEFT's names.
+/// PEFT's parameter name: "base_model.model.<path>.lora_A.weight".
 std::string peft_key(const LoraModule& module, bool is_a);
+
+/// Arrays laid out as the adapter's parameters, as PEFT's files hold them.
+std::vector<LoraWeights> lora_weights(const Adapter& adapter, const float* arrays);
 
 }  // namespace flexcore

@@ -1,0 +1,158 @@
+#include "flexcore/plan.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <map>
+#include <string>
+
+#include "backends/register.h"
+#include "core/check.h"
+#include "engine/impl.h"
+#include "model/archs/archs.h"
+#include "peft/lora.h"
+#include "peft/lora_matcher.h"
+
+namespace flexcore {
+
+namespace {
+
+std::string_view choice_name(Keep keep) {
+  switch (keep) {
+    case Keep::kKept:
+      return "kept";
+    case Keep::kRebuilt:
+      return "rebuilt";
+    case Keep::kInPages:
+      return "in kv_pages";
+    case Keep::kDropped:
+      return "dropped";
+  }
+  return "unknown";
+}
+
+std::string_view choice_reason(Keep keep) {
+  switch (keep) {
+    case Keep::kKept:
+      return "the backward reads it and only a GEMM or attention could make it again";
+    case Keep::kRebuilt:
+      return "the backward reads it and a cheap operator makes it again from what is kept";
+    case Keep::kInPages:
+      return "attention's backward reads it from the KV pages";
+    case Keep::kDropped:
+      return "no backward reads it";
+  }
+  return "";
+}
+
+std::string bytes_text(std::int64_t bytes) {
+  char text[32];
+  if (bytes >= 1'000'000'000)
+    std::snprintf(text, sizeof text, "%.2f GB", static_cast<double>(bytes) / 1e9);
+  else if (bytes >= 1'000'000)
+    std::snprintf(text, sizeof text, "%.1f MB", static_cast<double>(bytes) / 1e6);
+  else
+    std::snprintf(text, sizeof text, "%.1f kB", static_cast<double>(bytes) / 1e3);
+  return text;
+}
+
+std::int64_t weight_bytes(const Graph& graph, DType compute) {
+  MemoryLedger ledger;
+  Arena scratch(host_allocator(), ledger);
+  ThreadPool threads(1);
+  const OpRegistry registry = make_op_registry();
+  OpContext context{&registry, Device{}, &threads, &scratch, nullptr};
+  std::vector<WeightSpec> specs;
+  for (const auto& param : graph.params) specs.push_back({param.name, param.out_features, param.in_features});
+  return static_cast<std::int64_t>(WeightStore::planned_bytes(context, specs, compute));
+}
+
+// Tensors of the decoder layer that the choice is shown for: a middle one, since the lowest keeps less.
+void explain(MemoryPlan& plan, const TrainingProgram& program, std::int64_t num_layers) {
+  const int layer = static_cast<int>(num_layers - 1);
+  for (const auto& choice : program.choices) {
+    if (choice.layer != layer) continue;
+    plan.tensors.push_back({choice.name, std::string(choice_name(choice.keep)), std::string(choice_reason(choice.keep)),
+                            static_cast<std::int64_t>(choice.bytes_per_token)});
+    const auto bytes = static_cast<std::int64_t>(choice.bytes_per_token);
+    if (choice.keep == Keep::kKept) plan.saved_bytes_per_token_per_layer += bytes;
+    plan.unpruned_bytes_per_token_per_layer += bytes;
+  }
+  const auto rank = [](const PlannedTensor& t) {
+    return t.choice == "kept" ? 0 : t.choice == "rebuilt" ? 1 : t.choice == "in kv_pages" ? 2 : 3;
+  };
+  std::stable_sort(plan.tensors.begin(), plan.tensors.end(),
+                   [&](const PlannedTensor& a, const PlannedTensor& b) { return rank(a) < rank(b); });
+}
+
+}  // namespace
+
+MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::optional<LoraConfig>& lora,
+                std::int64_t sequence_length) {
+  const ModelConfig model = ModelConfig::load(path);
+  const EngineSizes sizes = engine_sizes(model, config);
+  require(sequence_length >= 1 && sequence_length <= sizes.max_model_len, "sequence_length: ", sequence_length,
+          ", wanted 1 to max_model_len (", sizes.max_model_len, ")");
+  CompiledModel compiled(build_model(model, sizes.compute), attach_lora, row_capacity(sizes.limits));
+  MemoryPlan plan;
+  plan.num_layers = model.num_layers;
+  plan.sequence_length = sequence_length;
+  plan.weights = weight_bytes(compiled.base(), sizes.compute);
+  plan.kv_pages = sizes.block_bytes * sizes.limits.num_blocks;
+  const std::int64_t rotary = sizes.limits.max_positions * model.head_dim * static_cast<std::int64_t>(sizeof(float));
+  plan.workspace = rotary + static_cast<std::int64_t>(Executor::indices_bytes(sizes.limits));
+  if (!lora) {
+    plan.workspace += static_cast<std::int64_t>(compiled.workspace_bytes());
+    return plan;
+  }
+  std::set<SiteId> sites;
+  std::int64_t parameters = 0;
+  const auto& all = compiled.base().sites;
+  for (std::size_t i = 0; i < all.size(); ++i)
+    if (const auto resolved = resolve_lora(*lora, all[i].path)) {
+      sites.insert(static_cast<SiteId>(i));
+      parameters += resolved->rank * (all[i].in_features + all[i].out_features);
+    }
+  require(!sites.empty(), "target_modules: no linear of the model matches");
+  const TrainingProgram& program = compiled.training(sites);
+  const auto parameter_bytes = parameters * static_cast<std::int64_t>(sizeof(float));
+  plan.saved_activations = static_cast<std::int64_t>(TrainState::saved_bytes(program, sequence_length));
+  plan.adapters = parameter_bytes;
+  plan.optimizer = 2 * parameter_bytes;
+  plan.gradients = parameter_bytes + static_cast<std::int64_t>(TrainState::gradient_bytes(
+                                         {model.hidden_size, model.num_kv_heads * model.head_dim}, sequence_length));
+  plan.workspace += static_cast<std::int64_t>(Executor::workspace_bytes(compiled, program, sizes.limits.max_rows));
+  explain(plan, program, model.num_layers);
+  return plan;
+}
+
+std::string MemoryPlan::describe() const {
+  std::string text;
+  const auto line = [&](const char* name, std::int64_t bytes) {
+    char buffer[96];
+    std::snprintf(buffer, sizeof buffer, "%-18s %12s\n", name, bytes_text(bytes).c_str());
+    text += buffer;
+  };
+  line("weights", weights);
+  line("kv_pages", kv_pages);
+  line("saved_activations", saved_activations);
+  line("adapters", adapters);
+  line("gradients", gradients);
+  line("optimizer", optimizer);
+  line("workspace", workspace);
+  line("total", total());
+  if (tensors.empty()) return text;
+  char header[160];
+  std::snprintf(header, sizeof header, "\none layer, bytes a token: %lld kept of %lld made\n",
+                static_cast<long long>(saved_bytes_per_token_per_layer),
+                static_cast<long long>(unpruned_bytes_per_token_per_layer));
+  text += header;
+  for (const auto& tensor : tensors) {
+    char buffer[224];
+    std::snprintf(buffer, sizeof buffer, "  %-11s %-20s %7lld  %s\n", tensor.choice.c_str(), tensor.name.c_str(),
+                  static_cast<long long>(tensor.bytes_per_token), tensor.reason.c_str());
+    text += buffer;
+  }
+  return text;
+}
+
+}  // namespace flexcore

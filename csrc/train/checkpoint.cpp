@@ -1,0 +1,133 @@
+#include "train/checkpoint.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "core/check.h"
+#include "core/file.h"
+#include "core/json.h"
+#include "model/safetensors.h"
+#include "peft/peft_files.h"
+
+namespace flexcore {
+
+namespace {
+
+constexpr const char* kStateFile = "trainer_state.json";
+constexpr const char* kOptimizerFile = "optimizer.safetensors";
+
+Json optional_int(const std::optional<std::int64_t>& value) { return value ? Json(*value) : Json(); }
+
+Json config_json(const FinetuneConfig& c) {
+  return Json::Object{{"num_epochs", c.num_epochs},
+                      {"batch_size", c.batch_size},
+                      {"learning_rate", c.learning_rate},
+                      {"optimizer", c.optimizer},
+                      {"weight_decay", c.weight_decay},
+                      {"betas", Json::Array{c.betas[0], c.betas[1]}},
+                      {"eps", c.eps},
+                      {"max_grad_norm", c.max_grad_norm},
+                      {"lr_scheduler", c.lr_scheduler},
+                      {"warmup_ratio", c.warmup_ratio},
+                      {"shuffle", c.shuffle},
+                      {"seed", static_cast<std::int64_t>(c.seed)},
+                      {"window_tokens", optional_int(c.window_tokens)},
+                      {"backward_window_tokens", optional_int(c.backward_window_tokens)},
+                      {"weight", c.weight}};
+}
+
+class Fields {
+ public:
+  Fields(const Json& object, std::string path) : object_(object), path_(std::move(path)) {}
+  const Json& at(std::string_view key) const {
+    const Json* value = object_.find(key);
+    require<ModelLoadError>(value != nullptr, path_, ": no field \"", key, "\"");
+    return *value;
+  }
+  std::optional<std::int64_t> optional(std::string_view key) const {
+    const Json& value = at(key);
+    return value.is_null() ? std::nullopt : std::optional(value.as_int());
+  }
+
+ private:
+  const Json& object_;
+  std::string path_;
+};
+
+FinetuneConfig parse_config(const Fields& f) {
+  const auto betas = f.at("betas").as_array();
+  require<ModelLoadError>(betas.size() == 2, kStateFile, ": betas has ", betas.size(), " entries, wanted 2");
+  return {.num_epochs = f.at("num_epochs").as_int(),
+          .batch_size = f.at("batch_size").as_int(),
+          .learning_rate = f.at("learning_rate").as_double(),
+          .optimizer = f.at("optimizer").as_string(),
+          .weight_decay = f.at("weight_decay").as_double(),
+          .betas = {betas[0].as_double(), betas[1].as_double()},
+          .eps = f.at("eps").as_double(),
+          .max_grad_norm = f.at("max_grad_norm").as_double(),
+          .lr_scheduler = f.at("lr_scheduler").as_string(),
+          .warmup_ratio = f.at("warmup_ratio").as_double(),
+          .shuffle = f.at("shuffle").as_bool(),
+          .seed = static_cast<std::uint64_t>(f.at("seed").as_int()),
+          .window_tokens = f.optional("window_tokens"),
+          .backward_window_tokens = f.optional("backward_window_tokens"),
+          .weight = f.at("weight").as_double()};
+}
+
+}  // namespace
+
+void write_checkpoint(const std::string& directory, const TrainingJob& job, const Adapter& adapter) {
+  AtomicDirectory target(directory);
+  write_peft(target, adapter.config, lora_weights(adapter, adapter.parameters()));
+  const TensorView moments = job.optimizer_view();
+  std::vector<std::pair<std::string, TensorView>> tensors;
+  if (moments) tensors = {{"exp_avg", moments.rows(0, 1)}, {"exp_avg_sq", moments.rows(1, 2)}};
+  write_safetensors(target.file(kOptimizerFile), tensors);
+  const Json state = Json::Object{{"format", 1},
+                                  {"adapter", job.adapter},
+                                  {"step", job.step},
+                                  {"total_steps", job.total_steps()},
+                                  {"loss", job.loss},
+                                  {"trained_tokens", job.trained_tokens},
+                                  {"num_examples", static_cast<std::int64_t>(job.examples.size())},
+                                  {"version", adapter.version},
+                                  {"config", config_json(job.config)}};
+  write_file(target.file(kStateFile), state.dump(2) + "\n");
+  target.commit();
+}
+
+Checkpoint read_checkpoint(const std::string& directory) {
+  const std::string path = directory + "/" + kStateFile;
+  const Json state = load_json(path);
+  try {
+    const Fields fields(state, path);
+    require<ModelLoadError>(fields.at("format").as_int() == 1, path, ": format ", fields.at("format").describe(),
+                            ", wanted 1");
+    return {.adapter = fields.at("adapter").as_string(),
+            .config = parse_config(Fields(fields.at("config"), path)),
+            .step = fields.at("step").as_int(),
+            .loss = fields.at("loss").as_double(),
+            .trained_tokens = fields.at("trained_tokens").as_int(),
+            .num_examples = fields.at("num_examples").as_int()};
+  } catch (const InvalidArgument& error) {
+    throw ModelLoadError(str(path, ": ", error.what()));
+  }
+}
+
+void read_optimizer_state(const std::string& directory, TrainingJob& job, const Adapter& adapter) {
+  const TensorView moments = job.optimizer_view();
+  if (!moments) return;
+  const SafetensorsModel file(directory + "/" + kOptimizerFile);
+  std::int64_t row = 0;
+  for (const char* name : {"exp_avg", "exp_avg_sq"}) {
+    const TensorView stored = file.tensor(name);
+    require<ModelLoadError>(stored.dtype() == DType::kFloat32 && stored.size() == adapter.num_parameters, directory, "/",
+                            kOptimizerFile, ": ", name, " is ", stored.describe(), ", wanted float32 with ",
+                            adapter.num_parameters, " elements");
+    const auto* bytes = stored.as<std::byte>();
+    std::copy_n(bytes, stored.bytes(), moments.rows(row, row + 1).as<std::byte>());
+    ++row;
+  }
+}
+
+}  // namespace flexcore

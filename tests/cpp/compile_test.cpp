@@ -1,0 +1,133 @@
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+
+#include "compile/compiled_model.h"
+#include "model/archs/archs.h"
+#include "peft/lora.h"
+
+namespace flexcore {
+namespace {
+
+ModelConfig small_config(Architecture architecture = Architecture::kLlama) {
+  ModelConfig config;
+  config.architecture = architecture;
+  config.hidden_size = 32;
+  config.intermediate_size = 48;
+  config.num_layers = 3;
+  config.num_heads = 4;
+  config.num_kv_heads = 2;
+  config.head_dim = 8;
+  config.vocab_size = 64;
+  config.max_position_embeddings = 128;
+  config.tie_word_embeddings = true;
+  config.sliding_window.assign(3, 0);
+  return config;
+}
+
+std::set<SiteId> sites_ending(const Graph& graph, const std::vector<std::string>& ends, int layer = kNoLayer) {
+  std::set<SiteId> sites;
+  for (std::size_t i = 0; i < graph.sites.size(); ++i)
+    for (const auto& end : ends)
+      if (graph.sites[i].path.ends_with(end) && (layer == kNoLayer || graph.sites[i].layer == layer))
+        sites.insert(static_cast<SiteId>(i));
+  return sites;
+}
+
+class CompileTest : public ::testing::Test {
+ protected:
+  explicit CompileTest(Architecture architecture = Architecture::kLlama)
+      : model(build_model(small_config(architecture), DType::kBFloat16), attach_lora, {64, 8, 64}) {}
+
+  std::map<std::string, Keep> choices(const TrainingProgram& program, int layer) {
+    std::map<std::string, Keep> result;
+    for (const auto& choice : program.choices)
+      if (choice.layer == layer) result[choice.name] = choice.keep;
+    return result;
+  }
+  CompiledModel model;
+};
+
+TEST_F(CompileTest, LinearsOfOneInputBecomeOneNode) {
+  const Graph& graph = model.trunk().graph();
+  std::map<std::string_view, int> per_layer;
+  for (const auto& node : graph.nodes)
+    if (node.layer == 1) ++per_layer[node.op->name()];
+  EXPECT_EQ(per_layer["linear"], 4);  // qkv, o, gate+up, down
+  EXPECT_EQ(per_layer["lora"], 4);
+}
+
+TEST_F(CompileTest, KeepsWhatOnlyGemmsAndAttentionMake) {
+  std::vector<SiteId> all(model.base().sites.size());
+  std::iota(all.begin(), all.end(), 0);
+  const auto& program = model.training({all.begin(), all.end()});
+  EXPECT_EQ(program.first_layer, 0);
+  const auto top = choices(program, 2);
+  for (const char* name : {"hidden", "q.rotated", "attention", "attention.lse", "attention_residual", "gate", "up"})
+    EXPECT_EQ(top.at(name), Keep::kKept) << name;
+  for (const char* name : {"attention_norm", "mlp_norm", "mlp"}) EXPECT_EQ(top.at(name), Keep::kRebuilt) << name;
+  for (const char* name : {"k.rotated", "v"}) EXPECT_EQ(top.at(name), Keep::kInPages) << name;
+  for (const char* name : {"q", "k"}) EXPECT_EQ(top.at(name), Keep::kDropped) << name;
+  // The lowest layer rebuilds its input from the token ids.
+  EXPECT_FALSE(choices(program, 0).contains("hidden") && choices(program, 0).at("hidden") == Keep::kKept);
+
+  std::size_t bytes = 0;
+  for (const auto& saved : program.saved) {
+    EXPECT_EQ(saved.offset, bytes);
+    bytes += saved.bytes_per_token();
+  }
+  EXPECT_EQ(program.saved_bytes_per_token, bytes);
+  // bf16: x, q, o, x2 of 32, gate and up of 48, float32 lse of 4 heads.
+  const std::size_t layer = 2 * (4 * 32 + 2 * 48) + 4 * 4;
+  EXPECT_EQ(bytes, 3 * layer - 2 * 32);
+}
+
+TEST_F(CompileTest, NothingBelowTheLowestBypass) {
+  const auto& program = model.training(sites_ending(model.base(), {"q_proj", "v_proj"}, 1));
+  EXPECT_EQ(program.first_layer, 1);
+  EXPECT_TRUE(program.layers[0].program.empty());
+  EXPECT_EQ(program.layers[1].grad_out, kNoTensor);
+  EXPECT_NE(program.layers[2].grad_out, kNoTensor);
+  for (const auto& saved : program.saved) EXPECT_GE(saved.layer, 1);
+  // In layer 1 the chain ends at q and v: the attention norm's input has no gradient and is not kept for one.
+  const auto lowest = choices(program, 1);
+  EXPECT_EQ(lowest.at("attention_norm"), Keep::kKept);
+  EXPECT_FALSE(lowest.contains("hidden") && lowest.at("hidden") == Keep::kKept);
+}
+
+TEST_F(CompileTest, FewerTargetsKeepLess) {
+  std::vector<SiteId> all(model.base().sites.size());
+  std::iota(all.begin(), all.end(), 0);
+  const auto full = model.training({all.begin(), all.end()}).saved_bytes_per_token;
+  const auto down = model.training(sites_ending(model.base(), {"down_proj"})).saved_bytes_per_token;
+  EXPECT_LT(down, full);
+  EXPECT_EQ(&model.training({all.begin(), all.end()}), &model.training({all.begin(), all.end()}));
+}
+
+TEST_F(CompileTest, DownOnlyInTheTopLayerKeepsOnlyTheMlp) {
+  const auto& program = model.training(sites_ending(model.base(), {"down_proj"}, 2));
+  EXPECT_EQ(program.first_layer, 2);
+  ASSERT_EQ(program.saved.size(), 1u);  // the bypass's own input, nothing else has a gradient
+  EXPECT_EQ(program.saved[0].width, 48);
+}
+
+TEST_F(CompileTest, NoTrainableSiteIsRefused) { EXPECT_THROW(model.training({}), InvalidArgument); }
+
+class Qwen3CompileTest : public CompileTest {
+ protected:
+  Qwen3CompileTest() : CompileTest(Architecture::kQwen3) {}
+};
+
+TEST_F(Qwen3CompileTest, RotatedQueriesAreRebuiltThroughTheHeadNorm) {
+  std::vector<SiteId> all(model.base().sites.size());
+  std::iota(all.begin(), all.end(), 0);
+  const auto top = choices(model.training({all.begin(), all.end()}), 2);
+  EXPECT_EQ(top.at("q"), Keep::kKept);
+  EXPECT_EQ(top.at("k"), Keep::kKept);
+  EXPECT_EQ(top.at("q.norm.rotated"), Keep::kRebuilt);
+}
+
+}  // namespace
+}  // namespace flexcore
