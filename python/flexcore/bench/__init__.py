@@ -1,0 +1,1 @@
+"""Benchmarks behind `flexcore bench`: each module has add_arguments(parser) and run(args)."""

@@ -1,0 +1,53 @@
+"""What the benchmarks share: the machine's name, random prompts, medians with their spread."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import flexcore
+from flexcore.ui import percentile
+
+
+def machine(engine: flexcore.Engine) -> dict[str, Any]:
+    model = engine.model()
+    return {
+        "flexcore": flexcore.__version__,
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": model.num_threads,
+        "device": model.device,
+        "dtype": model.dtype,
+        "model": engine.model_directory.name,
+        "parameters": model.num_parameters,
+    }
+
+
+def random_ids(count: int, vocab_size: int, seed: int) -> list[int]:
+    source = random.Random(seed)
+    return [source.randrange(min(10, vocab_size - 1), vocab_size) for _ in range(count)]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "median": percentile(values, 50),
+        "p10": percentile(values, 10),
+        "p90": percentile(values, 90),
+        "runs": float(len(values)),
+    }
+
+
+def greedy(tokens: int) -> flexcore.SamplingParams:
+    return flexcore.SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text().splitlines() if path.exists() else ():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
