@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds and runs consumer/ against (a) an install tree and (b) the wheel, in a folder of its own. PYTHON is an interpreter
-# with pip, numpy and safetensors (make's .venv); BUILD is a finished build to install from, instead of one of its own.
+# with pip and venv (default: make's .venv); BUILD is a finished build to install from, instead of one of its own.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 root=$(cd "$here/../.." && pwd)
@@ -14,14 +14,15 @@ quietly() {  # runs a command; shows what it printed only when it fails
   "$@" >"$work/log" 2>&1 || { tail -n 60 "$work/log"; echo "failed: $*"; exit 1; }
 }
 
-consume() {  # label, prefix path
+consume() {  # label, folder of flexcoreConfig.cmake
+  local commands=$work/consumer-$1/compile_commands.json
   quietly cmake -S "$here/consumer" -B "$work/consumer-$1" -G Ninja -DCMAKE_BUILD_TYPE=Release \
     -Dflexcore_DIR="$2" -DCMAKE_EXPORT_COMPILE_COMMANDS=ON
   quietly cmake --build "$work/consumer-$1"
   # Only the installed headers may be seen: one -I or -isystem, and no flag or macro of flexcore's own build.
-  if [ "$(grep -oE -- '(-I|-isystem) ?[^ ]+' "$work/consumer-$1/compile_commands.json" | sort -u | wc -l)" != 1 ] ||
-     sed 's/-DNDEBUG//' "$work/consumer-$1/compile_commands.json" | grep -qE -- ' -(D|m)'; then
-    grep '"command"' "$work/consumer-$1/compile_commands.json"
+  if [ "$(grep -oE -- '(-I|-isystem) ?[^ ]+' "$commands" | sort -u | wc -l)" != 1 ] ||
+     sed 's/-DNDEBUG//' "$commands" | grep -qE -- ' -(D|m)'; then
+    grep '"command"' "$commands"
     echo "$1: flexcore::flexcore passes more to its users than its include folder"
     exit 1
   fi
@@ -29,7 +30,11 @@ consume() {  # label, prefix path
   echo "$1: $(tail -n 1 "$work/out")"
 }
 
-"$python" "$here/make_model.py" "$work/model"
+# Built in isolation, as pip does for a user; then a fresh environment, so that what the wheel says it needs is all it
+# needs: no torch, no transformers.
+quietly "$python" -m pip wheel --disable-pip-version-check --no-deps --wheel-dir "$work/wheel" "$root"
+quietly "$python" -m venv "$work/venv"
+quietly "$work/venv/bin/python" -m pip install --disable-pip-version-check "$work"/wheel/flexcore-*.whl
 
 build=${BUILD:-$work/build}
 if [ -z "${BUILD:-}" ]; then
@@ -37,18 +42,20 @@ if [ -z "${BUILD:-}" ]; then
   quietly cmake --build "$build"
 fi
 quietly cmake --install "$build" --prefix "$work/prefix" --component development
-consume install-tree "$work/prefix/lib/cmake/flexcore"
 
-# Built in isolation, as pip does for a user; then a fresh environment, so that what the wheel says it needs is all it needs: no torch, no transformers.
-quietly "$python" -m pip wheel --disable-pip-version-check --no-deps --wheel-dir "$work/wheel" "$root"
-quietly "$python" -m venv "$work/venv"
-quietly "$work/venv/bin/python" -m pip install --disable-pip-version-check "$work"/wheel/flexcore-*.whl
 cd "$work"
-./venv/bin/python - <<'PYTHON'
+./venv/bin/python - "$work/model" <<'PYTHON'
 import importlib.util
+import sys
+
 import flexcore
-print("wheel: flexcore", flexcore.__version__)
+from flexcore.tiny import write_tiny_model
+
 for name in ("torch", "transformers"):
-    assert importlib.util.find_spec(name) is None, f"the wheel brought {name}"
+    if importlib.util.find_spec(name):
+        sys.exit(f"the wheel brought {name}")
+write_tiny_model(sys.argv[1])
+print("wheel: flexcore", flexcore.__version__)
 PYTHON
+consume install-tree "$work/prefix/lib/cmake/flexcore"
 consume wheel "$(./venv/bin/python -m flexcore --cmake-dir)"

@@ -2,11 +2,10 @@
 
 #include <cstdint>
 #include <cstdio>
-#include <string>
+#include <map>
 #include <vector>
 
-// consumer MODEL: generates from a model directory; without it: an error is an exception of ours, and the program lives
-// on.
+// consumer MODEL: generates from a model directory. First: an error is an exception of ours, and the program lives on.
 int main(int argc, char** argv) {
   try {
     flexcore::Engine::load("no/such/model", {.device = "cpu"});
@@ -20,9 +19,10 @@ int main(int argc, char** argv) {
   const std::vector<std::int32_t> ids = {1, 2, 3};
   auto engine = flexcore::Engine::load(argv[1], {.device = "cpu"});
   auto id = engine.submit({.prompt_token_ids = ids, .max_tokens = 64});
-  std::size_t tokens = 0;
+  const auto to_the_end = engine.submit({.prompt_token_ids = ids, .sampling = {.ignore_eos = true}, .max_tokens = 40});
+  std::map<flexcore::RequestId, int> tokens;
   while (engine.has_work())
-    for (auto& event : engine.step().outputs) tokens += event.request_id == id;
-  std::printf("generated %zu tokens\n", tokens);
-  return tokens == 64 ? 0 : 1;
+    for (auto& event : engine.step().outputs) ++tokens[event.request_id];
+  std::printf("generated %d and %d tokens\n", tokens[id], tokens[to_the_end]);
+  return tokens[id] >= 1 && tokens[id] <= 64 && tokens[to_the_end] == 40 ? 0 : 1;
 }
