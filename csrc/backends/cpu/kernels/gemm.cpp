@@ -2,6 +2,7 @@
 
 #include "backends/cpu/kernels/gemm_micro.h"
 #include "backends/cpu/kernels/gemm_pack.h"
+#include "backends/cpu/kernels/sgemm.h"
 
 namespace flexcore::cpu::FLEXCORE_ISA {
 
@@ -14,10 +15,11 @@ struct Float32 {
   using A = float;
   using B = float;
   static constexpr int kAStep = 1, kBStep = 1;  // k in one element
+  static constexpr int kTileRows = kRows;
   template <int Rows, int Panels>
   static FLEXCORE_INLINE void multiply(const A* a, std::int64_t a_row, const B* b, std::int64_t b_panel, std::int64_t k,
                                        Vec (&acc)[Rows][Panels * kPanelVecs]) {
-    multiply_tile<Rows, Panels>(a, b, {a_row, 1, kPanel, b_panel}, k, acc);
+    multiply_tile<Rows, Panels, true>(a, b, {a_row, 1, kPanel, b_panel}, k, acc);
   }
 };
 
@@ -25,7 +27,7 @@ struct Float32 {
 struct BFloat16 {
   using A = Pair;
   using B = std::uint32_t;
-  static constexpr int kAStep = 2, kBStep = 2;
+  static constexpr int kAStep = 2, kBStep = 2, kTileRows = kRows;
   template <int Rows, int Panels>
   static FLEXCORE_INLINE void multiply(const A* a, std::int64_t a_row, const B* b, std::int64_t b_panel, std::int64_t k,
                                        Vec (&acc)[Rows][Panels * kPanelVecs]) {
@@ -36,7 +38,7 @@ struct BFloat16 {
 struct BFloat16 {
   using A = float;
   using B = std::uint32_t;
-  static constexpr int kAStep = 1, kBStep = 2;
+  static constexpr int kAStep = 1, kBStep = 2, kTileRows = kRowsWidened;
   template <int Rows, int Panels>
   static FLEXCORE_INLINE void multiply(const A* a, std::int64_t a_row, const B* b, std::int64_t b_panel, std::int64_t k,
                                        Vec (&acc)[Rows][Panels * kPanelVecs]) {
@@ -115,9 +117,10 @@ __attribute__((noinline)) void run_tile(const Tile<Kind>& t) {
 }
 
 // Panels side by side in a tile of so many rows: a power of two, at most four, as many as the registers hold.
+template <class Kind>
 constexpr int panels_beside(int rows) {
   int panels = 1;
-  while (panels < 4 && rows * panels * 2 <= kRows * kPanels) panels *= 2;
+  while (panels < 4 && rows * panels * 2 <= Kind::kTileRows * kPanels) panels *= 2;
   return panels;
 }
 
@@ -133,35 +136,41 @@ void run_strip(Tile<Kind>& tile, std::int64_t panels) {
   }
 }
 
-// At most kRows rows over neighbouring panels.
-template <class Kind, int Rows = kRows>
+// At most kTileRows rows over neighbouring panels.
+template <class Kind, int Rows = Kind::kTileRows>
 void run_rows(std::int64_t rows, Tile<Kind> tile, std::int64_t panels) {
   if (rows >= Rows)
-    run_strip<Kind, Rows, panels_beside(Rows)>(tile, panels);
+    run_strip<Kind, Rows, panels_beside<Kind>(Rows)>(tile, panels);
   else if constexpr (Rows > 1)
     run_rows<Kind, Rows - 1>(rows, tile, panels);
 }
 
 template <class Kind>
 void multiply(const GemmBlock& g) {
+  constexpr std::int64_t kTileRows = Kind::kTileRows;
   const auto* a = static_cast<const typename Kind::A*>(g.a);
   const auto* b = static_cast<const typename Kind::B*>(g.b);
   const std::int64_t a_row = g.a_stride / Kind::kAStep, b_panel = g.b_panel / Kind::kBStep;
   const auto run = [&](std::int64_t row, std::int64_t rows, std::int64_t panel, std::int64_t panels) {
     run_rows<Kind>(rows, {a + row * a_row, b + panel * b_panel, a_row, b_panel, row, panel * kPanel, &g}, panels);
   };
-  if (g.rows <= kRows) {
+  if (g.rows <= kTileRows) {
     run(0, g.rows, 0, g.panels);
     return;
   }
-  const std::int64_t fitting = kBlockBytes / ((g.k + 1) / Kind::kAStep * 4) / kRows * kRows;
-  const std::int64_t block = fitting > 4 * kRows ? fitting : 4 * kRows;
+  const std::int64_t row_bytes = (g.k + 1) / Kind::kAStep * 4,
+                     fitting = kBlockBytes / row_bytes / kTileRows * kTileRows;
+  const std::int64_t block = fitting > 4 * kTileRows ? fitting : 4 * kTileRows;
   for (std::int64_t begin = 0; begin < g.rows; begin += block) {
-    const std::int64_t end = begin + block < g.rows ? begin + block : g.rows;
+    // Tiles of about equal height: a low one would wait for its own sums.
+    const std::int64_t rows = g.rows - begin < block ? g.rows - begin : block,
+                       tiles = (rows + kTileRows - 1) / kTileRows;
     for (std::int64_t panel = 0; panel < g.panels; panel += kPanels) {
       const std::int64_t panels = g.panels - panel < kPanels ? g.panels - panel : kPanels;
-      for (std::int64_t row = begin; row < end; row += kRows)
-        run(row, end - row < kRows ? end - row : kRows, panel, panels);
+      for (std::int64_t tile = 0; tile < tiles; ++tile) {
+        const std::int64_t top = rows * tile / tiles, bottom = rows * (tile + 1) / tiles;
+        run(begin + top, bottom - top, panel, panels);
+      }
     }
   }
 }
@@ -176,7 +185,8 @@ const GemmKernels& gemm_kernels() {
                                       .transpose_panels = transpose_panels,
                                       .gather_rows = gather_weight_rows,
                                       .multiply_float32 = multiply<Float32>,
-                                      .multiply_bfloat16 = multiply<BFloat16>};
+                                      .multiply_bfloat16 = multiply<BFloat16>,
+                                      .sgemm = sgemm};
   return kTable;
 }
 

@@ -11,6 +11,8 @@ namespace flexcore::cpu {
 /// a panel, so the same bytes serve products over k, products over n (after a transpose in registers) and row look-up.
 inline constexpr std::int64_t kPanelRows = 16;
 
+struct SgemmArgs;  // sgemm.h
+
 enum class Element : std::uint8_t { kFloat32, kBFloat16, kFloat16 };
 
 /// Row-major rows -> panels [begin, end) of the packed layout. `packed` is the address of panel `begin`.
@@ -87,6 +89,7 @@ struct GemmKernels {
   void (*gather_rows)(const GatherWeightRows&);
   void (*multiply_float32)(const GemmBlock&);   // panels of floats
   void (*multiply_bfloat16)(const GemmBlock&);  // panels of bfloat16 pairs
+  void (*sgemm)(const SgemmArgs&);              // row-major float32, what other kernels call; here for its test
 };
 
 FLEXCORE_KERNEL_TABLE(GemmKernels, gemm_kernels)

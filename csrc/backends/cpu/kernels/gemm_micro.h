@@ -10,13 +10,21 @@ struct TileStrides {
   std::int64_t b_k, b_panel;  // element (k, j) of b: k * b_k + (j / kPanel) * b_panel + j % kPanel
 };
 
+/// Fetches the line that lies as far behind the tile's panels as this one lies in them, for the tile that comes next.
+template <int Panels, class T>
+FLEXCORE_INLINE void prefetch_line(const T* b, std::int64_t b_panel) {
+#pragma GCC unroll 16
+  for (int p = 0; p < Panels; ++p) __builtin_prefetch(b + (Panels + p) * b_panel, 0, 2);
+}
+
 /// acc[i][j] += a[i, k] * b[k, j] for k ascending: one accumulator an element, so that its bits depend on k's extent
 /// alone.
-template <int Rows, int Panels>
+template <int Rows, int Panels, bool Prefetch = false>
 FLEXCORE_INLINE void multiply_tile(const float* a, const float* b, TileStrides s, std::int64_t num_k,
                                    Vec (&acc)[Rows][Panels * kPanelVecs]) {
   constexpr int kVecs = Panels * kPanelVecs;
   for (std::int64_t k = 0; k < num_k; ++k) {
+    if constexpr (Prefetch) prefetch_line<Panels>(b, s.b_panel);
     Vec bv[kVecs];
 #pragma GCC unroll 16
     for (int j = 0; j < kVecs; ++j) bv[j] = load(b + (j / kPanelVecs) * s.b_panel + (j % kPanelVecs) * kLanes);
@@ -38,6 +46,7 @@ FLEXCORE_INLINE void multiply_tile_widened(const float* a, std::int64_t a_row, c
                                            Vec (&acc)[Rows][Panels * kPanelVecs]) {
   constexpr int kVecs = Panels * kPanelVecs;
   for (std::int64_t k = 0; k < num_pairs; ++k) {
+    prefetch_line<Panels>(b, b_panel);
     Vec bv[kVecs];
 #pragma GCC unroll 16
     for (int j = 0; j < kVecs; ++j)
@@ -74,6 +83,7 @@ FLEXCORE_INLINE void multiply_tile_pairs(const Pair* a, std::int64_t a_row, cons
                                          Vec (&acc)[Rows][Panels * kPanelVecs]) {
   constexpr int kVecs = Panels * kPanelVecs;
   for (std::int64_t k = 0; k < num_pairs; ++k) {
+    prefetch_line<Panels>(b, b_panel);
     VecU bv[kVecs];
 #pragma GCC unroll 16
     for (int j = 0; j < kVecs; ++j) bv[j] = load(b + (j / kPanelVecs) * b_panel + (j % kPanelVecs) * kLanes);

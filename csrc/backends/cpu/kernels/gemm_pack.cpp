@@ -1,15 +1,10 @@
 #include "backends/cpu/kernels/gemm_pack.h"
 
-#include "backends/cpu/kernels/gemm_simd.h"
+#include "backends/cpu/kernels/gemm_transpose.h"
 
 namespace flexcore::cpu::FLEXCORE_ISA {
 
 namespace {
-
-constexpr int kBlock = kLanes < 8 ? 4 : 8;  // side of the square that is transposed in registers
-typedef std::uint32_t Words __attribute__((vector_size(kBlock * 4)));
-typedef std::uint32_t LooseWords __attribute__((vector_size(kBlock * 4), aligned(4), may_alias));
-typedef std::uint16_t Halves __attribute__((vector_size(kBlock * 2)));
 
 struct Float16 {
   std::uint16_t bits;
@@ -68,58 +63,23 @@ void convert(const ConvertRows& g, bool rounded) {
   }
 }
 
-FLEXCORE_INLINE Words load_words(const std::uint32_t* p) { return *reinterpret_cast<const LooseWords*>(p); }
-FLEXCORE_INLINE void store_words(std::uint32_t* p, Words v) { *reinterpret_cast<LooseWords*>(p) = v; }
-
-template <class W, int N>
-FLEXCORE_INLINE void transpose(W (&r)[N]) {
-  if constexpr (N == 4) {
-    const W a = __builtin_shuffle(r[0], r[1], W{0, 4, 1, 5}), b = __builtin_shuffle(r[0], r[1], W{2, 6, 3, 7});
-    const W c = __builtin_shuffle(r[2], r[3], W{0, 4, 1, 5}), d = __builtin_shuffle(r[2], r[3], W{2, 6, 3, 7});
-    r[0] = __builtin_shuffle(a, c, W{0, 1, 4, 5});
-    r[1] = __builtin_shuffle(a, c, W{2, 3, 6, 7});
-    r[2] = __builtin_shuffle(b, d, W{0, 1, 4, 5});
-    r[3] = __builtin_shuffle(b, d, W{2, 3, 6, 7});
-  } else {
-    W a[8], b[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i += 2) {
-      a[i] = __builtin_shuffle(r[i], r[i + 1], W{0, 8, 1, 9, 4, 12, 5, 13});
-      a[i + 1] = __builtin_shuffle(r[i], r[i + 1], W{2, 10, 3, 11, 6, 14, 7, 15});
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i += 4) {
-#pragma GCC unroll 2
-      for (int j = 0; j < 2; ++j) {
-        b[i + 2 * j] = __builtin_shuffle(a[i + j], a[i + j + 2], W{0, 1, 8, 9, 4, 5, 12, 13});
-        b[i + 2 * j + 1] = __builtin_shuffle(a[i + j], a[i + j + 2], W{2, 3, 10, 11, 6, 7, 14, 15});
-      }
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      r[i] = __builtin_shuffle(b[i], b[i + 4], W{0, 1, 2, 3, 8, 9, 10, 11});
-      r[i + 4] = __builtin_shuffle(b[i], b[i + 4], W{4, 5, 6, 7, 12, 13, 14, 15});
-    }
-  }
-}
-
 // Part of each line, zeros past the matrix's last one.
-FLEXCORE_INLINE void load_lines(const std::uint32_t* lines, std::int64_t count, Words (&r)[kBlock]) {
+FLEXCORE_INLINE void load_lines(const std::uint32_t* lines, std::int64_t count, Words (&r)[kSquare]) {
 #pragma GCC unroll 8
-  for (int i = 0; i < kBlock; ++i) r[i] = i < count ? load_words(lines + i * kPanel) : Words{};
+  for (int i = 0; i < kSquare; ++i) r[i] = i < count ? load_words(lines + i * kPanel) : Words{};
 }
 
 FLEXCORE_INLINE Words widen(Halves h) { return __builtin_convertvector(h, Words); }
 
 // One 16 x 16 block: lines of 16 n -> lines of 16 k.
 void transpose_float32(const std::uint32_t* in, std::int64_t lines, std::uint32_t* out) {
-  for (int k = 0; k < kPanel; k += kBlock) {
-    for (int n = 0; n < kPanel; n += kBlock) {
-      Words r[kBlock];
+  for (int k = 0; k < kPanel; k += kSquare) {
+    for (int n = 0; n < kPanel; n += kSquare) {
+      Words r[kSquare];
       load_lines(in + k * kPanel + n, lines - k, r);
       transpose(r);
 #pragma GCC unroll 8
-      for (int i = 0; i < kBlock; ++i) store_words(out + (n + i) * kPanel + k, r[i]);
+      for (int i = 0; i < kSquare; ++i) store_words(out + (n + i) * kPanel + k, r[i]);
     }
   }
 }
@@ -129,23 +89,23 @@ void transpose_pairs(const std::uint32_t* in, std::int64_t lines, std::uint32_t*
   struct Split {
     Halves low, high;
   };
-  for (int k = 0; k < kPanel; k += 2 * kBlock) {
-    for (int n = 0; n < kPanel; n += kBlock) {
-      Words r[kBlock];
+  for (int k = 0; k < kPanel; k += 2 * kSquare) {
+    for (int n = 0; n < kPanel; n += kSquare) {
+      Words r[kSquare];
       load_lines(in + k / 2 * kPanel + n, lines - k / 2, r);
-      transpose(r);  // r[i]: k .. k + 2 kBlock of row n + i
+      transpose(r);  // r[i]: k .. k + 2 kSquare of row n + i
 #pragma GCC unroll 8
-      for (int i = 0; i < kBlock; i += kPairs ? 2 : 1) {
+      for (int i = 0; i < kSquare; i += kPairs ? 2 : 1) {
         const auto row = __builtin_bit_cast(Split, r[i]);
         if constexpr (kPairs) {
           const auto odd = __builtin_bit_cast(Split, r[i + 1]);
           std::uint32_t* line = out + (n + i) / 2 * kPanel + k;
           store_words(line, widen(row.low) | widen(odd.low) << 16);
-          store_words(line + kBlock, widen(row.high) | widen(odd.high) << 16);
+          store_words(line + kSquare, widen(row.high) | widen(odd.high) << 16);
         } else {
           std::uint32_t* line = out + (n + i) * kPanel + k;
           store_words(line, widen(row.low) << 16);
-          store_words(line + kBlock, widen(row.high) << 16);
+          store_words(line + kSquare, widen(row.high) << 16);
         }
       }
     }

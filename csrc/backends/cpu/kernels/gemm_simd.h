@@ -14,15 +14,16 @@ namespace flexcore::cpu::FLEXCORE_ISA {
 /// Columns of one panel of b: a cache line of floats, or of bfloat16 pairs.
 inline constexpr int kPanel = 16;
 
-// kRows x (kPanels panels) is the largest register tile: 24, 12 and 8 accumulators of 32, 16 and 16 registers.
+// kRows x (kPanels panels) is the largest register tile: 24, 12 and 8 accumulators of 32, 16 and 16 registers. Widening
+// bfloat16 takes registers of its own, hence kRowsWidened.
 #if defined(FLEXCORE_ISA_avx512)
 inline constexpr int kLanes = 16, kRows = 12, kPanels = 2;
 inline constexpr bool kPairs = true;  // bfloat16 is multiplied as it is, two k at a time
 #elif defined(FLEXCORE_ISA_avx2)
-inline constexpr int kLanes = 8, kRows = 6, kPanels = 1;
+inline constexpr int kLanes = 8, kRows = 6, kRowsWidened = 4, kPanels = 1;
 inline constexpr bool kPairs = false;  // bfloat16 is widened to float
 #else
-inline constexpr int kLanes = 4, kRows = 2, kPanels = 1;
+inline constexpr int kLanes = 4, kRows = 2, kRowsWidened = 2, kPanels = 1;
 inline constexpr bool kPairs = false;
 #endif
 inline constexpr int kPanelVecs = kPanel / kLanes;  // vectors in one row of a panel
@@ -35,6 +36,19 @@ typedef std::uint32_t LooseVecU __attribute__((vector_size(kLanes * 4), aligned(
 FLEXCORE_INLINE Vec load(const float* p) { return *reinterpret_cast<const LooseVec*>(p); }
 FLEXCORE_INLINE VecU load(const std::uint32_t* p) { return *reinterpret_cast<const LooseVecU*>(p); }
 FLEXCORE_INLINE void store(float* p, Vec v) { *reinterpret_cast<LooseVec*>(p) = v; }
+
+/// v, rounded on its own: keeps the compiler from fusing a product with a sum in some instantiations of a template and
+/// not in others.
+FLEXCORE_INLINE Vec unfused(Vec v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  asm("" : "+m"(v));
+#endif
+  return v;
+}
 
 #if defined(FLEXCORE_ISA_avx512)
 /// acc + x.even * b.even + x.odd * b.odd in every lane; `x` is one pair for all lanes.

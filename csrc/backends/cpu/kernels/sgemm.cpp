@@ -1,6 +1,7 @@
 #include "backends/cpu/kernels/sgemm.h"
 
 #include "backends/cpu/kernels/gemm_micro.h"
+#include "backends/cpu/kernels/gemm_transpose.h"
 
 namespace flexcore::cpu::FLEXCORE_ISA {
 
@@ -29,7 +30,8 @@ FLEXCORE_INLINE void store_tile(const Vec (&acc)[Rows][kWidth / kLanes], const T
 #pragma GCC unroll 16
     for (int j = 0; j < kWidth / kLanes; ++j) {
       float* out = c + i * ldc + j * kLanes;
-      store(out, t.accumulate ? load(out) + t.alpha * acc[i][j] : t.alpha * acc[i][j]);
+      const Vec product = unfused(t.alpha * acc[i][j]);
+      store(out, t.accumulate ? load(out) + product : product);
     }
   }
 }
@@ -61,20 +63,35 @@ void run_rows(std::int64_t rows, const Tile& tile) {
     run_rows<Rows - 1>(rows, tile);
 }
 
-// block[k][j] = b(k, j), zeros beyond the last column.
-void pack_block(const SgemmArgs& g, std::int64_t k0, std::int64_t num_k, std::int64_t j0, std::int64_t columns,
-                float* block) {
+// block[k][j] = b[k, j] for k in [0, num_k), zeros beyond the last column.
+void pack_rows(const float* b, std::int64_t ldb, std::int64_t num_k, std::int64_t columns, float* block) {
   for (std::int64_t k = 0; k < num_k; ++k) {
+    const float* in = b + k * ldb;
     float* out = block + k * kWidth;
-    const float* in = g.transpose_b ? g.b + j0 * g.ldb + k0 + k : g.b + (k0 + k) * g.ldb + j0;
-    const std::int64_t step = g.transpose_b ? g.ldb : 1;
-    if (!g.transpose_b && columns == kWidth) {
+    if (columns == kWidth) {
 #pragma GCC unroll 16
       for (int j = 0; j < kWidth / kLanes; ++j) store(out + j * kLanes, load(in + j * kLanes));
-      continue;
+    } else {
+      for (std::int64_t j = 0; j < columns; ++j) out[j] = in[j];
+      for (std::int64_t j = columns; j < kWidth; ++j) out[j] = 0.0f;
     }
-    for (std::int64_t j = 0; j < columns; ++j) out[j] = in[j * step];
-    for (std::int64_t j = columns; j < kWidth; ++j) out[j] = 0.0f;
+  }
+}
+
+// The same from the transpose: b[j, k].
+void pack_columns(const float* b, std::int64_t ldb, std::int64_t num_k, std::int64_t columns, float* block) {
+  for (std::int64_t j = 0; j < kWidth; j += kSquare) {
+    std::int64_t k = 0;
+    for (; j + kSquare <= columns && k + kSquare <= num_k; k += kSquare) {
+      Words r[kSquare];
+#pragma GCC unroll 8
+      for (int i = 0; i < kSquare; ++i) r[i] = load_words(b + (j + i) * ldb + k);
+      transpose(r);
+#pragma GCC unroll 8
+      for (int i = 0; i < kSquare; ++i) store_words(block + (k + i) * kWidth + j, r[i]);
+    }
+    for (; k < num_k; ++k)
+      for (std::int64_t i = j; i < j + kSquare; ++i) block[k * kWidth + i] = i < columns ? b[i * ldb + k] : 0.0f;
   }
 }
 
@@ -88,7 +105,10 @@ void sgemm(const SgemmArgs& g) {
     for (std::int64_t j0 = 0; j0 < g.n; j0 += kWidth) {
       const std::int64_t columns = g.n - j0 < kWidth ? g.n - j0 : kWidth;
       const bool packed = g.transpose_b || columns < kWidth || g.m >= kPackTiles * kRows;
-      if (packed) pack_block(g, k0, num_k, j0, columns, block);
+      if (g.transpose_b)
+        pack_columns(g.b + j0 * g.ldb + k0, g.ldb, num_k, columns, block);
+      else if (packed)
+        pack_rows(g.b + k0 * g.ldb + j0, g.ldb, num_k, columns, block);
       Tile tile{g.a + k0 * a_k,
                 packed ? block : g.b + k0 * g.ldb + j0,
                 {a_row, a_k, packed ? kWidth : g.ldb, kPanel},
@@ -98,10 +118,13 @@ void sgemm(const SgemmArgs& g) {
                 columns,
                 g.alpha,
                 g.accumulate || k0 > 0};
-      for (std::int64_t i = 0; i < g.m; i += kRows) {
-        run_rows(g.m - i, tile);
-        tile.a += kRows * a_row;
-        tile.c += kRows * g.ldc;
+      // Tiles of about equal height: a low one would wait for its own sums.
+      const std::int64_t tiles = (g.m + kRows - 1) / kRows;
+      for (std::int64_t i = 0; i < tiles; ++i) {
+        const std::int64_t top = g.m * i / tiles, rows = g.m * (i + 1) / tiles - top;
+        run_rows(rows, tile);
+        tile.a += rows * a_row;
+        tile.c += rows * g.ldc;
       }
     }
   }

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-namespace flexcore::cpu::FLEXCORE_ISA {
+namespace flexcore::cpu {
 
 /// c = alpha * a b, or c += alpha * a b, on row-major float32 matrices whose rows are ld* elements apart.
 /// For other kernels: no threads, no allocation. c must not overlap a or b.
@@ -20,7 +20,10 @@ struct SgemmArgs {
   bool accumulate = false;  // c is read only then
 };
 
+namespace FLEXCORE_ISA {
+
 /// An element's bits depend on its row of a, its column of b and k: neither on m and n nor on its place in c.
 void sgemm(const SgemmArgs& args);
 
-}  // namespace flexcore::cpu::FLEXCORE_ISA
+}  // namespace FLEXCORE_ISA
+}  // namespace flexcore::cpu
