@@ -168,17 +168,17 @@ Engine Engine::load(const std::string& model, const EngineConfig& config) {
   return Engine(std::make_unique<Impl>(model, config));
 }
 
-RequestId Engine::submit(const Request& request) {
-  const std::lock_guard lock(impl_->mutex);
-  impl_->validate(request);
-  return impl_->submit(request);
-}
+RequestId Engine::submit(const Request& request) { return submit_batch({request}).front(); }
 
 std::vector<RequestId> Engine::submit_batch(const std::vector<Request>& requests) {
   const std::lock_guard lock(impl_->mutex);
-  for (const auto& request : requests) impl_->validate(request);
+  std::vector<Request> complete = requests;
+  for (auto& request : complete) {
+    request.sampling.max_tokens = request.max_tokens.value_or(request.sampling.max_tokens);
+    impl_->validate(request);
+  }
   std::vector<RequestId> ids;
-  for (const auto& request : requests) ids.push_back(impl_->submit(request));
+  for (const auto& request : complete) ids.push_back(impl_->submit(request));
   return ids;
 }
 
