@@ -1,6 +1,7 @@
 #include "convert.h"
 
 #include <limits>
+#include <memory>
 
 #include "flexcore/error.h"
 
@@ -153,9 +154,11 @@ std::vector<Example> to_examples(py::handle value, const std::string& where) {
 }
 
 py::array_t<float> to_array(std::vector<float> data, const std::vector<std::int64_t>& shape) {
-  auto* owner = new std::vector<float>(std::move(data));
-  const py::capsule free_owner(owner, [](void* vector) { delete static_cast<std::vector<float>*>(vector); });
-  return py::array_t<float>(shape, owner->data(), free_owner);
+  auto owner = std::make_unique<std::vector<float>>(std::move(data));
+  const float* values = owner->data();
+  const py::capsule free_owner(owner.get(), [](void* vector) { delete static_cast<std::vector<float>*>(vector); });
+  static_cast<void>(owner.release());  // the capsule's now
+  return py::array_t<float>(shape, values, free_owner);
 }
 
 }  // namespace flexcore::python
