@@ -50,7 +50,9 @@ class LLM:
     ) -> None:
         if config is not None and options:
             raise InvalidArgument(f"LLM: got a config and {', '.join(options)}, wanted one of the two ways")
-        self.engine = Engine(model, config or EngineConfig(**options), progress)
+        chosen = config if config is not None else EngineConfig(**options)
+        self.slo = chosen.slo
+        self.engine = Engine(model, chosen, progress)
         self.tokenizer = Tokenizer(self.engine.model_directory, chat_template)
         self._answers: dict[int, Answer] = {}  # by request
         self._events: dict[int, list[FinetuneEvent]] = {}  # by job

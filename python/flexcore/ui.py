@@ -55,12 +55,16 @@ def chart(values: Sequence[float], width: int = 60, height: int = 8) -> list[str
     cells = [[0] * width for _ in range(height)]
     levels = [rows - 1 - round((value - low) * scale) for value in points]
     step = (columns - 1) / (len(levels) - 1) if len(levels) > 1 else 0.0
+    last = levels[0]
     for column in range(columns if len(levels) > 1 else 1):
         position = column / step if step else 0.0
         left = min(int(position), len(levels) - 1)
         right = min(left + 1, len(levels) - 1)
         row = round(levels[left] + (levels[right] - levels[left]) * (position - left))
-        cells[row // 4][column // 2] |= _DOTS[column % 2][row % 4]
+        # Steep stretches are drawn as lines, not as lonely dots.
+        for dot in range(min(row, last + 1), max(row, last - 1) + 1):
+            cells[dot // 4][column // 2] |= _DOTS[column % 2][dot % 4]
+        last = row
     lines = ["".join(chr(0x2800 + cell) for cell in row) for row in cells]
     labels = [""] * height
     labels[0], labels[-1] = f"{high:.3g}", f"{low:.3g}"

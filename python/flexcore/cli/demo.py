@@ -1,0 +1,37 @@
+"""flexcore demo: serve and finetune a real model at once"""
+
+from __future__ import annotations
+
+import argparse
+
+from flexcore.cli import options
+from flexcore.cli.console import load_llm, out
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument("--duration", type=float, default=60.0, metavar="SECONDS", help="of the live part")
+    parser.add_argument("--request-rate", type=float, default=0.7, metavar="PER_SECOND", help="of arriving chats")
+    parser.add_argument("--rows", type=int, default=800, metavar="N", help="training rows")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="rows of an optimizer step")
+    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--json", default="demo.json", metavar="FILE", help="default: %(default)s; '' writes none")
+    options.add_lora(parser)
+    options.add_engine(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from flexcore import demo
+
+    llm = load_llm(options.model_of(args), options.engine_config(args))
+    chosen = demo.Options(
+        duration=args.duration,
+        request_rate=args.request_rate,
+        rows=args.rows,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        json=args.json or None,
+    )
+    demo.run(llm, chosen, options.lora_config(args), out)
+    return 0
