@@ -11,42 +11,141 @@
 namespace flexcore {
 
 struct SchedulerConfig {
-  std::int64_t max_num_seqs = 64;             // running sequences, training ones included
+  std::int64_t max_num_seqs = 64;             // running sequences, training ones included (they take at most half)
   std::int64_t max_num_batched_tokens = 512;  // rows of a forward pass, and of one backward unit
   std::int64_t num_layers = 0;
   double tpot_ms = 100.0;
   double ttft_ms = 2000.0;
   std::int64_t max_finetune_tokens_in_flight = 1024;  // over all jobs; one sequence may always run
+
+  std::int64_t min_prefill_tokens = 32;         // a step's prefill is not cut below this to keep tpot_ms
+  std::int64_t min_finetune_tokens = 16;        // no window is cut below this: each costs a pass over weights
+  std::int64_t max_steps_without_finetune = 8;  // after so many in a row, one minimal piece runs whatever the time
+  double max_idle_step_ms = 500.0;              // longest step while no request is there
 };
 
-/// Decides what one iteration does. Inference first: decode rows, then prefill chunks; then finetuning, forward windows and backward units, up to the
-/// step time that the objective leaves (FlexLLM section 6.2). Holds pointers to sequences that the engine owns. Same input, same plan.
+/// Decides what one iteration does. Inference first: decode rows, then prefill chunks; then finetuning, forward windows
+/// and backward units, up to the step time that the objective leaves (FlexLLM, arXiv 2402.18789, section 6.2). Holds
+/// pointers to sequences that the engine owns. Same input, same plan. Not thread-safe.
+///
+/// Pages. A request takes the pages of all its tokens at admission, then one at a time; a training sequence takes all
+/// of its pages at its start. When they run out: training sequences in their forward phase give theirs back first
+/// (plan.restarted), then the youngest request is preempted. Backward phases keep theirs, and run until they are done.
 class Scheduler {
  public:
+  /// Throws InvalidArgument on a limit below 1.
   Scheduler(const SchedulerConfig& config, BlockManager& blocks, CostModel& cost);
 
   void set_objective(double tpot_ms, double ttft_ms);
 
-  void add(Sequence* sequence);      // waits for admission
-  void finish(Sequence* sequence);   // ended or cancelled: gives its pages back at once, waiting or running
+  /// Waits for admission. Throws InvalidArgument when it has no tokens, OutOfMemory when the pool could never hold it.
+  void add(Sequence* sequence);
+  /// Ended or cancelled: gives its pages back at once, waiting or running. Nothing happens the second time.
+  void finish(Sequence* sequence);
 
-  /// A job gets finetuning time in proportion to its weight. Paused jobs keep what is in flight but get no work.
+  /// A job gets finetuning time in proportion to its weight. Paused jobs keep what is in flight but get no work, unless
+  /// everything else would stand still because of the pages that they hold.
   void add_job(std::int64_t job_id, double weight);
   void pause_job(std::int64_t job_id, bool paused);
   void remove_job(std::int64_t job_id);  // forgets its sequences and gives their pages back
-  /// Sequences of one optimizer step, in order. They start when there is room in flight and in the pool.
+  /// Sequences of one optimizer step, in order. They start when there is room in flight and in the pool. Throws as add.
   void add_training(TrainSequence* sequence);
 
-  /// Allocates pages, so a plan must be carried out or its engine closed. Updates nothing else: see commit.
+  /// Allocates pages, so a plan must be carried out or its engine closed. Sets state, started and cached tokens of what
+  /// it admits, starts, preempts or restarts; the rest is updated by commit. At most one forward window a sequence.
   StepPlan plan(double now_ms);
-  /// The plan was executed: advances num_computed_tokens, forward_done, layer, rows_left; registers full blocks in the prefix cache;
-  /// gives back pages of training sequences that are done (done is set). Call before sampled tokens are appended.
+  /// The plan was executed: advances num_computed_tokens, forward_done, layer, rows_left; registers full blocks in the
+  /// prefix cache; gives back pages of training sequences that are done (done is set). Call before sampled tokens are
+  /// appended. What was finished or removed since the plan is passed over.
   void commit(const StepPlan& plan);
 
-  bool has_inference() const;
+  bool has_inference() const { return !running_.empty() || !waiting_.empty(); }
   bool has_training() const;  // any job that is not paused has sequences to work on
-  std::int64_t num_waiting() const;
-  std::int64_t num_running() const;
+  std::int64_t num_waiting() const { return static_cast<std::int64_t>(waiting_.size()); }
+  std::int64_t num_running() const { return static_cast<std::int64_t>(running_.size()); }
+
+ private:
+  struct Job {
+    std::int64_t id = 0;
+    double weight = 1.0;
+    bool paused = false;
+    bool idle = true;                       // had nothing to do at the last plan
+    double service = 0.0;                   // predicted ms given, divided by weight
+    std::int64_t denied_steps = 0;          // in a row, first in line, and no piece fitted
+    std::vector<TrainSequence*> sequences;  // in order, those that are done left out
+    // Of the plan in the making:
+    bool forward_work = false;    // some sequence is not through its forward
+    bool forward_closed = false;  // no (more) window fits
+    bool exhausted = false;       // nothing fits
+    std::int64_t windows = 0;     // forward windows given
+  };
+  /// A started training sequence as the plan in the making will leave it.
+  struct Flight {
+    TrainSequence* sequence;
+    std::size_t job;
+    std::int64_t layer, rows;  // backward position; rows 0: not in backward, or done
+    bool used = false;         // has a forward window in this plan
+  };
+  struct Rows {
+    std::size_t flight;
+    std::int64_t count;
+  };
+  struct Step {
+    StepPlan& plan;
+    std::int64_t rows_left;          // of the forward pass
+    std::int64_t rows_for_finetune;  // of those, kept from prefill for a starved job
+    double prefill_budget_ms;
+    double finetune_budget_ms = 0.0;
+    bool short_of_pages = false;  // a decode row found no page: nobody is admitted or started
+    bool blocked = false;         // a waiting request found no slot or no pages
+    bool drain = false;           // what is missing is held by backward phases: run only those
+    bool stuck = false;           // nothing was planned: one piece runs whatever its time, paused jobs' too
+    bool waking = false;          // the backward phases of paused jobs run
+  };
+  enum class Outcome : std::uint8_t { kGiven, kNoFit, kNothing };
+
+  // scheduler.cpp: life cycle and inference
+  Job& job(std::int64_t job_id, const char* op);
+  std::int64_t blocks_held(bool in_backward) const;
+  bool restart_one(StepPlan& plan, bool paused_only);
+  void preempt(StepPlan& plan, Sequence* sequence);
+  bool reserve_decode(Step& step, Sequence& sequence);
+  bool make_room(Step& step, std::int64_t missing_blocks);
+  std::int64_t prefill_chunk(const Step& step, std::int64_t begin, std::int64_t end) const;
+  void add_work(Step& step, Sequence& sequence, std::int64_t count, bool decode);
+  void plan_decode(Step& step);
+  void plan_prefill(Step& step);
+  double budget_ms() const;
+  void commit_backward(const BackwardUnit& unit);
+
+  // scheduler_finetune.cpp
+  void begin_jobs(Step& step);
+  void plan_finetune(Step& step, double now_ms);
+  void fill(Step& step);
+  Job* neediest(const Step& step);
+  Outcome give(Step& step, Job& job, bool force);
+  Outcome give_forward(Step& step, Job& job, bool force);
+  Outcome give_backward(Step& step, Job& job, bool force);
+  bool room_to_start(Step& step, const TrainSequence& sequence, bool force);
+  std::int64_t growth_blocks(std::int64_t tokens) const;
+  std::int64_t forward_rows(const Step& step, const TrainSequence& sequence, bool force) const;
+  std::int64_t backward_rows(const Flight& flight, std::int64_t limit) const;
+  std::int64_t least_rows() const;
+  std::int64_t without_sliver(std::int64_t rows, std::int64_t available) const;
+  bool may_join(const Step& step, const Job& job) const;
+  StepFeatures collect(const Step& step, const Job& job, std::int64_t program, std::int64_t layer, std::int64_t limit);
+  bool fits(const Step& step, const StepFeatures& features) const;
+  void charge(Job& job, double ms);
+
+  SchedulerConfig config_;
+  BlockManager& blocks_;
+  CostModel& cost_;
+  std::deque<Sequence*> waiting_;
+  std::vector<Sequence*> running_;  // in order of arrival; all of them arrived before those that wait
+  std::vector<Job> jobs_;
+  std::vector<TrainSequence*> started_;  // in order of start
+  std::vector<Flight> flights_;          // of the plan in the making
+  std::vector<Rows> unit_;               // of the unit in the making
 };
 
 }  // namespace flexcore

@@ -12,11 +12,11 @@ struct Sequence {
   std::int64_t id = 0;
   std::vector<std::int32_t> tokens;  // prompt, then generated
   std::int64_t num_prompt_tokens = 0;
-  std::int64_t num_computed_tokens = 0;   // keys and values of tokens[0, num_computed) are in pages
-  std::int64_t num_cached_tokens = 0;     // of those, found in the prefix cache at admission
-  std::int64_t max_total_tokens = 0;      // prompt + max_tokens, clipped to the model
+  std::int64_t num_computed_tokens = 0;  // keys and values of tokens[0, num_computed) are in pages
+  std::int64_t num_cached_tokens = 0;    // of those, found in the prefix cache at admission
+  std::int64_t max_total_tokens = 0;     // prompt + max_tokens, clipped to the model
   std::vector<std::int32_t> block_table;
-  std::uint64_t cache_key = 0;            // (adapter, version): prefixes are shared only within one key
+  std::uint64_t cache_key = 0;  // (adapter, version): prefixes are shared only within one key
   bool use_prefix_cache = true;
   State state = State::kWaiting;
   double arrival_ms = 0.0;
@@ -26,23 +26,24 @@ struct Sequence {
   std::int64_t num_generated() const { return static_cast<std::int64_t>(tokens.size()) - num_prompt_tokens; }
 };
 
-/// A training sequence in flight. It goes forward through all layers window by window, then backward layer by layer, windows right to left.
+/// A training sequence in flight. It goes forward through all layers window by window, then backward layer by layer,
+/// windows right to left.
 struct TrainSequence {
   std::int64_t id = 0;
   std::int64_t job_id = 0;
-  std::int64_t program = 0;  // units are batched only among sequences of one compiled backward
-  std::int64_t length = 0;   // tokens
-  std::int64_t first_layer = 0;    // lowest layer that has a backward
+  std::int64_t program = 0;                 // units are batched only among sequences of one compiled backward
+  std::int64_t length = 0;                  // tokens
+  std::int64_t first_layer = 0;             // lowest layer that has a backward
   std::int64_t window_tokens = 0;           // largest forward window; 0: any
   std::int64_t backward_window_tokens = 0;  // largest backward window; 0: any
   std::vector<std::int32_t> block_table;
 
-  bool started = false;              // pages and saved activations are held
-  std::int64_t forward_done = 0;     // tokens [0, forward_done) are through the forward
-  std::int64_t layer = 0;            // backward: layer in work; starts at num_layers - 1 when the forward is done
-  std::int64_t rows_left = 0;        // backward: rows [0, rows_left) of `layer` are to do
+  bool started = false;           // pages and saved activations are held
+  std::int64_t forward_done = 0;  // tokens [0, forward_done) are through the forward
+  std::int64_t layer = 0;         // backward: layer in work; starts at num_layers - 1 when the forward is done
+  std::int64_t rows_left = 0;     // backward: rows [0, rows_left) of `layer` are to do
   bool in_backward() const { return started && forward_done == length; }
-  bool done = false;                 // backward finished down to first_layer
+  bool done = false;  // backward finished down to first_layer
 };
 
 }  // namespace flexcore

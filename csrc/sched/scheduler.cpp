@@ -1,0 +1,317 @@
+#include "sched/scheduler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+
+#include "core/check.h"
+#include "sched/search.h"
+
+namespace flexcore {
+namespace {
+
+std::int64_t num_tokens(const Sequence& sequence) { return static_cast<std::int64_t>(sequence.tokens.size()); }
+
+bool is_decode(const Sequence& sequence) {
+  return sequence.num_generated() > 0 && num_tokens(sequence) - sequence.num_computed_tokens == 1;
+}
+
+std::string explain(const StepPlan& plan) {
+  const StepFeatures& f = plan.features;
+  char text[160];
+  int length = std::snprintf(text, sizeof text, "decode %lld, prefill %lld, s=%lld, units %lld",
+                             static_cast<long long>(f.decode_rows), static_cast<long long>(f.prefill_tokens),
+                             static_cast<long long>(f.finetune_tokens), static_cast<long long>(f.backward_units));
+  const auto rest = [&] { return sizeof text - static_cast<std::size_t>(length); };
+  if (!plan.preempted.empty()) length += std::snprintf(text + length, rest(), ", preempted %zu", plan.preempted.size());
+  if (!plan.restarted.empty()) length += std::snprintf(text + length, rest(), ", restarted %zu", plan.restarted.size());
+  std::snprintf(text + length, rest(), ": predicted %.1f of %.1f ms", plan.predicted_ms, plan.budget_ms);
+  return text;
+}
+
+}  // namespace
+
+Scheduler::Scheduler(const SchedulerConfig& config, BlockManager& blocks, CostModel& cost)
+    : config_(config), blocks_(blocks), cost_(cost) {
+  const auto at_least_one = [](const char* name, std::int64_t value) {
+    require(value >= 1, "Scheduler: ", name, " is ", value, ", wanted at least 1");
+  };
+  at_least_one("max_num_seqs", config.max_num_seqs);
+  at_least_one("max_num_batched_tokens", config.max_num_batched_tokens);
+  at_least_one("num_layers", config.num_layers);
+  at_least_one("min_prefill_tokens", config.min_prefill_tokens);
+  at_least_one("min_finetune_tokens", config.min_finetune_tokens);
+  set_objective(config.tpot_ms, config.ttft_ms);
+}
+
+void Scheduler::set_objective(double tpot_ms, double ttft_ms) {
+  require(tpot_ms > 0.0, "Scheduler.set_objective: tpot_ms is ", tpot_ms, ", wanted above 0");
+  require(ttft_ms > 0.0, "Scheduler.set_objective: ttft_ms is ", ttft_ms, ", wanted above 0");
+  config_.tpot_ms = tpot_ms;
+  config_.ttft_ms = ttft_ms;
+}
+
+void Scheduler::add(Sequence* sequence) {
+  require(!sequence->tokens.empty(), "Scheduler.add: sequence ", sequence->id, " has no tokens");
+  // The last token that is generated never needs a key and value.
+  const std::int64_t needed = blocks_.blocks_for(std::max(num_tokens(*sequence), sequence->max_total_tokens - 1));
+  require<OutOfMemory>(needed <= blocks_.num_blocks(), "Scheduler.add: sequence ", sequence->id, " needs ", needed,
+                       " pages of ", blocks_.block_size(), " tokens, the pool has ", blocks_.num_blocks());
+  sequence->state = Sequence::State::kWaiting;
+  waiting_.push_back(sequence);
+}
+
+void Scheduler::finish(Sequence* sequence) {
+  if (sequence->state == Sequence::State::kFinished) return;
+  if (sequence->state == Sequence::State::kRunning)
+    std::erase(running_, sequence);
+  else
+    std::erase(waiting_, sequence);
+  blocks_.release(sequence->block_table);
+  sequence->state = Sequence::State::kFinished;
+}
+
+void Scheduler::add_job(std::int64_t job_id, double weight) {
+  require(std::isfinite(weight) && weight > 0.0, "Scheduler.add_job: weight is ", weight, ", wanted above 0");
+  for (const Job& other : jobs_) require(other.id != job_id, "Scheduler.add_job: job ", job_id, " exists");
+  Job added;
+  added.id = job_id;
+  added.weight = weight;
+  jobs_.push_back(std::move(added));
+}
+
+void Scheduler::pause_job(std::int64_t job_id, bool paused) { job(job_id, "pause_job").paused = paused; }
+
+void Scheduler::remove_job(std::int64_t job_id) {
+  for (TrainSequence* sequence : job(job_id, "remove_job").sequences) {
+    if (!sequence->started) continue;
+    blocks_.release(sequence->block_table);
+    sequence->started = false;
+    std::erase(started_, sequence);
+  }
+  std::erase_if(jobs_, [&](const Job& j) { return j.id == job_id; });
+}
+
+void Scheduler::add_training(TrainSequence* sequence) {
+  Job& owner = job(sequence->job_id, "add_training");
+  require(sequence->length >= 1, "Scheduler.add_training: sequence ", sequence->id, " has length ", sequence->length,
+          ", wanted at least 1");
+  require(sequence->first_layer >= 0 && sequence->first_layer < config_.num_layers,
+          "Scheduler.add_training: first_layer is ", sequence->first_layer, ", wanted 0 to ", config_.num_layers - 1);
+  const std::int64_t needed = blocks_.blocks_for(sequence->length);
+  require<OutOfMemory>(needed <= blocks_.num_blocks(), "Scheduler.add_training: sequence ", sequence->id, " needs ",
+                       needed, " pages of ", blocks_.block_size(), " tokens, the pool has ", blocks_.num_blocks());
+  sequence->started = sequence->done = false;
+  sequence->forward_done = 0;
+  owner.sequences.push_back(sequence);
+}
+
+bool Scheduler::has_training() const {
+  return std::any_of(jobs_.begin(), jobs_.end(), [](const Job& j) { return !j.paused && !j.sequences.empty(); });
+}
+
+Scheduler::Job& Scheduler::job(std::int64_t job_id, const char* op) {
+  const auto found = std::find_if(jobs_.begin(), jobs_.end(), [&](const Job& j) { return j.id == job_id; });
+  require(found != jobs_.end(), "Scheduler.", op, ": there is no job ", job_id);
+  return *found;
+}
+
+StepPlan Scheduler::plan(double now_ms) {
+  StepPlan plan;
+  plan.budget_ms = budget_ms();
+  Step step{.plan = plan,
+            .rows_left = config_.max_num_batched_tokens,
+            .rows_for_finetune = 0,
+            .prefill_budget_ms = plan.budget_ms};
+  begin_jobs(step);
+  plan_decode(step);
+  plan_prefill(step);
+  plan_finetune(step, now_ms);
+  plan.predicted_ms = cost_.predict_ms(plan.features);
+  plan.explain = explain(plan);
+  return plan;
+}
+
+double Scheduler::budget_ms() const {
+  double objective = config_.tpot_ms;
+  // Nobody is waited for: only the request that may come next is, and for at most this one step.
+  if (!has_inference()) objective = std::max(objective, std::min(config_.ttft_ms / 4.0, config_.max_idle_step_ms));
+  return objective / (1.0 + cost_.margin());
+}
+
+std::int64_t Scheduler::blocks_held(bool in_backward) const {
+  std::int64_t sum = 0;
+  for (const TrainSequence* sequence : started_)
+    if (sequence->in_backward() == in_backward) sum += static_cast<std::int64_t>(sequence->block_table.size());
+  return sum;
+}
+
+bool Scheduler::restart_one(StepPlan& plan, bool paused_only) {
+  TrainSequence* victim = nullptr;
+  bool victim_paused = false;
+  // The last one started has done least; sequences of paused jobs go first.
+  for (auto it = started_.rbegin(); it != started_.rend() && !victim_paused; ++it) {
+    if ((*it)->in_backward()) continue;
+    const bool paused = job((*it)->job_id, "plan").paused;
+    if (victim == nullptr ? paused || !paused_only : paused) {
+      victim = *it;
+      victim_paused = paused;
+    }
+  }
+  if (victim == nullptr) return false;
+  blocks_.release(victim->block_table);
+  victim->started = false;
+  victim->forward_done = 0;
+  std::erase(started_, victim);
+  plan.restarted.push_back(victim);
+  return true;
+}
+
+void Scheduler::preempt(StepPlan& plan, Sequence* sequence) {
+  blocks_.release(sequence->block_table);
+  sequence->num_computed_tokens = 0;
+  sequence->state = Sequence::State::kWaiting;
+  ++sequence->num_preemptions;
+  std::erase(running_, sequence);
+  waiting_.push_front(sequence);
+  plan.preempted.push_back(sequence);
+}
+
+bool Scheduler::reserve_decode(Step& step, Sequence& sequence) {
+  while (!blocks_.reserve(sequence.block_table, sequence.num_computed_tokens + 1)) {
+    step.short_of_pages = true;
+    if (restart_one(step.plan, false)) continue;
+    if (running_.back() != &sequence) {
+      preempt(step.plan, running_.back());
+      continue;
+    }
+    // The youngest itself. Pages in backward come back for certain, so that it waits with its work kept.
+    if (blocks_held(true) > 0) {
+      step.drain = true;
+      return false;
+    }
+    require<Error>(running_.size() > 1, "Scheduler.plan: sequence ", sequence.id, " has ", num_tokens(sequence),
+                   " tokens, more than its max_total_tokens ", sequence.max_total_tokens, " and than the pool holds");
+    preempt(step.plan, &sequence);
+    return false;
+  }
+  return true;
+}
+
+void Scheduler::add_work(Step& step, Sequence& sequence, std::int64_t count, bool decode) {
+  const std::int64_t begin = sequence.num_computed_tokens, end = begin + count;
+  const bool sample = end == num_tokens(sequence);
+  StepFeatures& f = step.plan.features;
+  (decode ? f.decode_rows : f.prefill_tokens) += count;
+  (decode ? f.decode_context : f.prefill_context) += context_sum(begin, end);
+  f.sampled_rows += sample;
+  step.rows_left -= count;
+  step.plan.inference.push_back({&sequence, begin, end, sample, decode});
+}
+
+void Scheduler::plan_decode(Step& step) {
+  for (std::size_t i = 0; i < running_.size() && step.rows_left > 0; ++i) {  // running_ may lose its end meanwhile
+    Sequence& sequence = *running_[i];
+    if (is_decode(sequence) && reserve_decode(step, sequence)) add_work(step, sequence, 1, true);
+  }
+}
+
+/// How many tokens of [begin, end) to compute now; 0 when there are no rows or no time.
+std::int64_t Scheduler::prefill_chunk(const Step& step, std::int64_t begin, std::int64_t end) const {
+  const StepFeatures& base = step.plan.features;
+  const std::int64_t rows = std::min(end - begin, step.rows_left - step.rows_for_finetune);
+  if (rows <= 0 || base.decode_rows == 0 || !cost_.fitted()) return std::max<std::int64_t>(rows, 0);
+  const std::int64_t in_time = largest_that(rows, [&](std::int64_t count) {
+    StepFeatures f = base;
+    f.prefill_tokens += count;
+    f.prefill_context += context_sum(begin, begin + count);
+    f.sampled_rows += begin + count == end;
+    return cost_.predict_ms(f) <= step.prefill_budget_ms;
+  });
+  return std::max(in_time, std::min(rows, config_.min_prefill_tokens - base.prefill_tokens));
+}
+
+/// Gets `missing_blocks` pages and a slot free for the first request in line, at the cost of training if need be.
+bool Scheduler::make_room(Step& step, std::int64_t missing_blocks) {
+  const auto slots_taken = [&] { return static_cast<std::int64_t>(running_.size() + started_.size()); };
+  if (missing_blocks <= blocks_.num_free() && slots_taken() < config_.max_num_seqs) return true;
+  const std::int64_t forward = blocks_held(false), backward = blocks_held(true);
+  const bool slot_possible = num_running() < config_.max_num_seqs;
+  const bool slot_now = slots_taken() < config_.max_num_seqs || forward > 0;
+  if (slot_now && missing_blocks <= blocks_.num_free() + forward) {
+    while (missing_blocks > blocks_.num_free() || slots_taken() >= config_.max_num_seqs)
+      if (!restart_one(step.plan, false)) return false;
+    return true;
+  }
+  step.blocked = true;
+  step.drain =
+      step.drain || (backward > 0 && slot_possible && missing_blocks <= blocks_.num_free() + forward + backward);
+  return false;
+}
+
+void Scheduler::plan_prefill(Step& step) {
+  for (Sequence* sequence : running_) {
+    if (is_decode(*sequence)) continue;
+    const std::int64_t count = prefill_chunk(step, sequence->num_computed_tokens, num_tokens(*sequence));
+    if (count > 0 && blocks_.reserve(sequence->block_table, sequence->num_computed_tokens + count))
+      add_work(step, *sequence, count, false);
+  }
+  while (!waiting_.empty() && !step.short_of_pages) {
+    Sequence& sequence = *waiting_.front();
+    BlockManager::Prefix prefix;
+    if (sequence.use_prefix_cache) prefix = blocks_.find_prefix(sequence.cache_key, sequence.tokens);
+    const std::int64_t count = prefill_chunk(step, prefix.num_tokens, num_tokens(sequence));
+    if (count == 0) return;
+    if (!make_room(step, blocks_.blocks_for(num_tokens(sequence)) - prefix.blocks_in_use)) return;
+    if (sequence.use_prefix_cache) blocks_.match_prefix(sequence.cache_key, sequence.tokens, sequence.block_table);
+    sequence.num_computed_tokens = sequence.num_cached_tokens = prefix.num_tokens;
+    require<Error>(blocks_.reserve(sequence.block_table, num_tokens(sequence)),
+                   "Scheduler.plan: counted pages wrongly");
+    sequence.state = Sequence::State::kRunning;
+    waiting_.pop_front();
+    running_.push_back(&sequence);
+    add_work(step, sequence, count, is_decode(sequence));  // recomputed from the cache up to its last token
+  }
+}
+
+void Scheduler::commit(const StepPlan& plan) {
+  for (const SequenceWork& work : plan.inference) {
+    Sequence& sequence = *work.sequence;
+    if (sequence.state != Sequence::State::kRunning) continue;
+    sequence.num_computed_tokens = work.end;
+    const bool block_filled = work.end / blocks_.block_size() > work.begin / blocks_.block_size();
+    if (sequence.use_prefix_cache && block_filled)
+      blocks_.register_blocks(sequence.cache_key, sequence.tokens, work.end, sequence.block_table);
+  }
+  for (const TrainWindow& window : plan.forward) {
+    TrainSequence& sequence = *window.sequence;
+    if (!sequence.started) continue;
+    sequence.forward_done = window.end;
+    if (window.end == sequence.length) {
+      sequence.layer = config_.num_layers - 1;
+      sequence.rows_left = sequence.length;
+    }
+  }
+  for (const BackwardUnit& unit : plan.backward) commit_backward(unit);
+}
+
+void Scheduler::commit_backward(const BackwardUnit& unit) {
+  for (const TrainWindow& window : unit.windows) {
+    TrainSequence& sequence = *window.sequence;
+    if (!sequence.started) continue;
+    sequence.rows_left = window.begin;
+    if (window.begin > 0) continue;
+    if (unit.layer > sequence.first_layer) {
+      sequence.layer = unit.layer - 1;
+      sequence.rows_left = sequence.length;
+      continue;
+    }
+    blocks_.release(sequence.block_table);
+    sequence.started = false;
+    sequence.done = true;
+    std::erase(started_, &sequence);
+    std::erase(job(sequence.job_id, "commit").sequences, &sequence);
+  }
+}
+
+}  // namespace flexcore

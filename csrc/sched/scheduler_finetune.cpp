@@ -1,0 +1,320 @@
+// The finetuning half of the scheduler: what fills a step after inference.
+
+#include <algorithm>
+#include <limits>
+
+#include "sched/scheduler.h"
+#include "sched/search.h"
+
+namespace flexcore {
+namespace {
+
+// Before the cost model knows anything, jobs are charged by token-layers; a backward pass costs about two forwards.
+constexpr double kForwardProxyMs = 1e-3;
+constexpr double kBackwardProxyMs = 2e-3;
+// A training sequence starts only when every running request has room for so many more tokens.
+constexpr std::int64_t kGrowthTokens = 64;
+
+StepFeatures with_forward(StepFeatures f, std::int64_t begin, std::int64_t end) {
+  f.finetune_tokens += end - begin;
+  f.finetune_context += context_sum(begin, end);
+  return f;
+}
+
+/// A request without a token that has used up half of its time: the step is not made longer than it needs.
+bool is_late(const Sequence& sequence, double now_ms, double ttft_ms) {
+  return sequence.num_generated() == 0 && now_ms - sequence.arrival_ms > ttft_ms / 2.0;
+}
+
+}  // namespace
+
+void Scheduler::begin_jobs(Step& step) {
+  double least_service = std::numeric_limits<double>::infinity();
+  const auto has_work = [](const Job& j) { return !j.paused && !j.sequences.empty(); };
+  for (const Job& j : jobs_)
+    if (has_work(j) && !j.idle) least_service = std::min(least_service, j.service);
+  for (Job& j : jobs_) {
+    // Who comes back starts level with the others: time not asked for is not owed.
+    if (has_work(j) && j.idle && least_service < std::numeric_limits<double>::infinity())
+      j.service = std::max(j.service, least_service);
+    j.idle = !has_work(j);
+    j.forward_closed = j.exhausted = false;
+    j.windows = 0;
+    const auto in_forward =
+        std::find_if(j.sequences.begin(), j.sequences.end(), [](const TrainSequence* s) { return !s->in_backward(); });
+    j.forward_work = in_forward != j.sequences.end();
+    if (j.paused || !j.forward_work || j.denied_steps < config_.max_steps_without_finetune) continue;
+    // Prefill leaves rows to a job that has waited long enough, so that its piece fits.
+    const std::int64_t window = std::max((*in_forward)->window_tokens, least_rows());
+    const std::int64_t most = config_.max_num_batched_tokens / 2;
+    step.rows_for_finetune = std::max(step.rows_for_finetune, std::min(window, most));
+  }
+}
+
+void Scheduler::plan_finetune(Step& step, double now_ms) {
+  flights_.clear();
+  for (TrainSequence* sequence : started_) {
+    const auto owner = static_cast<std::size_t>(&job(sequence->job_id, "plan") - jobs_.data());
+    const bool backward = sequence->in_backward();
+    flights_.push_back({sequence, owner, backward ? sequence->layer : 0, backward ? sequence->rows_left : 0});
+  }
+  // When only paused jobs could give the pages, the others go on meanwhile; they start nothing new, so that this ends.
+  step.drain = step.drain && std::any_of(flights_.begin(), flights_.end(), [&](const Flight& flight) {
+                 return flight.rows > 0 && !jobs_[flight.job].paused;
+               });
+  const auto late = [&](const Sequence* s) { return is_late(*s, now_ms, config_.ttft_ms); };
+  const bool hurry = !step.drain && (std::any_of(running_.begin(), running_.end(), late) ||
+                                     (!waiting_.empty() && late(waiting_.front())));
+  step.finetune_budget_ms = hurry ? 0.0 : step.plan.budget_ms;
+  fill(step);
+  if (step.plan.empty() && (has_inference() || has_training())) {
+    step.stuck = true;
+    for (Job& j : jobs_) j.forward_closed = j.exhausted = false;
+    fill(step);
+  }
+}
+
+void Scheduler::fill(Step& step) {
+  bool first_in_line = true;
+  bool may_force = true;
+  while (Job* next = neediest(step)) {
+    // Paused jobs run for the pages that they hold, not beside others.
+    if (next->paused && !step.plan.empty() && !step.waking) return;
+    step.waking = next->paused;
+    Outcome outcome = give(step, *next, false);
+    const bool starved = first_in_line && (step.drain || next->denied_steps >= config_.max_steps_without_finetune);
+    if (outcome == Outcome::kNoFit && may_force && (starved || step.stuck)) {
+      outcome = give(step, *next, true);
+      may_force = false;
+    }
+    if (outcome == Outcome::kNoFit && first_in_line) ++next->denied_steps;
+    if (outcome == Outcome::kGiven) next->denied_steps = 0;
+    if (outcome != Outcome::kNothing) first_in_line = false;
+    if (outcome != Outcome::kGiven) next->exhausted = true;
+  }
+}
+
+/// The job with the least service that may still get something; paused ones only when all else is stuck, and last.
+Scheduler::Job* Scheduler::neediest(const Step& step) {
+  Job* best = nullptr;
+  for (Job& j : jobs_) {
+    if (j.exhausted || j.sequences.empty() || (j.paused && !step.stuck)) continue;
+    if (best == nullptr || j.paused < best->paused || (j.paused == best->paused && j.service < best->service))
+      best = &j;
+  }
+  return best;
+}
+
+/// One piece of work for a job: a forward window if there is any, so that its sequences go backward together.
+Scheduler::Outcome Scheduler::give(Step& step, Job& job, bool force) {
+  Outcome forward = Outcome::kNothing;
+  if (!step.drain && !job.paused && (force || !job.forward_closed)) {
+    forward = give_forward(step, job, force);
+    if (forward == Outcome::kGiven) return forward;
+  }
+  job.forward_closed = true;
+  if (job.windows > 0) return forward;
+  const Outcome backward = give_backward(step, job, force);
+  return backward == Outcome::kNothing ? forward : backward;
+}
+
+Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
+  const auto index = static_cast<std::size_t>(&job - jobs_.data());
+  Outcome outcome = Outcome::kNothing;
+  Flight* flight = nullptr;
+  std::int64_t count = 0;
+  for (Flight& candidate : flights_) {
+    if (candidate.job != index || candidate.used || candidate.sequence->in_backward()) continue;
+    count = forward_rows(step, *candidate.sequence, force);
+    if (count > 0) {
+      flight = &candidate;
+      break;
+    }
+    outcome = Outcome::kNoFit;
+  }
+  if (flight == nullptr) {
+    const auto pending =
+        std::find_if(job.sequences.begin(), job.sequences.end(), [](const TrainSequence* s) { return !s->started; });
+    if (pending == job.sequences.end()) return outcome;
+    TrainSequence& sequence = **pending;
+    if (!room_to_start(step, sequence, force)) return outcome;
+    count = forward_rows(step, sequence, force);
+    if (count == 0) return Outcome::kNoFit;
+    blocks_.reserve(sequence.block_table, sequence.length);
+    sequence.started = true;
+    started_.push_back(&sequence);
+    flights_.push_back({&sequence, index, 0, 0});
+    flight = &flights_.back();
+  }
+  TrainSequence& sequence = *flight->sequence;
+  const std::int64_t begin = sequence.forward_done, end = begin + count;
+  StepFeatures& f = step.plan.features;
+  const double before = cost_.predict_ms(f);
+  f = with_forward(f, begin, end);
+  charge(job, cost_.fitted() ? cost_.predict_ms(f) - before
+                             : kForwardProxyMs * static_cast<double>(count * config_.num_layers));
+  step.plan.forward.push_back({&sequence, begin, end});
+  step.rows_left -= count;
+  flight->used = true;
+  ++job.windows;
+  return Outcome::kGiven;
+}
+
+/// Whether a pending sequence may take its pages now. Sequences of paused jobs make room when nobody else is at work.
+bool Scheduler::room_to_start(Step& step, const TrainSequence& sequence, bool force) {
+  if (step.short_of_pages || step.blocked || (!waiting_.empty() && !force)) return false;
+  const std::int64_t pages = blocks_.blocks_for(sequence.length) + growth_blocks(force ? 1 : kGrowthTokens);
+  const std::int64_t slots = std::max<std::int64_t>(1, config_.max_num_seqs / 2);
+  const auto room = [&] {
+    const auto started = static_cast<std::int64_t>(started_.size());
+    std::int64_t in_flight = 0;
+    for (const TrainSequence* s : started_) in_flight += s->length;
+    return started < slots && started + num_running() < config_.max_num_seqs && pages <= blocks_.num_free() &&
+           (started == 0 || in_flight + sequence.length <= config_.max_finetune_tokens_in_flight);
+  };
+  if (room()) return true;
+  for (const TrainSequence* s : started_)
+    if (!job(s->job_id, "plan").paused) return false;
+  while (restart_one(step.plan, true)) {
+    std::erase_if(flights_, [](const Flight& flight) { return !flight.sequence->started; });
+    if (room()) return true;
+  }
+  return false;
+}
+
+/// Pages that the running requests will ask for until each has `tokens` more.
+std::int64_t Scheduler::growth_blocks(std::int64_t tokens) const {
+  std::int64_t sum = 0;
+  for (const Sequence* sequence : running_) {
+    const auto length = static_cast<std::int64_t>(sequence->tokens.size());
+    const std::int64_t target = std::min(length + tokens, std::max(length, sequence->max_total_tokens - 1));
+    sum +=
+        std::max<std::int64_t>(0, blocks_.blocks_for(target) - static_cast<std::int64_t>(sequence->block_table.size()));
+  }
+  return sum;
+}
+
+/// Rows of the next forward window of `sequence`; 0 when it does not fit.
+std::int64_t Scheduler::forward_rows(const Step& step, const TrainSequence& sequence, bool force) const {
+  const std::int64_t begin = sequence.forward_done, remaining = sequence.length - begin;
+  const auto in_time = [&](std::int64_t count) {
+    return fits(step, with_forward(step.plan.features, begin, begin + count));
+  };
+  if (sequence.window_tokens > 0) {
+    const std::int64_t window = std::min({sequence.window_tokens, remaining, config_.max_num_batched_tokens});
+    if (force) return std::min(window, step.rows_left);
+    return window <= step.rows_left && in_time(window) ? window : 0;
+  }
+  const std::int64_t high = std::min(remaining, step.rows_left), least = std::min(least_rows(), remaining);
+  if (force) return std::min(high, least);
+  const std::int64_t count = high < least ? 0 : largest_that(high, in_time);
+  return count < least ? 0 : without_sliver(count, remaining);
+}
+
+Scheduler::Outcome Scheduler::give_backward(Step& step, Job& job, bool force) {
+  const auto index = static_cast<std::size_t>(&job - jobs_.data());
+  const Flight* top = nullptr;  // the highest layer first: who is behind catches up, and then they share units
+  for (const Flight& flight : flights_)
+    if (flight.job == index && flight.rows > 0 && (top == nullptr || flight.layer > top->layer)) top = &flight;
+  if (top == nullptr) return Outcome::kNothing;
+  const std::int64_t program = top->sequence->program, layer = top->layer;
+
+  StepFeatures f = collect(step, job, program, layer, config_.max_num_batched_tokens);
+  if (!force && !fits(step, f)) {
+    const std::int64_t rows = f.backward_layer_tokens - step.plan.features.backward_layer_tokens;
+    const std::int64_t limit =
+        largest_that(rows, [&](std::int64_t count) { return fits(step, collect(step, job, program, layer, count)); });
+    f = collect(step, job, program, layer, limit);
+  }
+  if (force) {
+    f = collect(step, job, program, layer, least_rows());
+    if (unit_.empty()) {  // fixed windows, larger than that
+      const StepFeatures& base = step.plan.features;
+      f = base;
+      const std::int64_t rows = backward_rows(*top, config_.max_num_batched_tokens);
+      unit_.push_back({static_cast<std::size_t>(top - flights_.data()), rows});
+      f.backward_layer_tokens += rows;
+      f.backward_layer_context += context_sum(top->rows - rows, top->rows);
+      ++f.backward_units;
+    }
+  }
+  if (unit_.empty()) return Outcome::kNoFit;
+
+  const double all_rows = static_cast<double>(f.backward_layer_tokens - step.plan.features.backward_layer_tokens);
+  const double ms =
+      cost_.fitted() ? cost_.predict_ms(f) - cost_.predict_ms(step.plan.features) : kBackwardProxyMs * all_rows;
+  step.plan.features = f;
+  BackwardUnit& unit = step.plan.backward.emplace_back();
+  unit.program = program;
+  unit.layer = layer;
+  for (const Rows& rows : unit_) {
+    Flight& flight = flights_[rows.flight];
+    unit.windows.push_back({flight.sequence, flight.rows - rows.count, flight.rows});
+    charge(jobs_[flight.job], ms * static_cast<double>(rows.count) / all_rows);
+    flight.rows -= rows.count;
+    if (flight.rows == 0 && flight.layer > flight.sequence->first_layer) {
+      --flight.layer;
+      flight.rows = flight.sequence->length;
+    }
+  }
+  return Outcome::kGiven;
+}
+
+/// Puts in unit_ what is ready at (program, layer), the job's own first, up to `limit` rows; returns the step with it.
+StepFeatures Scheduler::collect(const Step& step, const Job& job, std::int64_t program, std::int64_t layer,
+                                std::int64_t limit) {
+  unit_.clear();
+  StepFeatures f = step.plan.features;
+  const auto index = static_cast<std::size_t>(&job - jobs_.data());
+  for (const bool own : {true, false}) {
+    for (std::size_t i = 0; i < flights_.size() && limit > 0; ++i) {
+      const Flight& flight = flights_[i];
+      if (flight.rows == 0 || flight.layer != layer || flight.sequence->program != program) continue;
+      if ((flight.job == index) != own || (!own && !may_join(step, jobs_[flight.job]))) continue;
+      const std::int64_t rows = backward_rows(flight, limit);
+      if (rows == 0) continue;
+      unit_.push_back({i, rows});
+      limit -= rows;
+      f.backward_layer_tokens += rows;
+      f.backward_layer_context += context_sum(flight.rows - rows, flight.rows);
+    }
+  }
+  f.backward_units += !unit_.empty();
+  return f;
+}
+
+/// Whether sequences of a job may ride along in another's unit: not while its own siblings are still in their forward.
+bool Scheduler::may_join(const Step& step, const Job& job) const {
+  if (job.paused) return false;
+  return step.drain || (job.windows == 0 && (job.forward_closed || !job.forward_work));
+}
+
+/// Rows of the next backward window of a flight, of at most `limit`; 0 when it does not fit.
+std::int64_t Scheduler::backward_rows(const Flight& flight, std::int64_t limit) const {
+  if (flight.sequence->backward_window_tokens > 0) {
+    const std::int64_t window =
+        std::min({flight.sequence->backward_window_tokens, flight.rows, config_.max_num_batched_tokens});
+    return window <= limit ? window : 0;
+  }
+  if (flight.rows <= limit) return flight.rows;
+  return limit < least_rows() ? 0 : without_sliver(limit, flight.rows);
+}
+
+std::int64_t Scheduler::least_rows() const {
+  return std::min(config_.min_finetune_tokens, config_.max_num_batched_tokens);
+}
+
+/// Takes a little less than possible when only a sliver would be left of `available`.
+std::int64_t Scheduler::without_sliver(std::int64_t rows, std::int64_t available) const {
+  const std::int64_t least = least_rows(), left = available - rows;
+  if (left <= 0 || left >= least || available < 2 * least) return rows;
+  return available - least;
+}
+
+bool Scheduler::fits(const Step& step, const StepFeatures& features) const {
+  return !cost_.fitted() || cost_.predict_ms(features) <= step.finetune_budget_ms;
+}
+
+void Scheduler::charge(Job& job, double ms) { job.service += std::max(0.0, ms) / job.weight; }
+
+}  // namespace flexcore

@@ -1,0 +1,200 @@
+#pragma once
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "sched/scheduler.h"
+
+namespace flexcore::testing {
+
+/// Plays the engine: owns sequences, carries plans out in virtual time and checks every plan against the contract.
+struct World {
+  SchedulerConfig config;
+  BlockManager blocks;
+  CostModel cost;
+  Scheduler scheduler;
+  std::vector<std::unique_ptr<Sequence>> sequences;
+  std::vector<std::unique_ptr<TrainSequence>> training;
+  std::set<std::int64_t> paused;
+  double now_ms = 0.0;
+  std::string log;  // every plan in words, to compare runs
+
+  World(const SchedulerConfig& c, std::int64_t num_blocks, std::int64_t block_size = 16, bool caching = true)
+      : config(c), blocks(num_blocks, block_size, caching), scheduler(config, blocks, cost) {}
+
+  Sequence& request(std::vector<std::int32_t> prompt, std::int64_t max_tokens) {
+    auto& s = *sequences.emplace_back(std::make_unique<Sequence>());
+    s.id = static_cast<std::int64_t>(sequences.size());
+    s.num_prompt_tokens = static_cast<std::int64_t>(prompt.size());
+    s.tokens = std::move(prompt);
+    s.max_total_tokens = s.num_prompt_tokens + max_tokens;
+    s.arrival_ms = now_ms;
+    scheduler.add(&s);
+    return s;
+  }
+  Sequence& request(std::int64_t prompt, std::int64_t max_tokens) {
+    std::vector<std::int32_t> tokens(static_cast<std::size_t>(prompt));
+    for (auto& token : tokens) token = next_token++;
+    return request(std::move(tokens), max_tokens);
+  }
+  TrainSequence& example(std::int64_t job, std::int64_t length, std::int64_t window = 0, std::int64_t backward = 0) {
+    auto& s = *training.emplace_back(std::make_unique<TrainSequence>());
+    s.id = static_cast<std::int64_t>(training.size());
+    s.job_id = job;
+    s.length = length;
+    s.window_tokens = window;
+    s.backward_window_tokens = backward;
+    scheduler.add_training(&s);
+    return s;
+  }
+
+  /// Plans, checks, commits, and gives every sampled row a token.
+  StepPlan step(double elapsed_ms = -1.0) {
+    StepPlan plan = scheduler.plan(now_ms);
+    check(plan);
+    now_ms += elapsed_ms >= 0.0 ? elapsed_ms : std::max(1.0, plan.predicted_ms);
+    scheduler.commit(plan);
+    for (const SequenceWork& work : plan.inference) {
+      Sequence& s = *work.sequence;
+      EXPECT_EQ(s.num_computed_tokens, work.end);
+      if (!work.sample) continue;
+      s.tokens.push_back(next_token++);
+      if (s.num_generated() == 1) s.first_token_ms = now_ms;
+      if (static_cast<std::int64_t>(s.tokens.size()) >= s.max_total_tokens) scheduler.finish(&s);
+    }
+    check_pages();
+    return plan;
+  }
+  /// Steps until all is done; fails when that takes too long or a plan is empty.
+  int run(int most = 100000) {
+    int steps = 0;
+    while ((scheduler.has_inference() || scheduler.has_training()) && !::testing::Test::HasFailure()) {
+      if (steps++ >= most) {
+        ADD_FAILURE() << "not done after " << most << " steps";
+        break;
+      }
+      const StepPlan plan = step();
+      EXPECT_FALSE(plan.empty() && plan.preempted.empty()) << "nothing planned: " << plan.explain;
+    }
+    return steps;
+  }
+
+  void check(const StepPlan& plan);
+  void check_pages() const;
+
+  std::int32_t next_token = 0;
+};
+
+inline void World::check(const StepPlan& plan) {
+  const std::int64_t max_rows = config.max_num_batched_tokens;
+  std::int64_t rows = 0;
+  std::set<const void*> seen;
+  for (const SequenceWork& w : plan.inference) {
+    const auto length = static_cast<std::int64_t>(w.sequence->tokens.size());
+    EXPECT_TRUE(seen.insert(w.sequence).second) << "one piece a sequence";
+    EXPECT_EQ(w.sequence->state, Sequence::State::kRunning);
+    EXPECT_EQ(w.begin, w.sequence->num_computed_tokens);
+    EXPECT_TRUE(w.begin < w.end && w.end <= length);
+    EXPECT_EQ(w.sample, w.end == length);
+    EXPECT_EQ(w.decode, w.end - w.begin == 1 && w.sample && w.sequence->num_generated() > 0);
+    EXPECT_GE(static_cast<std::int64_t>(w.sequence->block_table.size()), blocks.blocks_for(w.end));
+    rows += w.end - w.begin;
+  }
+  for (const TrainWindow& w : plan.forward) {
+    const TrainSequence& s = *w.sequence;
+    EXPECT_TRUE(seen.insert(&s).second) << "one window a sequence";
+    EXPECT_TRUE(s.started && !paused.contains(s.job_id));
+    EXPECT_EQ(w.begin, s.forward_done);
+    EXPECT_TRUE(w.begin < w.end && w.end <= s.length);
+    EXPECT_TRUE(s.window_tokens == 0 || w.end - w.begin <= s.window_tokens);
+    EXPECT_GE(static_cast<std::int64_t>(s.block_table.size()), blocks.blocks_for(s.length));
+    rows += w.end - w.begin;
+  }
+  EXPECT_LE(rows, max_rows);
+
+  std::map<const TrainSequence*, std::pair<std::int64_t, std::int64_t>> at;  // layer, rows left
+  for (const BackwardUnit& unit : plan.backward) {
+    std::int64_t unit_rows = 0;
+    EXPECT_FALSE(unit.windows.empty());
+    std::set<const void*> in_unit;
+    for (const TrainWindow& w : unit.windows) {
+      const TrainSequence& s = *w.sequence;
+      EXPECT_TRUE(in_unit.insert(&s).second);
+      EXPECT_TRUE(s.in_backward() && !s.done);
+      EXPECT_EQ(unit.program, s.program);
+      auto& [layer, left] = at.try_emplace(&s, s.layer, s.rows_left).first->second;
+      EXPECT_EQ(unit.layer, layer);
+      EXPECT_EQ(w.end, left);
+      EXPECT_TRUE(0 <= w.begin && w.begin < w.end);
+      const std::int64_t window = s.backward_window_tokens;
+      EXPECT_TRUE(window == 0 || w.end - w.begin == std::min({window, left, max_rows}));
+      left = w.begin;
+      if (left == 0 && --layer >= s.first_layer) left = s.length;
+      unit_rows += w.end - w.begin;
+    }
+    EXPECT_LE(unit_rows, max_rows);
+  }
+
+  std::int64_t started = 0, in_flight = 0;
+  for (const auto& s : training)
+    if (s->started) ++started, in_flight += s->length;
+  EXPECT_LE(scheduler.num_running() + started, config.max_num_seqs);
+  EXPECT_TRUE(started < 2 || in_flight <= config.max_finetune_tokens_in_flight);
+  for (const Sequence* s : plan.preempted) EXPECT_TRUE(s->block_table.empty() && s->num_computed_tokens == 0);
+  for (const TrainSequence* s : plan.restarted)
+    EXPECT_TRUE(s->block_table.empty() && s->forward_done == 0 && !s->started);
+  EXPECT_FALSE(plan.explain.empty());
+  log += plan.explain + "\n";
+  for (const SequenceWork& w : plan.inference)
+    log += std::to_string(w.sequence->id) + ":" + std::to_string(w.end) + " ";
+  for (const TrainWindow& w : plan.forward) log += std::to_string(w.sequence->id) + ":" + std::to_string(w.end) + " ";
+  for (const BackwardUnit& unit : plan.backward)
+    for (const TrainWindow& w : unit.windows)
+      log += std::to_string(unit.layer) + "/" + std::to_string(w.sequence->id) + ":" + std::to_string(w.begin) + " ";
+}
+
+/// Nobody but requests with the same prefix shares a page, and every page is either held or free.
+inline void World::check_pages() const {
+  struct Holder {
+    const Sequence* sequence = nullptr;
+    std::size_t index = 0;
+    bool held = false;
+  };
+  std::vector<Holder> holders(static_cast<std::size_t>(blocks.num_blocks()));
+  std::int64_t held = 0;
+  for (const auto& s : sequences) {
+    EXPECT_TRUE(s->state == Sequence::State::kRunning || s->block_table.empty());
+    for (std::size_t i = 0; i < s->block_table.size(); ++i) {
+      Holder& holder = holders[static_cast<std::size_t>(s->block_table[i])];
+      if (!holder.held) {
+        holder = {s.get(), i, true};
+        ++held;
+        continue;
+      }
+      const auto& other = *holder.sequence;
+      const auto end = (i + 1) * static_cast<std::size_t>(blocks.block_size());
+      ASSERT_TRUE(holder.index == i && other.cache_key == s->cache_key);
+      ASSERT_TRUE(other.tokens.size() >= end && s->tokens.size() >= end);
+      ASSERT_TRUE(
+          std::equal(s->tokens.begin(), s->tokens.begin() + static_cast<std::ptrdiff_t>(end), other.tokens.begin()));
+    }
+  }
+  for (const auto& s : training) {
+    EXPECT_EQ(s->started, !s->block_table.empty());
+    for (const std::int32_t page : s->block_table) {
+      Holder& holder = holders[static_cast<std::size_t>(page)];
+      ASSERT_FALSE(holder.held) << "page " << page << " is held twice";
+      holder.held = true;
+      ++held;
+    }
+  }
+  EXPECT_EQ(blocks.num_free() + held, blocks.num_blocks());
+}
+
+}  // namespace flexcore::testing
