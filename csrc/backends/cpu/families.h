@@ -4,10 +4,10 @@
 
 namespace flexcore::cpu {
 
-void register_linear(OpRegistry& registry);         // linear.cpp: pack_weight, packed_weight_bytes, linear, linear_backward
+void register_linear(OpRegistry& registry);         // linear.cpp: packing, linear, linear_backward, embedding
 void register_lora(OpRegistry& registry);           // lora.cpp: lora_forward, lora_backward
 void register_attention(OpRegistry& registry);      // attention.cpp: kv_write, attention, attention_backward
-void register_elementwise(OpRegistry& registry);    // elementwise.cpp: norms, rotary, silu_mul, embedding, gather_rows, copy
+void register_elementwise(OpRegistry& registry);    // elementwise.cpp: norms, rotary, silu_mul, gather_rows, copy
 void register_cross_entropy(OpRegistry& registry);  // cross_entropy.cpp: linear_cross_entropy
 void register_optimizer(OpRegistry& registry);      // optimizer.cpp: sum_squares, adamw, sgd
 void register_scatter(OpRegistry& registry);        // scatter.cpp: zero, scatter_rows
