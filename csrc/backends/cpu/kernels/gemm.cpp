@@ -82,7 +82,7 @@ __attribute__((noinline)) void run_tile(const Tile<Kind>& t) {
   constexpr int kWidth = Panels * kPanel, kVecs = Panels * kPanelVecs;
   const GemmBlock& g = *t.block;
   const std::int64_t width = g.panels * kPanel;
-  float* partial = g.partial + t.row * width + t.column;
+  float* partial = g.first && g.last ? nullptr : g.partial + t.row * width + t.column;
   Vec acc[Rows][kVecs] = {};
   if (!g.first) {
 #pragma GCC unroll 16

@@ -155,14 +155,18 @@ void transpose_panels(const TransposePanels& g) {
   const bool narrow = g.weight == Element::kBFloat16;
   const int lines_a_block = narrow ? kPanel / 2 : kPanel;
   const std::int64_t lines = narrow ? (g.k + 1) / 2 : g.k;  // of one panel of the weight
+  const std::int64_t blocks = (g.n_end - g.n_begin) / kPanel;
   const std::int64_t out_block = kPanel * kPanel / (narrow && kPairs ? 2 : 1);
-  auto* out = static_cast<std::uint32_t*>(g.out);
-  for (std::int64_t kb = g.k_begin; kb < g.k_end; ++kb) {
-    const std::int64_t line = kb * lines_a_block;
-    for (std::int64_t n = g.n_begin; n < g.n_end; n += kPanel) {
-      const auto* in = static_cast<const std::uint32_t*>(g.packed) + (n / kPanel * lines + line) * kPanel;
+  // The weight is read in long runs, one panel after the other, with the next panel's lines on their way.
+  for (std::int64_t block = 0; block < blocks; ++block) {
+    const auto* panel = static_cast<const std::uint32_t*>(g.packed) + (g.n_begin / kPanel + block) * lines * kPanel;
+    auto* out = static_cast<std::uint32_t*>(g.out) + block * out_block;
+    for (std::int64_t kb = g.k_begin; kb < g.k_end; ++kb) {
+      const std::int64_t line = kb * lines_a_block;
+      const std::uint32_t* in = panel + line * kPanel;
+      for (int i = 0; i < lines_a_block; ++i) __builtin_prefetch(in + (lines + i) * kPanel, 0, 2);
       narrow ? transpose_pairs(in, lines - line, out) : transpose_float32(in, lines - line, out);
-      out += out_block;
+      out += blocks * out_block;
     }
   }
 }
