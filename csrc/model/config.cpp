@@ -2,17 +2,14 @@
 
 #include <cmath>
 #include <filesystem>
-#include <limits>
-#include <optional>
 
 #include "core/check.h"
-#include "core/json.h"
+#include "core/json_fields.h"
 
 namespace flexcore {
 
 namespace {
 
-constexpr std::int64_t kMaxSize = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kMaxLayers = 65536;
 
 struct ArchitectureEntry {
@@ -26,78 +23,21 @@ constexpr ArchitectureEntry kArchitectures[] = {
     {"Qwen3ForCausalLM", Architecture::kQwen3},
 };
 
-/// Reads the members of one object and names them in errors. A member that is null counts as absent.
-class Fields {
- public:
-  Fields(const Json& json, std::string source) : json_(json), source_(std::move(source)) {
-    require<ModelLoadError>(json.is_object(), source_, ": ", json.describe(), ", wanted an object");
+/// One id or a list of them.
+std::vector<std::int32_t> read_token_ids(const JsonFields& fields, const char* name) {
+  const Json* value = fields.find(name);
+  if (value == nullptr) return {};
+  const Json::Array ids = value->is_array() ? value->as_array() : Json::Array{*value};
+  std::vector<std::int32_t> result;
+  for (const auto& id : ids) {
+    if (!id.is_int() || id.as_int() < 0 || id.as_int() > JsonFields::kMaxInteger)
+      fields.fail(name, value, "token ids, each an integer >= 0");
+    result.push_back(static_cast<std::int32_t>(id.as_int()));
   }
+  return result;
+}
 
-  const Json* find(const char* name) const {
-    const Json* value = json_.find(name);
-    return value == nullptr || value->is_null() ? nullptr : value;
-  }
-
-  template <class E = ModelLoadError>
-  [[noreturn]] void fail(const char* name, const Json* got, const std::string& wanted) const {
-    throw E(str(source_, ": ", name, ": ", got == nullptr ? "missing" : "got " + got->describe(), ", wanted ", wanted));
-  }
-
-  std::int64_t integer(const char* name, std::int64_t low, std::int64_t high = kMaxSize) const {
-    const Json* value = find(name);
-    if (value == nullptr || !value->is_int() || value->as_int() < low || value->as_int() > high)
-      fail(name, value, str("an integer in [", low, ", ", high, "]"));
-    return value->as_int();
-  }
-  std::int64_t integer_or(const char* name, std::int64_t fallback, std::int64_t low) const {
-    return find(name) == nullptr ? fallback : integer(name, low);
-  }
-
-  double positive(const char* name) const {
-    const Json* value = find(name);
-    if (value == nullptr || !value->is_number() || !(value->as_double() > 0)) fail(name, value, "a number above 0");
-    return value->as_double();
-  }
-  double positive_or(const char* name, double fallback) const {
-    return find(name) == nullptr ? fallback : positive(name);
-  }
-
-  bool boolean_or(const char* name, bool fallback) const {
-    const Json* value = find(name);
-    if (value == nullptr) return fallback;
-    if (!value->is_bool()) fail(name, value, "true or false");
-    return value->as_bool();
-  }
-
-  std::string string_or(const char* name, const char* fallback) const {
-    const Json* value = find(name);
-    if (value == nullptr) return fallback;
-    if (!value->is_string()) fail(name, value, "a string");
-    return value->as_string();
-  }
-
-  /// One id or a list of them.
-  std::vector<std::int32_t> token_ids(const char* name) const {
-    const Json* value = find(name);
-    if (value == nullptr) return {};
-    const Json::Array ids = value->is_array() ? value->as_array() : Json::Array{*value};
-    std::vector<std::int32_t> result;
-    for (const auto& id : ids) {
-      if (!id.is_int() || id.as_int() < 0 || id.as_int() > kMaxSize)
-        fail(name, value, "token ids, each an integer >= 0");
-      result.push_back(static_cast<std::int32_t>(id.as_int()));
-    }
-    return result;
-  }
-
-  const std::string& source() const { return source_; }
-
- private:
-  const Json& json_;
-  std::string source_;
-};
-
-void read_architecture(const Fields& fields, ModelConfig& config) {
+void read_architecture(const JsonFields& fields, ModelConfig& config) {
   const Json* names = fields.find("architectures");
   if (names == nullptr || !names->is_array() || names->as_array().size() != 1 || !names->as_array()[0].is_string())
     fields.fail("architectures", names, "a list of one name");
@@ -113,7 +53,7 @@ void read_architecture(const Fields& fields, ModelConfig& config) {
   fields.fail<Unsupported>("architectures", names, "one of " + known);
 }
 
-void read_heads(const Fields& fields, ModelConfig& config) {
+void read_heads(const JsonFields& fields, ModelConfig& config) {
   config.num_heads = fields.integer("num_attention_heads", 1);
   config.num_kv_heads = fields.integer_or("num_key_value_heads", config.num_heads, 1);
   if (config.num_heads % config.num_kv_heads != 0)
@@ -133,38 +73,33 @@ void read_heads(const Fields& fields, ModelConfig& config) {
                        ", wanted a multiple of 8");
 }
 
-double yarn_attention_factor(const Fields& rope, double factor) {
+double yarn_attention_factor(const JsonFields& rope, double factor) {
   if (rope.find("attention_factor") != nullptr) return rope.positive("attention_factor");
   const auto scale = [&](double weight) { return factor <= 1 ? 1.0 : 0.1 * weight * std::log(factor) + 1.0; };
-  const auto number = [&](const char* name) {
-    const Json* value = rope.find(name);
-    if (value != nullptr && !value->is_number()) rope.fail(name, value, "a number");
-    return value == nullptr ? 0.0 : value->as_double();
-  };
-  const double mscale = number("mscale"), all_dim = number("mscale_all_dim");
+  const double mscale = rope.number_or("mscale", 0.0), all_dim = rope.number_or("mscale_all_dim", 0.0);
   return mscale != 0 && all_dim != 0 ? scale(mscale) / scale(all_dim) : scale(1.0);
 }
 
 // Old files have rope_theta and rope_scaling, those of transformers 5 one rope_parameters; when both are there, the old
 // win.
-RopeConfig read_rope(const Fields& fields, const ModelConfig& config) {
+RopeConfig read_rope(const JsonFields& fields, const ModelConfig& config) {
   const Json none(Json::Object{});
   const char* name = "rope_scaling";
   const Json* json = fields.find(name);
   if (json == nullptr || *json == none) json = fields.find(name = "rope_parameters");
-  const Fields rope(json == nullptr ? none : *json, str(fields.source(), ": ", name));
+  const JsonFields rope(json == nullptr ? none : *json, str(fields.source(), ": ", name));
   if (json != nullptr)
     for (const auto& [key, value] : json->as_object())
-      if (value.is_object()) rope.fail<Unsupported>(key.c_str(), &value, "the same rotary embedding in all layers");
+      if (value.is_object()) rope.fail<Unsupported>(key, &value, "the same rotary embedding in all layers");
 
   RopeConfig result;
   result.theta = rope.positive_or("rope_theta", fields.positive_or("rope_theta", result.theta));
-  const Fields& partial = rope.find("partial_rotary_factor") != nullptr ? rope : fields;
+  const JsonFields& partial = rope.find("partial_rotary_factor") != nullptr ? rope : fields;
   if (partial.positive_or("partial_rotary_factor", 1.0) != 1.0)
     partial.fail<Unsupported>("partial_rotary_factor", partial.find("partial_rotary_factor"), "1");
 
-  const std::string type = rope.string_or("rope_type", rope.string_or("type", "default").c_str());
-  const Fields& original = fields.find("original_max_position_embeddings") != nullptr ? fields : rope;
+  const std::string type = rope.string_or("rope_type", rope.string_or("type", "default"));
+  const JsonFields& original = fields.find("original_max_position_embeddings") != nullptr ? fields : rope;
   result.original_max_position_embeddings =
       original.integer_or("original_max_position_embeddings", config.max_position_embeddings, 1);
   if (type == "default") {
@@ -198,7 +133,7 @@ RopeConfig read_rope(const Fields& fields, const ModelConfig& config) {
 }
 
 /// Qwen2, Qwen3: layers from max_window_layers on slide, unless layer_types says which do.
-std::vector<std::int64_t> read_qwen_windows(const Fields& fields, std::int64_t num_layers) {
+std::vector<std::int64_t> read_qwen_windows(const JsonFields& fields, std::int64_t num_layers) {
   const bool slides = fields.boolean_or("use_sliding_window", false);
   // Absent is 4,096 in transformers, null is none.
   const std::int64_t window = slides ? fields.integer_or("sliding_window", 4096, 1) : 0;
@@ -222,7 +157,7 @@ std::vector<std::int64_t> read_qwen_windows(const Fields& fields, std::int64_t n
   return windows;
 }
 
-void read_architecture_specifics(const Fields& fields, const Json& json, ModelConfig& config) {
+void read_architecture_specifics(const JsonFields& fields, const Json& json, ModelConfig& config) {
   config.sliding_window.assign(static_cast<std::size_t>(config.num_layers), 0);
   switch (config.architecture) {
     case Architecture::kLlama:
@@ -248,7 +183,7 @@ void read_architecture_specifics(const Fields& fields, const Json& json, ModelCo
 }  // namespace
 
 ModelConfig ModelConfig::parse(const Json& json, const Json* generation_config, const std::string& source) {
-  const Fields fields(json, source);
+  const JsonFields fields(json, source);
   ModelConfig config;
   read_architecture(fields, config);
   if (const Json* quantization = fields.find("quantization_config"))
@@ -265,9 +200,10 @@ ModelConfig ModelConfig::parse(const Json& json, const Json* generation_config, 
   read_heads(fields, config);
   config.rope = read_rope(fields, config);
   read_architecture_specifics(fields, json, config);
-  config.eos_token_ids = fields.token_ids("eos_token_id");
+  config.eos_token_ids = read_token_ids(fields, "eos_token_id");
   if (generation_config != nullptr) {
-    auto ids = Fields(*generation_config, "generation_config.json beside " + source).token_ids("eos_token_id");
+    const JsonFields generation(*generation_config, "generation_config.json beside " + source);
+    auto ids = read_token_ids(generation, "eos_token_id");
     if (!ids.empty()) config.eos_token_ids = std::move(ids);
   }
   return config;

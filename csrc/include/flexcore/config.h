@@ -66,8 +66,8 @@ struct LoraConfig {
   std::vector<std::string> target_modules = {"all-linear"};  // names, suffixes of module paths, or one "all-linear"
   bool target_modules_is_regex = false;  // the one entry is a regular expression over the whole path
   bool use_rslora = false;
-  std::vector<std::pair<std::string, std::int64_t>> rank_pattern;  // first match wins, as in PEFT
-  std::vector<std::pair<std::string, double>> alpha_pattern;
+  std::vector<std::pair<std::string, std::int64_t>> rank_pattern = {};  // first match wins, as in PEFT
+  std::vector<std::pair<std::string, double>> alpha_pattern = {};
 };
 
 /// One training sequence. labels[i] is the token at i if it is a target, -100 if not; the next-token shift is done
