@@ -1,8 +1,7 @@
 // The native GEMMs beside oneDNN matmul, on the shapes of SmolLM2-135M: interleaved bursts, medians, GFLOP/s.
 // Weights cycle through more bytes than the caches hold, as the layers of a model do. Needs oneDNN and a built library:
 //   g++ -std=c++20 -fopenmp -O3 -Icsrc -Icsrc/include -I$ONEDNN/include bench/studies/gemm_onednn.cpp
-//   build/csrc/libflexcore.a
-//       -L$ONEDNN/lib -Wl,-rpath,$ONEDNN/lib -ldnnl -lgomp -lpthread -o gemm_onednn
+//       build/csrc/libflexcore.a -L$ONEDNN/lib -Wl,-rpath,$ONEDNN/lib -ldnnl -lpthread -o gemm_onednn
 //   ./gemm_onednn [float32|bfloat16] [forward|backward] [threads=2] [quantile=0.5] [num_tokens ...]
 #include <omp.h>
 
