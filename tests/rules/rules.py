@@ -17,7 +17,7 @@ ARROWS = {
     "graph": BASE,
     "compile": BASE | {"graph"},
     "model": BASE | {"graph"},
-    "peft": BASE | {"graph"},
+    "peft": BASE | {"graph", "model"},
     "train": BASE | {"graph", "backends", "compile", "model", "peft"},
     "engine": BASE | {"graph", "backends", "compile", "model", "peft", "train", "sched"},
     "include": set(),
