@@ -17,8 +17,6 @@ constexpr double kMaxVariance = 1e4;     // of theta, which is about 1, in units
 constexpr double kMinUsualError = 0.02;  // below this, differences are noise
 constexpr double kGate = 3.0;            // usual errors that one step may count for
 constexpr int kRobustRounds = 4;         // reweightings of a fit
-constexpr int kFitSweeps = 20000;
-constexpr int kOnlineSweeps = 100;
 
 constexpr std::array<const char*, kTerms> kTermNames = {
     "any_forward",      "decode_rows",           "decode_context",         "prefill_tokens",
@@ -114,7 +112,7 @@ void CostModel::fit(std::span<const Sample> samples) {
       add_outer(normal, row, weight[s]);
       for (int i = 0; i < kTerms; ++i) right[i] += weight[s] * row[i] * (measured[s] / reference);
     }
-    set_theta(solve_non_negative(normal, right, Vector{}, kFitSweeps));
+    set_theta(solve_non_negative(normal, right));
     for (std::size_t s = 0; s < terms.size(); ++s)
       error[s] = measured[s] / std::max(predict(terms[s]), 1e-3 * time_scale_) - 1.0;
     std::vector<double> sizes(error.size());
@@ -169,7 +167,7 @@ void CostModel::observe(const StepFeatures& features, double measured_ms) {
     const double target = dot(row, before) + error;
     for (int i = 0; i < kTerms; ++i) right[i] += row[i] * target;
     add_outer(prior, row, 1.0);
-    theta = solve_non_negative(prior, right, theta, kOnlineSweeps);
+    theta = solve_non_negative(prior, right);
   }
   if (std::all_of(theta.begin(), theta.end(), [](double x) { return std::isfinite(x); })) {
     set_theta(theta);

@@ -41,19 +41,53 @@ std::array<double, N> multiply(const SquareMatrix<N>& a, const std::array<double
   return y;
 }
 
-/// Minimises x^T a x / 2 - b^T x over x >= 0 by coordinate descent from `x`; `a` is symmetric with a positive diagonal.
+/// Solves a x = b over the chosen rows and columns, x = 0 elsewhere; `a` is symmetric positive definite.
 template <std::size_t N>
-std::array<double, N> solve_non_negative(const SquareMatrix<N>& a, const std::array<double, N>& b,
-                                         std::array<double, N> x, int max_sweeps) {
-  for (double& value : x) value = std::max(0.0, value);
-  for (int sweep = 0; sweep < max_sweeps; ++sweep) {
-    double change = 0.0;
-    for (std::size_t i = 0; i < N; ++i) {
-      const double next = std::max(0.0, x[i] + (b[i] - dot(a[i], x)) / a[i][i]);
-      change = std::max(change, std::abs(next - x[i]));
-      x[i] = next;
+std::array<double, N> solve_chosen(SquareMatrix<N> a, std::array<double, N> b, const std::array<bool, N>& chosen) {
+  std::array<double, N> x{};
+  for (std::size_t k = 0; k < N; ++k) {
+    if (!chosen[k]) continue;
+    for (std::size_t i = k + 1; i < N; ++i) {
+      if (!chosen[i]) continue;
+      const double factor = a[i][k] / a[k][k];
+      for (std::size_t j = k; j < N; ++j) a[i][j] -= factor * a[k][j];
+      b[i] -= factor * b[k];
     }
-    if (change < 1e-10) break;
+  }
+  for (std::size_t k = N; k-- > 0;)
+    if (chosen[k]) x[k] = (b[k] - dot(a[k], x)) / a[k][k];  // x[k] and what is left of it are still 0
+  return x;
+}
+
+/// Minimises x^T a x / 2 - b^T x over x >= 0 by the active-set method of Lawson and Hanson; `a` is symmetric positive
+/// definite.
+template <std::size_t N>
+std::array<double, N> solve_non_negative(const SquareMatrix<N>& a, const std::array<double, N>& b) {
+  std::array<double, N> x{};
+  std::array<bool, N> positive{};
+  const double tolerance = 1e-12 * std::sqrt(dot(b, b));
+  for (std::size_t round = 0; round < 3 * N; ++round) {
+    const auto product = multiply(a, x);
+    std::size_t best = N;
+    double slope = tolerance;
+    for (std::size_t i = 0; i < N; ++i)
+      if (!positive[i] && b[i] - product[i] > slope) slope = b[i] - product[best = i];
+    if (best == N) break;
+    positive[best] = true;
+    for (std::size_t drop = 0; drop < N; ++drop) {
+      const auto target = solve_chosen(a, b, positive);
+      double step = 1.0;
+      for (std::size_t i = 0; i < N; ++i)
+        if (positive[i] && target[i] <= 0.0) step = std::min(step, x[i] / (x[i] - target[i]));
+      for (std::size_t i = 0; i < N; ++i) {
+        x[i] += step * (target[i] - x[i]);
+        if (positive[i] && (x[i] <= 0.0 || (target[i] <= 0.0 && x[i] < 1e-14))) {
+          positive[i] = false;
+          x[i] = 0.0;
+        }
+      }
+      if (step == 1.0) break;
+    }
   }
   return x;
 }

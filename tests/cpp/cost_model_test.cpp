@@ -8,6 +8,8 @@
 #include <random>
 #include <vector>
 
+#include "sched/least_squares.h"
+
 namespace flexcore {
 namespace {
 
@@ -81,6 +83,32 @@ std::vector<CostModel::Sample> probes(const Machine& machine, unsigned seed, int
   return samples;
 }
 
+// At the minimum no slope is positive, and none is left where x is.
+TEST(LeastSquares, NonNegativeSolutionIsOptimal) {
+  std::mt19937 random(17);
+  std::normal_distribution<> normal;
+  for (int round = 0; round < 300; ++round) {
+    SquareMatrix<12> a;
+    set_diagonal(a, 1e-4);
+    std::array<double, 12> b{};
+    for (int sample = 0; sample < 1 + round % 30; ++sample) {
+      std::array<double, 12> row;
+      for (double& value : row) value = round % 3 == 0 ? normal(random) : std::abs(normal(random));
+      add_outer(a, row, 1.0);
+      const double target = normal(random) + round % 2;
+      for (std::size_t i = 0; i < 12; ++i) b[i] += target * row[i];
+    }
+    const auto x = solve_non_negative(a, b);
+    const auto product = multiply(a, x);
+    const double tolerance = 1e-7 * std::sqrt(dot(b, b));
+    for (std::size_t i = 0; i < 12; ++i) {
+      ASSERT_GE(x[i], 0.0);
+      ASSERT_LT(b[i] - product[i], tolerance);
+      ASSERT_LT(x[i] > 0.0 ? std::abs(b[i] - product[i]) : 0.0, tolerance);
+    }
+  }
+}
+
 TEST(CostModel, KnowsNothingAtFirst) {
   CostModel model;
   EXPECT_FALSE(model.fitted());
@@ -148,7 +176,7 @@ TEST(CostModel, FollowsDrift) {
              .layer_token = 0.02,
              .layer_context = 2e-6,
              .unit = 0.5};
-  run(60);
+  run(80);
   EXPECT_LT(mean_error(model, machine, 9), 0.15);
   run(300);
   EXPECT_LT(mean_error(model, machine, 9), 0.05);
