@@ -38,9 +38,10 @@ std::string peft_tensor_name(std::string_view module, char factor);
 PeftAdapter read_peft(const std::string& directory);
 
 /// Writes the directory, all files or none; other files in it stay. PEFT 0.11 and later read it.
-void write_peft(AtomicDirectory& output, const LoraConfig& config, std::span<const LoraWeights> modules,
-                const std::string& base_model = "");
 void write_peft(const std::string& directory, const LoraConfig& config, std::span<const LoraWeights> modules,
+                const std::string& base_model = "");
+/// The same, among other files of one commit.
+void write_peft(AtomicDirectory& output, const LoraConfig& config, std::span<const LoraWeights> modules,
                 const std::string& base_model = "");
 
 }  // namespace flexcore
