@@ -22,8 +22,8 @@ class Detokenizer:
     def push(self, token: int) -> str:
         self._ids.append(token)
         text = self._decode(self._ids)
-        held = text.endswith(_REPLACEMENT)
-        end = len(text) - 1 if held else len(text)
+        end = len(text.rstrip(_REPLACEMENT))  # byte tokens decode to one each until their character is whole
+        held = end < len(text)
         piece = text[self._emitted : end]
         self._emitted = max(self._emitted, end)
         if piece and not held:

@@ -12,7 +12,7 @@ VOCAB_SIZE = 128
 _HIDDEN, _INTERMEDIATE, _LAYERS, _HEADS, _KV_HEADS, _HEAD_DIM = 32, 64, 2, 4, 2, 8
 
 
-def write_tiny_model(directory: str | Path, seed: int = 0) -> Path:
+def write_tiny_model(directory: str | Path, seed: int = 0, vocab_size: int = VOCAB_SIZE) -> Path:
     """Writes config.json and model.safetensors (float32) and returns the directory."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -25,7 +25,7 @@ def write_tiny_model(directory: str | Path, seed: int = 0) -> Path:
         "num_attention_heads": _HEADS,
         "num_key_value_heads": _KV_HEADS,
         "head_dim": _HEAD_DIM,
-        "vocab_size": VOCAB_SIZE,
+        "vocab_size": vocab_size,
         "max_position_embeddings": 256,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -35,12 +35,12 @@ def write_tiny_model(directory: str | Path, seed: int = 0) -> Path:
         "eos_token_id": 2,
     }
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    _write_weights(directory / "model.safetensors", np.random.default_rng(seed))
+    _write_weights(directory / "model.safetensors", _shapes(vocab_size), np.random.default_rng(seed))
     return directory
 
 
-def _shapes() -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCAB_SIZE, _HIDDEN)}
+def _shapes(vocab_size: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab_size, _HIDDEN)}
     for layer in range(_LAYERS):
         prefix = f"model.layers.{layer}."
         shapes |= {
@@ -57,10 +57,10 @@ def _shapes() -> dict[str, tuple[int, ...]]:
     return shapes | {"model.norm.weight": (_HIDDEN,)}
 
 
-def _write_weights(path: Path, random: np.random.Generator) -> None:
+def _write_weights(path: Path, shapes: dict[str, tuple[int, ...]], random: np.random.Generator) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = bytearray()
-    for name, shape in _shapes().items():
+    for name, shape in shapes.items():
         scale = 0.3 / np.sqrt(shape[-1] / _HIDDEN)
         values = random.standard_normal(shape) * scale if len(shape) > 1 else np.ones(shape)
         blob = values.astype("<f4").tobytes()

@@ -71,7 +71,9 @@ def test_class(name: str) -> None:
         assert parameters(methods(node)[method]) == bound_parameters(getattr(bound, method).__doc__), method
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES if "__init__" in methods(CLASSES[name]) and name != "Engine"])
+@pytest.mark.parametrize(
+    "name", [name for name in CLASSES if "__init__" in methods(CLASSES[name]) and name != "Engine"]
+)
 def test_record_defaults(name: str) -> None:
     made = getattr(_core, name)()
     for field, default in parameters(methods(CLASSES[name])["__init__"]):

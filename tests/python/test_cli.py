@@ -1,0 +1,179 @@
+"""Options become configurations, verbs print what they should, errors are one line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_byte_tokenizer
+
+import flexcore as fc
+from flexcore import cli, ui
+from flexcore.cli import options
+from flexcore.demo import stdlib
+from flexcore.demo.traffic import Latencies, Visit, arrivals
+from flexcore.tiny import write_tiny_model
+
+
+def parse(*words: str) -> argparse.Namespace:
+    return cli.build_parser(words).parse_args(words)
+
+
+@pytest.mark.parametrize("verb", list(cli.VERBS))
+def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as info:
+        cli.main([verb, "--help"])
+    assert info.value.code == 0
+    assert verb in capsys.readouterr().out
+
+
+def test_engine_options() -> None:
+    text = (
+        "plan m --max-model-len 64 --kv-cache-memory-bytes 2MiB --dtype float32 --tpot-ms 5 --no-enable-prefix-caching"
+    )
+    args = parse(*text.split())
+    wanted = fc.EngineConfig(
+        max_model_len=64,
+        kv_cache_memory_bytes=2 << 20,
+        dtype="float32",
+        enable_prefix_caching=False,
+        slo=fc.SLO(tpot_ms=5),
+    )
+    assert options.engine_config(args) == wanted
+    assert options.model_of(args) == "m"
+    assert options.engine_config(parse("plan")) == fc.EngineConfig()
+
+
+@pytest.mark.parametrize(("text", "count"), [("1000", 1000), ("2k", 2048), ("1.5GiB", 3 << 29), ("512 MB", 512 << 20)])
+def test_byte_counts(text: str, count: int) -> None:
+    assert options.byte_count(text) == count
+
+
+def test_training_options() -> None:
+    text = (
+        "train d.jsonl --output-dir o --lora-rank 4 --lora-target-modules q_proj v_proj --use-rslora --batch-size 2 "
+        "--gradient-accumulation-steps 3 --lr-scheduler-type cosine --num-train-epochs 2 --warmup-ratio 0.1 --seed 7"
+    )
+    args = parse(*text.split())
+    lora = fc.LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], use_rslora=True)
+    assert options.lora_config(args) == lora
+    wanted = fc.FinetuneConfig(num_epochs=2, batch_size=6, lr_scheduler="cosine", warmup_ratio=0.1, seed=7)
+    assert options.finetune_config(args) == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "targets"),
+    [(["all-linear"], "all-linear"), (["q_proj"], ["q_proj"]), ([r".*(q|v)_proj"], r".*(q|v)_proj")],
+)
+def test_lora_targets(words: list[str], targets: str | list[str]) -> None:
+    args = parse("plan", "--lora-target-modules", *words)
+    assert options.lora_config(args).target_modules == targets
+
+
+def test_sampling_and_adapters() -> None:
+    args = parse(
+        "generate", "m", "-p", "a", "-p", "b", "--stop", "x", "--stop", "y", "--top-k", "5", "--lora-modules", "t=dir"
+    )
+    assert options.sampling_params(args) == fc.SamplingParams(max_tokens=128, temperature=0.0, stop=["x", "y"], top_k=5)
+    assert options.adapters_of(args) == [("t", "dir")]
+    with pytest.raises(fc.InvalidArgument, match="NAME=DIR"):
+        options.adapters_of(parse("chat", "--lora-modules", "dir"))
+
+
+def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", "/no/where"]) == 1
+    assert capsys.readouterr().err == (
+        "flexcore inspect: inspect: /no/where is no model directory, adapter directory or .gguf file\n"
+    )
+    with pytest.raises(SystemExit) as info:
+        cli.main(["nonsense"])
+    assert info.value.code == 2
+
+
+def test_module_answers_cmake() -> None:
+    command = [sys.executable, "-m", "flexcore", "--cmake-dir"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert out == str(Path(fc.__file__).parent / "lib/cmake/flexcore")
+
+
+def test_importing_is_light() -> None:
+    heavy = ("torch", "transformers", "tokenizers", "rich", "jinja2")
+    code = f"import flexcore, sys; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model that can talk: the byte tokenizer's ids fit its vocabulary."""
+    directory = write_tiny_model(tmp_path_factory.mktemp("model"), vocab_size=272)
+    return str(write_byte_tokenizer(directory))
+
+
+ENGINE = ["--dtype", "float32", "--max-model-len", "128", "--max-num-seqs", "4"]
+
+
+def test_inspect_and_plan(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["inspect", model, "--tensors"]) == 0
+    out = capsys.readouterr().out
+    assert "LlamaForCausalLM" in out
+    assert "model.layers.1.mlp.down_proj.weight" in out
+    assert cli.main(["plan", model, "--explain", "--json", str(tmp_path / "p.json"), *ENGINE]) == 0
+    assert "saved_activations" in capsys.readouterr().out
+    plan = json.loads((tmp_path / "p.json").read_text())
+    pools = ("weights", "kv_pages", "saved_activations", "adapters", "gradients", "optimizer", "workspace")
+    assert plan["total"] == sum(plan[name] for name in pools) > 0
+
+
+def test_generate_and_train(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["generate", model, "-p", "hello", "--json", "-n", "2", "--max-tokens", "4", *ENGINE]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["index"] for line in lines] == [0, 1]
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "ab", "completion": "hello"}) + "\n" for _ in range(8)))
+    out = tmp_path / "out"
+    words = ["train", str(data), "--model", model, "--output-dir", str(out), "--batch-size", "2", "--save-steps", "2"]
+    assert cli.main([*words, "--num-train-epochs", "2", "--learning-rate", "0.01", *ENGINE]) == 0
+    log = [json.loads(line) for line in (out / "training_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == list(range(1, 9))
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert (out / "adapter_model.safetensors").is_file()
+    assert (out / "checkpoint").is_dir()
+    assert (
+        cli.main(["generate", model, "-p", "ab", "--lora-modules", f"tuned={out}", "--max-tokens", "6", *ENGINE]) == 0
+    )
+
+
+def test_terminal_drawings() -> None:
+    assert ui.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert ui.sparkline([]) == ""
+    assert ui.sparkline([2.0]) == "▁"
+    lines = ui.chart([3.0, 2.0, 1.0], width=10, height=4)
+    assert len(lines) == 4
+    assert lines[0].startswith("3 ┤")
+    assert lines[-1].startswith("1 ┤")
+    assert len({len(line) for line in lines}) == 1
+    assert [ui.format_bytes(count) for count in (0, 1023, 1536, 5 << 30)] == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"]
+    assert ui.percentile([1, 2, 3, 4], 50) == 2.5
+    assert ui.format_duration(59.6) == "1:00 min"
+
+
+def test_demo_parts() -> None:
+    rows = stdlib.rows(40)
+    assert rows == stdlib.rows(40)
+    assert len({row["messages"][0]["content"] for row in rows}) == 40
+    assert all(row["messages"][1]["content"].endswith(".") for row in rows)
+    stream = arrivals(10.0, ("a", "b"), seed=0)
+    times = [when for when, _ in (next(stream) for _ in range(2000))]
+    assert times == sorted(times)
+    assert 180 < times[-1] < 220
+    visit = Visit([], None, arrival=1.0)
+    for now in (1.5, 1.6, 1.8):
+        visit.note_token(now)
+    assert (visit.ttft_ms, visit.tpot_ms) == (pytest.approx(500), pytest.approx(150))
+    summary = Latencies.of([visit]).summary(fc.SLO(tpot_ms=100, ttft_ms=2000))
+    assert summary["tpot_ms"]["within"] == 0.0
+    assert summary["ttft_ms"]["within"] == 1.0
