@@ -118,10 +118,10 @@ TEST(Attention, RowsAreBitIdenticalHoweverTheyAreBatched) {
   for (const auto& shape :
        {AttentionShape{9, 3, 64, 16, 0, kF32, kF32}, AttentionShape{9, 3, 64, 16, 0, kBF16, kBF16},
         AttentionShape{4, 4, 24, 7, 300, kF32, kBF16}, AttentionShape{8, 1, 80, 16, 130, kF32, kF32}}) {
-    PagedSequences world(shape, {613, 200}, rng);
+    PagedSequences world(shape, {520, 200}, rng);
     auto alone = make_ops(1);
     world.fill_pages(alone);
-    Batch whole(world, {{0, 0, 613}});
+    Batch whole(world, {{0, 0, 520}});
     whole.forward(alone);
     const auto expect_same = [&](const Batch& batch, const char* what) {
       std::int64_t row = 0;
@@ -133,23 +133,23 @@ TEST(Attention, RowsAreBitIdenticalHoweverTheyAreBatched) {
         }
       }
     };
-    for (const int threads : {1, 2, 5}) {
+    for (const int threads : {1, 3}) {
       auto ops = make_ops(threads);
-      for (int trial = 0; trial < 6; ++trial) {
+      for (int trial = 0; trial < 3; ++trial) {
         std::vector<Piece> pieces{{1, 0, 77}, {1, 199, 200}};
-        for (const auto& [begin, end] : random_cuts(613, rng)) pieces.push_back({0, begin, end});
+        for (const auto& [begin, end] : random_cuts(520, rng)) pieces.push_back({0, begin, end});
         std::shuffle(pieces.begin(), pieces.end(), rng);
         Batch batch(world, pieces);
         batch.forward(ops);
         expect_same(batch, "random cuts");
       }
-      for (const std::int64_t i : {0, 1, 63, 64, 255, 256, 257, 511, 612}) {
+      for (const std::int64_t i : {0, 1, 63, 64, 255, 256, 257, 511, 519}) {
         Batch batch(world, {{0, i, i + 1}});
         batch.forward(ops);
         expect_same(batch, "one row");
       }
       for (const std::int64_t n : {2, 17, 100}) {
-        Batch batch(world, {{0, 613 - n, 613}});
+        Batch batch(world, {{0, 520 - n, 520}});
         batch.forward(ops);
         expect_same(batch, "a chunk alone");
       }

@@ -70,7 +70,7 @@ FLEXCORE_INLINE void softmax_backward_row(float* prob, float* grad_score, Visibl
   if (seen.begin > 0 || seen.end < kKeyBlock) mask_scores(prob, seen);
 #pragma GCC unroll 16
   for (int v = 0; v < kBlockVecs; ++v) {
-    const Vec x = vec::exp2(load(prob + v * kLanes) - lse);
+    const Vec x = vec::exp2_bounded(load(prob + v * kLanes) - lse);
     store(prob + v * kLanes, x);
     store(grad_score + v * kLanes, x * (load(grad_score + v * kLanes) - delta));
   }
@@ -89,26 +89,28 @@ void attend_backward(const AttentionProblem& p, const AttentionBackwardPiece& pi
     const Visible seeing = seeing_tokens(p, t, first, first + kKeyBlock);
     const Visible tokens{most(begin, seeing.begin), least(end, seeing.end)};
     if (tokens.begin >= tokens.end) continue;
-    const std::int64_t row = (tokens.begin - begin) * group, rows = (tokens.end - tokens.begin) * group;
-    const std::int64_t keys = least(kKeyBlock, chunk.end - first), columns = pad_dim(keys),
-                       offset = first - chunk.begin;
-    float *q = s.q + row * padded, *grad_y = s.grad_y + row * padded;
-    float *prob = s.prob + row * kKeyBlock, *grad_score = s.grad_score + row * kKeyBlock;
-    tile_product<false>({q, padded, 1, s.k_columns + offset * p.head_dim, kKeyBlock, prob, kKeyBlock, p.head_dim}, rows,
-                        columns);
-    tile_product<false>(
-        {grad_y, padded, 1, s.v_columns + offset * p.head_dim, kKeyBlock, grad_score, kKeyBlock, p.head_dim}, rows,
-        columns);
-    for (std::int64_t token = tokens.begin; token < tokens.end; ++token) {
-      const Visible seen = visible_keys(p, t.position + token, first);
-      for (std::int64_t r = (token - begin) * group; r < (token - begin + 1) * group; ++r)
-        softmax_backward_row(s.prob + r * kKeyBlock, s.grad_score + r * kKeyBlock, seen, s.lse[r], s.delta[r]);
+    const std::int64_t offset = first - chunk.begin;
+    const float *k_columns = s.k_columns + offset * p.head_dim, *v_columns = s.v_columns + offset * p.head_dim;
+    for (std::int64_t token = tokens.begin, next; token < tokens.end; token = next) {
+      next = strip_end(t, first, token, tokens.end);
+      const std::int64_t row = (token - begin) * group, rows = (next - token) * group;
+      const std::int64_t keys = least(least(kKeyBlock, chunk.end - first), t.position + next - first);
+      const float *q = s.q + row * padded, *grad_y = s.grad_y + row * padded;
+      float *prob = s.prob + row * kKeyBlock, *grad_score = s.grad_score + row * kKeyBlock;
+      tile_product<false>({q, padded, 1, k_columns, kKeyBlock, prob, kKeyBlock, p.head_dim}, rows, pad_dim(keys));
+      tile_product<false>({grad_y, padded, 1, v_columns, kKeyBlock, grad_score, kKeyBlock, p.head_dim}, rows,
+                          pad_dim(keys));
+      for (std::int64_t i = token; i < next; ++i) {
+        const Visible seen = visible_keys(p, t.position + i, first);
+        for (std::int64_t r = (i - begin) * group; r < (i - begin + 1) * group; ++r)
+          softmax_backward_row(s.prob + r * kKeyBlock, s.grad_score + r * kKeyBlock, seen, s.lse[r], s.delta[r]);
+      }
+      tile_product<true>({prob, 1, kKeyBlock, grad_y, padded, s.grad_v + offset * padded, padded, rows}, keys, padded);
+      tile_product<true>({grad_score, 1, kKeyBlock, q, padded, s.grad_k + offset * padded, padded, rows}, keys, padded);
+      tile_product<true>({grad_score, kKeyBlock, 1, s.k_rows + offset * padded, padded,
+                          piece.grad_q + token * group * padded, padded, keys},
+                         rows, padded);
     }
-    tile_product<true>({prob, 1, kKeyBlock, grad_y, padded, s.grad_v + offset * padded, padded, rows}, keys, padded);
-    tile_product<true>({grad_score, 1, kKeyBlock, q, padded, s.grad_k + offset * padded, padded, rows}, keys, padded);
-    tile_product<true>({grad_score, kKeyBlock, 1, s.k_rows + offset * padded, padded,
-                        piece.grad_q + tokens.begin * group * padded, padded, keys},
-                       rows, padded);
   }
 }
 

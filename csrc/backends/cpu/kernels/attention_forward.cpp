@@ -7,6 +7,9 @@ namespace {
 
 using namespace attention;  // NOLINT: this file is the building blocks' user
 
+// Rows whose values are read from the pages, without a panel.
+constexpr std::int64_t kFewRows = 6;
+
 // Online softmax in base 2: scores arrive multiplied by log2(e).
 struct State {
   float* o;    // [num_rows, padded]
@@ -67,11 +70,11 @@ FLEXCORE_INLINE void softmax_row(float* scores, Visible seen, float& max, float&
   Vec row_sum{};
 #pragma GCC unroll 16
   for (int v = 0; v < kBlockVecs; ++v) {
-    s[v] = vec::exp2(s[v] - base);
+    s[v] = vec::exp2_bounded(s[v] - base);
     store(scores + v * kLanes, s[v]);
     row_sum += s[v];
   }
-  const float factor = new_max > max ? vec::exp2(max - base) : 1.0f;
+  const float factor = new_max > max ? vec::exp2_bounded(max - base) : 1.0f;
   if (factor != 1.0f) {
     for (std::int64_t d = 0; d < padded; d += kLanes) store(o + d, factor * load(o + d));
   }
@@ -88,22 +91,29 @@ __attribute__((noinline, noclone)) void attend(const AttentionProblem& p, const 
   for (std::int64_t first = split * kKeySplit; first < stop; first += kKeyBlock) {
     const Visible tokens = seeing_tokens(p, t, first, first + kKeyBlock);
     if (tokens.begin >= tokens.end) continue;
-    const std::int64_t row = tokens.begin * p.group, rows = (tokens.end - tokens.begin) * p.group;
     BlockKeys keys;
     find_keys(p, t, first, end, keys);
+    prefetch_keys(p, t, first + kKeyBlock, stop);
     gather_columns(p.keys, p.bf16_pages, keys, p.head_dim, s.k_panel);
-    tile_product<false>(
-        {s.q + row * padded, padded, 1, s.k_panel, kKeyBlock, s.scores + row * kKeyBlock, kKeyBlock, p.head_dim}, rows,
-        keys.columns);
-    for (std::int64_t token = tokens.begin; token < tokens.end; ++token) {
-      const Visible seen = visible_keys(p, t.position + token, first);
-      for (std::int64_t r = token * p.group; r < (token + 1) * p.group; ++r)
-        softmax_row(s.scores + r * kKeyBlock, seen, s.part.max[r], s.part.sum[r], s.part.o + r * padded, padded);
+    const bool few = (tokens.end - tokens.begin) * p.group <= kFewRows && padded == p.head_dim;
+    if (!few) gather_rows(p.values, p.bf16_pages, keys, p.head_dim, s.v_panel);
+    for (std::int64_t token = tokens.begin, next; token < tokens.end; token = next) {
+      next = strip_end(t, first, token, tokens.end);
+      const std::int64_t row = token * p.group, rows = (next - token) * p.group;
+      const std::int64_t num_keys = least(kKeyBlock, t.position + next - first);
+      float *scores = s.scores + row * kKeyBlock, *o = s.part.o + row * padded;
+      tile_product<false>({s.q + row * padded, padded, 1, s.k_panel, kKeyBlock, scores, kKeyBlock, p.head_dim}, rows,
+                          pad_dim(num_keys));
+      for (std::int64_t i = token; i < next; ++i) {
+        const Visible seen = visible_keys(p, t.position + i, first);
+        for (std::int64_t r = i * p.group; r < (i + 1) * p.group; ++r)
+          softmax_row(s.scores + r * kKeyBlock, seen, s.part.max[r], s.part.sum[r], s.part.o + r * padded, padded);
+      }
+      if (few)
+        (p.bf16_pages ? page_product<true> : page_product<false>)(p.values, keys, num_keys, scores, rows, padded, o);
+      else
+        tile_product<true>({scores, kKeyBlock, 1, s.v_panel, padded, o, padded, num_keys}, rows, padded);
     }
-    gather_rows(p.values, p.bf16_pages, keys, p.head_dim, s.v_panel);
-    tile_product<true>({s.scores + row * kKeyBlock, kKeyBlock, 1, s.v_panel, padded, s.part.o + row * padded, padded,
-                        least(kKeyBlock, end - first)},
-                       rows, padded);
   }
 }
 
@@ -113,7 +123,7 @@ __attribute__((noinline, noclone)) void merge(const State& total, const float* o
   for (std::int64_t r = 0; r < rows; ++r) {
     if (max[r] == -__builtin_inff() && sum[r] == 0.0f) continue;
     const float top = max[r] > total.max[r] ? max[r] : total.max[r];
-    const float a = vec::exp2(total.max[r] - top), b = vec::exp2(max[r] - top);
+    const float a = vec::exp2_bounded(total.max[r] - top), b = vec::exp2_bounded(max[r] - top);
     for (std::int64_t d = 0; d < padded; d += kLanes)
       store(total.o + r * padded + d, a * load(total.o + r * padded + d) + b * load(o + r * padded + d));
     total.sum[r] = a * total.sum[r] + b * sum[r];

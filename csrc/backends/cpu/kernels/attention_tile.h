@@ -11,7 +11,8 @@ namespace flexcore::cpu::FLEXCORE_ISA::attention {
 
 typedef std::uint16_t Half __attribute__((vector_size(kLanes * 2)));
 typedef std::uint16_t LooseHalf __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
-typedef std::uint32_t LooseVecU __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
+typedef std::uint32_t Quad __attribute__((vector_size(16)));
+typedef std::uint32_t LooseQuad __attribute__((vector_size(16), aligned(2), may_alias));
 
 inline constexpr float kLog2E = 1.44269504088896f;
 inline constexpr float kLn2 = 0.693147180559945f;
@@ -34,14 +35,6 @@ struct PairLow {
 struct PairHigh {
   static constexpr int at(int i) { return PairLow::at(i) + 2; }
 };
-template <int Odd>
-struct EveryOtherQuad {
-  static constexpr int at(int i) {
-    constexpr int kHalf = kLanes / 8;  // quads taken from each side
-    const int quad = i / 4;
-    return quad < kHalf ? (2 * quad + Odd) * 4 + i % 4 : kLanes + (2 * (quad - kHalf) + Odd) * 4 + i % 4;
-  }
-};
 template <int Distance>
 struct Swap {
   static constexpr int at(int i) { return i ^ Distance; }
@@ -56,37 +49,38 @@ FLEXCORE_INLINE V shuffle(V a, V b) {
   return shuffle_lanes<Pattern>(a, b, std::make_integer_sequence<int, kLanes>{});
 }
 
-/// Transposes a square of 32-bit elements held in registers.
-FLEXCORE_INLINE void transpose(VecU (&r)[kLanes]) {
-#pragma GCC unroll 4
-  for (int g = 0; g < kLanes; g += 4) {
-    const VecU a = shuffle<UnpackLow>(r[g], r[g + 1]), b = shuffle<UnpackHigh>(r[g], r[g + 1]);
-    const VecU c = shuffle<UnpackLow>(r[g + 2], r[g + 3]), d = shuffle<UnpackHigh>(r[g + 2], r[g + 3]);
-    r[g] = shuffle<PairLow>(a, c);
-    r[g + 1] = shuffle<PairHigh>(a, c);
-    r[g + 2] = shuffle<PairLow>(b, d);
-    r[g + 3] = shuffle<PairHigh>(b, d);
-  }
-  if constexpr (kLanes == 8) {
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const VecU low = shuffle<EveryOtherQuad<0>>(r[j], r[j + 4]);
-      r[j + 4] = shuffle<EveryOtherQuad<1>>(r[j], r[j + 4]);
-      r[j] = low;
+FLEXCORE_INLINE Quad load_quad(const char* p) { return *reinterpret_cast<const LooseQuad*>(p); }
+
+/// A quad of each of the rows i, i + 4, ..., side by side.
+template <int Lanes>
+FLEXCORE_INLINE auto load_quads(const char* const* rows, std::int64_t offset) {
+  const Quad q0 = load_quad(rows[0] + offset);
+  if constexpr (Lanes == 4) {
+    return q0;
+  } else {
+    const auto low = __builtin_shufflevector(q0, load_quad(rows[4] + offset), 0, 1, 2, 3, 4, 5, 6, 7);
+    if constexpr (Lanes == 8) {
+      return low;
+    } else {
+      const Quad q2 = load_quad(rows[8] + offset), q3 = load_quad(rows[12] + offset);
+      const auto high = __builtin_shufflevector(q2, q3, 0, 1, 2, 3, 4, 5, 6, 7);
+      return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     }
   }
-  if constexpr (kLanes == 16) {
+}
+
+/// Four 32-bit columns of kLanes rows: out[c] holds column c, row r in lane r. Rows are loaded quad by quad into the
+/// lanes where they are wanted, which leaves half of a transposition's shuffles.
+FLEXCORE_INLINE void load_columns(const char* const (&rows)[kLanes], std::int64_t offset, VecU (&out)[4]) {
+  VecU in[4];
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; ++j) {
-      const VecU a = shuffle<EveryOtherQuad<0>>(r[j], r[j + 4]), b = shuffle<EveryOtherQuad<1>>(r[j], r[j + 4]);
-      const VecU c = shuffle<EveryOtherQuad<0>>(r[j + 8], r[j + 12]),
-                 d = shuffle<EveryOtherQuad<1>>(r[j + 8], r[j + 12]);
-      r[j] = shuffle<EveryOtherQuad<0>>(a, c);
-      r[j + 4] = shuffle<EveryOtherQuad<0>>(b, d);
-      r[j + 8] = shuffle<EveryOtherQuad<1>>(a, c);
-      r[j + 12] = shuffle<EveryOtherQuad<1>>(b, d);
-    }
-  }
+  for (int i = 0; i < 4; ++i) in[i] = load_quads<kLanes>(rows + i, offset);
+  const VecU a = shuffle<UnpackLow>(in[0], in[1]), b = shuffle<UnpackHigh>(in[0], in[1]);
+  const VecU c = shuffle<UnpackLow>(in[2], in[3]), d = shuffle<UnpackHigh>(in[2], in[3]);
+  out[0] = shuffle<PairLow>(a, c);
+  out[1] = shuffle<PairHigh>(a, c);
+  out[2] = shuffle<PairLow>(b, d);
+  out[3] = shuffle<PairHigh>(b, d);
 }
 
 FLEXCORE_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
@@ -248,6 +242,22 @@ FLEXCORE_INLINE const void* page_row(const void* pages, bool bf16, std::int64_t 
               : static_cast<const void*>(static_cast<const float*>(pages) + offset);
 }
 
+/// Asks for the block at `first` ahead of its use: pages lie anywhere, and each holds too few bytes of a head for the
+/// hardware to foresee.
+FLEXCORE_INLINE void prefetch_keys(const AttentionProblem& p, const AttentionTile& t, std::int64_t first,
+                                   std::int64_t end) {
+  const std::int64_t width = p.bf16_pages ? 2 : 4, stop = least(first + kKeyBlock, end);
+  for (std::int64_t i = first; i < stop;) {
+    const std::int64_t run = least(stop - i, p.block_size - i % p.block_size);
+    const std::int64_t begin = page_offset(p, t, i) * width, bytes = run * p.head_dim * width;
+    for (std::int64_t b = begin; b < begin + bytes; b += 64) {
+      __builtin_prefetch(static_cast<const char*>(p.keys) + b);
+      __builtin_prefetch(static_cast<const char*>(p.values) + b);
+    }
+    i += run;
+  }
+}
+
 /// panel [kKeyBlock, padded head_dim]
 inline __attribute__((noinline)) void gather_rows(const void* pages, bool bf16, const BlockKeys& keys, std::int64_t dim,
                                                   float* panel) {
@@ -259,33 +269,74 @@ inline __attribute__((noinline)) void gather_rows(const void* pages, bool bf16, 
 inline __attribute__((noinline)) void gather_columns(const void* pages, bool bf16, const BlockKeys& keys,
                                                      std::int64_t dim, float* panel) {
   // bfloat16 goes through the transposition in pairs, and is widened behind it.
-  const std::int64_t step = bf16 ? 2 * kLanes : kLanes, whole = dim / step * step;
   for (std::int64_t i = 0; i < keys.columns; i += kLanes) {
     const char* rows[kLanes];
     for (int r = 0; r < kLanes; ++r) rows[r] = static_cast<const char*>(page_row(pages, bf16, keys.offset[i + r]));
-    for (std::int64_t d = 0; d < whole; d += step) {
-      VecU square[kLanes];
-#pragma GCC unroll 16
-      for (int r = 0; r < kLanes; ++r) square[r] = *reinterpret_cast<const LooseVecU*>(rows[r] + d * (bf16 ? 2 : 4));
-      transpose(square);
-      float* out = panel + d * kKeyBlock + i;
-      if (bf16) {
-#pragma GCC unroll 16
-        for (int r = 0; r < kLanes; ++r) {
-          store(out + 2 * r * kKeyBlock, __builtin_bit_cast(Vec, square[r] << 16));
-          store(out + (2 * r + 1) * kKeyBlock, __builtin_bit_cast(Vec, square[r] & 0xffff0000u));
+    float* out = panel + i;
+    VecU column[4];
+    if (bf16) {
+      for (std::int64_t d = 0; d < dim; d += 8) {
+        load_columns(rows, d * 2, column);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) {
+          store(out + (d + 2 * c) * kKeyBlock, __builtin_bit_cast(Vec, column[c] << 16));
+          store(out + (d + 2 * c + 1) * kKeyBlock, __builtin_bit_cast(Vec, column[c] & 0xffff0000u));
         }
-      } else {
-#pragma GCC unroll 16
-        for (int r = 0; r < kLanes; ++r) store(out + r * kKeyBlock, __builtin_bit_cast(Vec, square[r]));
+      }
+    } else {
+      for (std::int64_t d = 0; d < dim; d += 4) {
+        load_columns(rows, d * 4, column);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) store(out + (d + c) * kKeyBlock, __builtin_bit_cast(Vec, column[c]));
       }
     }
-    for (int r = 0; r < kLanes; ++r) {
-      for (std::int64_t d = whole; d < dim; ++d)
-        panel[d * kKeyBlock + i + r] =
-            bf16 ? to_float(reinterpret_cast<const bfloat16*>(rows[r])[d]) : reinterpret_cast<const float*>(rows[r])[d];
+  }
+}
+
+/// o[r] += sum over keys of prob[r, k] value[k], with the values read from their pages: for so few rows, a panel costs
+/// more than it saves. The order is tile_product's. head_dim: a multiple of kLanes.
+template <int Rows, int Vecs, bool Bf16>
+FLEXCORE_INLINE void multiply_pages(const void* values, const BlockKeys& keys, std::int64_t num_keys, const float* prob,
+                                    std::int64_t dim, std::int64_t d, float* o) {
+  for (; d + Vecs * kLanes <= dim; d += Vecs * kLanes) {
+    Vec acc[Rows][Vecs];
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+      for (int v = 0; v < Vecs; ++v) acc[r][v] = load(o + r * dim + d + v * kLanes);
+    }
+    for (std::int64_t k = 0; k < num_keys; ++k) {
+      const std::int64_t at = keys.offset[k] + d;
+      Vec bv[Vecs];
+#pragma GCC unroll 16
+      for (int v = 0; v < Vecs; ++v)
+        bv[v] = Bf16 ? load_bf16(static_cast<const bfloat16*>(values) + at + v * kLanes)
+                     : load(static_cast<const float*>(values) + at + v * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+        const float x = prob[r * kKeyBlock + k];
+#pragma GCC unroll 16
+        for (int v = 0; v < Vecs; ++v) acc[r][v] += x * bv[v];
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 16
+      for (int v = 0; v < Vecs; ++v) store(o + r * dim + d + v * kLanes, acc[r][v]);
     }
   }
+  if constexpr (Vecs > 1) {
+    if (d < dim) multiply_pages<Rows, Vecs / 2, Bf16>(values, keys, num_keys, prob, dim, d, o);
+  }
+}
+
+template <bool Bf16>
+__attribute__((noinline)) void page_product(const void* values, const BlockKeys& keys, std::int64_t num_keys,
+                                            const float* prob, std::int64_t rows, std::int64_t dim, float* o) {
+  std::int64_t r = 0;
+  for (; rows - r >= 3; r += 3)
+    multiply_pages<3, 4, Bf16>(values, keys, num_keys, prob + r * kKeyBlock, dim, 0, o + r * dim);
+  for (; r < rows; ++r) multiply_pages<1, 8, Bf16>(values, keys, num_keys, prob + r * kKeyBlock, dim, 0, o + r * dim);
 }
 
 /// Keys of the block at `first` that a row at `position` sees: [begin, end), relative to `first`.
@@ -308,6 +359,14 @@ FLEXCORE_INLINE Visible seeing_tokens(const AttentionProblem& p, const Attention
   const std::int64_t begin = most(first - t.position, 0);
   const std::int64_t end = p.sliding_window > 0 ? last + p.sliding_window - 1 - t.position : t.num_tokens;
   return {least(begin, t.num_tokens), most(least(end, t.num_tokens), least(begin, t.num_tokens))};
+}
+
+/// Where the strip of tokens that begins at `token` ends. On the diagonal, strips are short, and multiply only the keys
+/// that their last token sees.
+FLEXCORE_INLINE std::int64_t strip_end(const AttentionTile& t, std::int64_t first, std::int64_t token,
+                                       std::int64_t end) {
+  constexpr std::int64_t kDiagonalTokens = 16;
+  return t.position + token + 1 < first + kKeyBlock ? least(token + kDiagonalTokens, end) : end;
 }
 
 }  // namespace flexcore::cpu::FLEXCORE_ISA::attention

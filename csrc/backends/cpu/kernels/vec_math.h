@@ -7,8 +7,8 @@
 namespace flexcore::cpu {
 
 // Elementary functions of float, or of any GCC vector of float, without branches, calls or tables: a plain loop over
-// them vectorises. Errors are relative, over the whole finite range; NaN gives NaN. Results below 2^-125 are flushed to
-// zero, so exp(-inf) is exactly 0, and exp(0) is exactly 1.
+// them vectorises. Errors are relative, over the whole finite range; NaN gives NaN. Results below 2^-125.5 are flushed
+// to zero, so exp(-inf) is exactly 0, and exp(0) is exactly 1.
 namespace vec {
 
 template <class V>
@@ -30,8 +30,16 @@ FLEXCORE_INLINE V to_float_lanes(I x) {
     return __builtin_convertvector(x, V);
 }
 
-/// q * 2^(n - 1), n held in the low bits of the shifted sum `t` (see kShift); q is doubled, so that n = 128 needs no
-/// special case.
+/// NaN stays NaN.
+template <class V>
+FLEXCORE_INLINE V clamp(V x, float lowest, float highest) {
+  const V low = V{} + lowest, high = V{} + highest;
+  const V raised = low > x ? low : x;
+  return high < raised ? high : raised;
+}
+
+/// q * 2^(n - 1), n held in the low bits of the shifted sum `t` (see kShift). q is doubled, so that n = 128 needs no
+/// special case, and n = -126 gives exactly 0.
 template <class V>
 FLEXCORE_INLINE V scale_by_power(V q, V t) {
   return q * __builtin_bit_cast(V, (__builtin_bit_cast(Int<V>, t) << 23) + (126 << 23));
@@ -40,10 +48,11 @@ FLEXCORE_INLINE V scale_by_power(V q, V t) {
 // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
 inline constexpr float kShift = 12582912.0f;
 
-/// 2^x, error 1e-7.
+/// 2^x for x up to 129, error 1e-7. Softmax needs no upper bound.
 template <class V>
-FLEXCORE_INLINE V exp2(V x) {
-  const V clamped = x > 129.0f ? V{} + 129.0f : (x < -126.0f ? V{} - 126.0f : x);
+FLEXCORE_INLINE V exp2_bounded(V x) {
+  const V low = V{} - 126.0f;
+  const V clamped = low > x ? low : x;
   const V t = clamped + kShift;
   const V r = clamped - (t - kShift);
   V q = r * (2 * 0.0001545336197f) + (2 * 0.001339109325f);
@@ -52,13 +61,20 @@ FLEXCORE_INLINE V exp2(V x) {
   q = q * r + (2 * 0.2402265076f);
   q = q * r + (2 * 0.6931471881f);
   q = q * r + 2.0f;
-  return x < -125.0f ? V{} : scale_by_power(q, t);
+  return scale_by_power(q, t);
+}
+
+/// 2^x, error 1e-7.
+template <class V>
+FLEXCORE_INLINE V exp2(V x) {
+  const V high = V{} + 129.0f;
+  return exp2_bounded(high < x ? high : x);
 }
 
 /// e^x, error 1e-7.
 template <class V>
 FLEXCORE_INLINE V exp(V x) {
-  const V clamped = x > 89.5f ? V{} + 89.5f : (x < -87.0f ? V{} - 87.0f : x);
+  const V clamped = clamp(x, -87.3f, 89.5f);
   const V t = clamped * 1.44269504f + kShift;
   const V n = t - kShift;
   // ln 2 in two parts; the first has 9 bits, so its product with n is exact.
@@ -69,7 +85,7 @@ FLEXCORE_INLINE V exp(V x) {
   q = q * r + 1.0f;
   q = q * r + 2.0f;
   q = q * r + 2.0f;
-  return x < -86.6f ? V{} : scale_by_power(q, t);
+  return scale_by_power(q, t);
 }
 
 /// Natural logarithm, error 1e-7; log(0) and of subnormals: -inf; of negative numbers: NaN.
