@@ -168,7 +168,10 @@ inline void World::check_pages() const {
   };
   std::vector<Holder> holders(static_cast<std::size_t>(blocks.num_blocks()));
   std::int64_t held = 0;
+  bool somebody_waits = false;
   for (const auto& s : sequences) {
+    somebody_waits = somebody_waits || s->state == Sequence::State::kWaiting;
+    EXPECT_FALSE(somebody_waits && s->state == Sequence::State::kRunning) << "request " << s->id << " jumped the queue";
     EXPECT_TRUE(s->state == Sequence::State::kRunning || s->block_table.empty());
     for (std::size_t i = 0; i < s->block_table.size(); ++i) {
       Holder& holder = holders[static_cast<std::size_t>(s->block_table[i])];
