@@ -17,11 +17,16 @@ constexpr std::array<std::uint32_t, 4> philox(std::array<std::uint32_t, 2> key, 
   return counter;
 }
 
-/// Uniform in [0, 1), 53 bits.
-constexpr double uniform(std::uint64_t seed, std::uint64_t counter) {
+/// 64 bits that depend on (seed, counter) alone.
+constexpr std::uint64_t random_bits(std::uint64_t seed, std::uint64_t counter) {
   const auto bits = philox({static_cast<std::uint32_t>(seed), static_cast<std::uint32_t>(seed >> 32)},
                            {static_cast<std::uint32_t>(counter), static_cast<std::uint32_t>(counter >> 32), 0, 0});
-  return static_cast<double>((std::uint64_t{bits[0]} << 32 | bits[1]) >> 11) * 0x1p-53;
+  return std::uint64_t{bits[0]} << 32 | bits[1];
+}
+
+/// Uniform in [0, 1), 53 bits.
+constexpr double uniform(std::uint64_t seed, std::uint64_t counter) {
+  return static_cast<double>(random_bits(seed, counter) >> 11) * 0x1p-53;
 }
 
 }  // namespace flexcore

@@ -17,7 +17,8 @@ void Engine::Impl::calibrate() {
   const std::int64_t context_tokens = std::min(kProbeContext, sizes.max_model_len - 1);
   const std::int64_t capacity = std::min(sizes.limits.max_rows, sizes.max_model_len);
   std::vector<std::int32_t> tokens(static_cast<std::size_t>(capacity));
-  for (std::size_t i = 0; i < tokens.size(); ++i) tokens[i] = static_cast<std::int32_t>((i * 7919) % static_cast<std::size_t>(model.vocab_size));
+  for (std::size_t i = 0; i < tokens.size(); ++i)
+    tokens[i] = static_cast<std::int32_t>((i * 7919) % static_cast<std::size_t>(model.vocab_size));
 
   std::vector<CostModel::Sample> samples;
   const double begin = now_ms();
@@ -34,7 +35,10 @@ void Engine::Impl::calibrate() {
     bool fits = true;
     for (auto& table : tables) {
       fits = fits && blocks.reserve(table, context_tokens + 1);
-      groups.push_back({.tokens = std::span(tokens).first(1), .position = context_tokens, .block_table = table.data(), .sampled = 1});
+      groups.push_back({.tokens = std::span(tokens).first(1),
+                        .position = context_tokens,
+                        .block_table = table.data(),
+                        .sampled = 1});
     }
     if (fits)
       timed({.decode_rows = rows, .decode_context = rows * (context_tokens + 1), .sampled_rows = rows},
@@ -44,7 +48,8 @@ void Engine::Impl::calibrate() {
   const auto prefill = [&](std::int64_t rows) {
     std::vector<std::int32_t> table;
     if (!blocks.reserve(table, rows)) return;
-    const RowGroup group{.tokens = std::span(tokens).first(static_cast<std::size_t>(rows)), .block_table = table.data(), .sampled = 1};
+    const RowGroup group{
+        .tokens = std::span(tokens).first(static_cast<std::size_t>(rows)), .block_table = table.data(), .sampled = 1};
     timed({.prefill_tokens = rows, .prefill_context = rows * (rows + 1) / 2, .sampled_rows = 1},
           [&] { executor->forward({&group, 1}); });
     blocks.release(table);
@@ -59,17 +64,22 @@ void Engine::Impl::calibrate() {
     example.input_ids.assign(tokens.begin(), tokens.begin() + rows);
     example.labels = example.input_ids;
     TrainState state(example, adapter, program, reinterpret_cast<float*>(gradients.data()), 1.0f);
-    if (blocks.reserve(state.sequence.block_table, rows)) {
+    std::vector<std::int32_t> table;
+    state.block_table = &table;
+    if (blocks.reserve(table, rows)) {
       state.allocate(host_allocator(), ledger, executor->shape());
-      const RowGroup group{.tokens = example.input_ids, .block_table = state.sequence.block_table.data(), .adapter = adapter.get(), .train = &state};
-      timed({.finetune_tokens = rows, .finetune_context = rows * (rows + 1) / 2}, [&] { executor->forward({&group, 1}); });
+      const RowGroup group{
+          .tokens = example.input_ids, .block_table = table.data(), .adapter = adapter.get(), .train = &state};
+      timed({.finetune_tokens = rows, .finetune_context = rows * (rows + 1) / 2},
+            [&] { executor->forward({&group, 1}); });
       const BackwardRows unit{&state, 0, rows};
       // The first unit warms up; the next ones are one sample.
       const std::int64_t units = std::min<std::int64_t>(model.num_layers, 4);
-      for (std::int64_t layer = model.num_layers; layer-- > std::max(program.first_layer, static_cast<int>(model.num_layers - units));)
+      for (std::int64_t layer = model.num_layers;
+           layer-- > std::max(program.first_layer, static_cast<int>(model.num_layers - units));)
         timed({.backward_layer_tokens = rows, .backward_layer_context = rows * (rows + 1) / 2, .backward_units = 1},
               [&] { executor->backward(static_cast<int>(layer), {&unit, 1}); });
-      blocks.release(state.sequence.block_table);
+      blocks.release(table);
     }
     adapters.remove(name);
   };
@@ -87,7 +97,8 @@ void Engine::Impl::calibrate() {
   if (!out_of_time()) decode(1);
   if (!out_of_time()) decode(many);
   cost.fit(samples);
-  for (std::size_t i = 0; i < static_cast<std::size_t>(MemoryTag::kCount); ++i) ledger.reset_peak(static_cast<MemoryTag>(i));
+  for (std::size_t i = 0; i < static_cast<std::size_t>(MemoryTag::kCount); ++i)
+    ledger.reset_peak(static_cast<MemoryTag>(i));
 }
 
 }  // namespace flexcore

@@ -71,8 +71,7 @@ double Engine::Impl::now_ms() const {
 std::uint64_t Engine::Impl::request_seed(RequestId id, const SamplingParams& sampling, std::int64_t index) const {
   const std::uint64_t key = sampling.seed ? *sampling.seed : config.seed ^ 0x9E3779B97F4A7C15ull;
   if (sampling.seed && index == 0) return key;
-  const auto bits = philox(key, sampling.seed ? static_cast<std::uint64_t>(index) : static_cast<std::uint64_t>(id));
-  return (static_cast<std::uint64_t>(bits[0]) << 32) | bits[1];
+  return random_bits(key, static_cast<std::uint64_t>(sampling.seed ? index : id));
 }
 
 void Engine::Impl::check_tokens(std::span<const std::int32_t> tokens, const char* argument) const {

@@ -45,9 +45,9 @@ class Saver final : public ProgramObserver {
 }  // namespace
 
 struct Executor::Layout {
-  std::vector<std::size_t> order;         // groups by adapter
-  std::vector<std::int64_t> row_begin;    // by group
-  std::vector<AttentionSpan> spans;       // in order
+  std::vector<std::size_t> order;       // groups by adapter
+  std::vector<std::int64_t> row_begin;  // by group
+  std::vector<AttentionSpan> spans;     // in order
   std::span<const RowGroup> groups;
   std::int64_t num_rows = 0;
   std::int64_t row_end(std::size_t group) const {
@@ -69,8 +69,8 @@ Executor::Executor(OpContext& context, Allocator& allocator, MemoryLedger& ledge
   }
   const std::int64_t page_elements = config.num_kv_heads * limits.block_size * config.head_dim;
   const std::size_t page_bytes = static_cast<std::size_t>(limits.num_blocks * page_elements) * dtype_size(compute);
-  pages_buffer_ = Buffer(allocator, ledger, MemoryTag::kKvPages,
-                         2 * page_bytes * static_cast<std::size_t>(config.num_layers));
+  pages_buffer_ =
+      Buffer(allocator, ledger, MemoryTag::kKvPages, 2 * page_bytes * static_cast<std::size_t>(config.num_layers));
   for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
     const auto half = [&](std::int64_t index) {
       return pages_buffer_.view(compute, {limits.num_blocks, config.num_kv_heads, limits.block_size, config.head_dim},
@@ -95,9 +95,10 @@ std::size_t Executor::indices_bytes(const ExecutorLimits& limits) {
   return kNumIndexArrays * aligned(static_cast<std::size_t>(std::max(limits.max_rows, limits.max_sampled_rows)) * 4);
 }
 
-std::size_t Executor::workspace_bytes(const CompiledModel& model, const TrainingProgram& program, std::int64_t max_rows) {
-  const std::size_t gathered = program.gather_bytes_per_token * static_cast<std::size_t>(max_rows) +
-                               kAlignment * (program.saved.size() + 1);
+std::size_t Executor::workspace_bytes(const CompiledModel& model, const TrainingProgram& program,
+                                      std::int64_t max_rows) {
+  const std::size_t gathered =
+      program.gather_bytes_per_token * static_cast<std::size_t>(max_rows) + kAlignment * (program.saved.size() + 1);
   return std::max({model.workspace_bytes(), model.trunk().workspace_bytes() + program.loss_head.workspace_bytes(),
                    aligned(program.workspace_bytes) + gathered});
 }
@@ -296,7 +297,7 @@ void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
               batch_.token_ids.as<std::int32_t>() + row);
     std::iota(batch_.positions.as<std::int32_t>() + row, batch_.positions.as<std::int32_t>() + row + end - begin,
               static_cast<std::int32_t>(begin));
-    spans.push_back({{row, row + end - begin, begin, train.sequence.block_table.data()}, train.grad_k(), train.grad_v()});
+    spans.push_back({{row, row + end - begin, begin, train.block_table->data()}, train.grad_k(), train.grad_v()});
     row += end - begin;
     if (i + 1 == all.size() || all[i + 1].train->adapter != train.adapter) {
       add_segments(*train.adapter, segment_begin, row, train.gradients);

@@ -38,7 +38,8 @@ struct ExecutorLimits {
   std::int64_t num_blocks = 0, block_size = 0;
 };
 
-/// Runs a model's programs on batches: lays out rows, binds weights, pages, adapters and stores. Knows no request and no job.
+/// Runs a model's programs on batches: lays out rows, binds weights, pages, adapters and stores. Knows no request and
+/// no job.
 class Executor {
  public:
   Executor(OpContext& context, Allocator& allocator, MemoryLedger& ledger, CompiledModel& model,
@@ -49,7 +50,8 @@ class Executor {
   static std::size_t workspace_bytes(const CompiledModel& model, const TrainingProgram& program, std::int64_t max_rows);
   static std::size_t indices_bytes(const ExecutorLimits& limits);
 
-  /// Every row of every group in one pass. Logits of the sampled rows [sum of sampled, vocab_size], in the order of the groups; valid until the next call.
+  /// Every row of every group in one pass. Logits of the sampled rows [sum of sampled, vocab_size], in the order of the
+  /// groups; valid until the next call.
   TensorView forward(std::span<const RowGroup> groups);
   /// One layer's backward for the rows; all sequences share one program.
   void backward(int layer, std::span<const BackwardRows> rows);

@@ -30,7 +30,8 @@ void Engine::Impl::validate(const std::vector<Example>& examples) const {
     check_tokens(example.input_ids, (where + ".input_ids").c_str());
     for (std::size_t t = 0; t < example.labels.size(); ++t)
       require(example.labels[t] == -100 || (example.labels[t] >= 0 && example.labels[t] < model.vocab_size), where,
-              ".labels: ", example.labels[t], " at position ", t, ", wanted -100 or a token id below ", model.vocab_size);
+              ".labels: ", example.labels[t], " at position ", t, ", wanted -100 or a token id below ",
+              model.vocab_size);
     require(count_targets(example) > 0, where, ".labels: no target (all are -100 after the first), nothing to learn");
     const std::int64_t pages = (length + sizes.limits.block_size - 1) / sizes.limits.block_size;
     require(pages <= blocks.num_blocks(), where, ": ", length, " tokens need ", pages, " pages, but the pool has ",
@@ -38,7 +39,8 @@ void Engine::Impl::validate(const std::vector<Example>& examples) const {
   }
 }
 
-JobId Engine::Impl::start_job(const std::string& adapter, std::vector<Example> examples, const FinetuneConfig& settings) {
+JobId Engine::Impl::start_job(const std::string& adapter, std::vector<Example> examples,
+                              const FinetuneConfig& settings) {
   const auto target = adapters.get(adapter);
   check(settings);
   require(!is_training(adapter), "adapter \"", adapter, "\" is being trained by another job");
@@ -60,16 +62,13 @@ TrainingJob& Engine::Impl::find_job(JobId id) const {
 }
 
 bool Engine::Impl::is_training(const std::string& adapter) const {
-  return std::any_of(jobs.begin(), jobs.end(), [&](const auto& entry) {
-    return entry.second->adapter == adapter && !entry.second->ended();
-  });
+  return std::any_of(jobs.begin(), jobs.end(),
+                     [&](const auto& entry) { return entry.second->adapter == adapter && !entry.second->ended(); });
 }
 
 std::int64_t Engine::Impl::program_id(const TrainingProgram& program) {
   return program_ids.emplace(&program, static_cast<std::int64_t>(program_ids.size())).first->second;
 }
-
-TrainState& Engine::Impl::state_of(const TrainSequence& sequence) { return *train_states.at(&sequence); }
 
 void Engine::Impl::start_batch(TrainingJob& job) {
   const auto adapter = adapters.get(job.adapter);
@@ -83,13 +82,19 @@ void Engine::Impl::start_batch(TrainingJob& job) {
   for (const auto index : batch) {
     auto state = std::make_unique<TrainState>(job.examples[static_cast<std::size_t>(index)], adapter, program,
                                               job.gradients(), scale);
-    state->sequence.id = next_train_sequence++;
-    state->sequence.job_id = job.id;
-    state->sequence.program = program_id(program);
-    state->sequence.window_tokens = job.config.window_tokens.value_or(0);
-    state->sequence.backward_window_tokens = job.config.backward_window_tokens.value_or(0);
-    train_states[&state->sequence] = state.get();
-    scheduler.add_training(&state->sequence);
+    auto entry = std::make_unique<InFlight>();
+    entry->state = state.get();
+    entry->sequence = {.id = next_train_sequence++,
+                       .job_id = job.id,
+                       .program = program_id(program),
+                       .length = state->length(),
+                       .first_layer = program.first_layer,
+                       .window_tokens = job.config.window_tokens.value_or(0),
+                       .backward_window_tokens = job.config.backward_window_tokens.value_or(0)};
+    state->id = entry->sequence.id;
+    state->block_table = &entry->sequence.block_table;
+    scheduler.add_training(&entry->sequence);
+    in_flight.emplace(state->id, std::move(entry));
     job.sequences.push_back(std::move(state));
   }
   if (job.status == JobStatus::kQueued) job.status = JobStatus::kRunning;
@@ -97,11 +102,11 @@ void Engine::Impl::start_batch(TrainingJob& job) {
 
 void Engine::Impl::finish_sequences(TrainingJob& job, StepReport& report) {
   for (auto& state : job.sequences) {
-    if (!state || !state->sequence.done) continue;
+    if (!state || !in_flight.at(state->id)->sequence.done) continue;
     job.batch_loss += state->loss_sum;
     job.trained_tokens += state->length();
     counters["finetune_trained_tokens"] += static_cast<double>(state->length());
-    train_states.erase(&state->sequence);
+    in_flight.erase(state->id);
     state.reset();
     ++job.sequences_done;
   }
@@ -133,9 +138,9 @@ void Engine::Impl::finish_sequences(TrainingJob& job, StepReport& report) {
 }
 
 void Engine::Impl::end_job(TrainingJob& job, JobStatus status, const std::string& error) {
-  for (const auto& state : job.sequences)
-    if (state) train_states.erase(&state->sequence);
   scheduler.remove_job(job.id);
+  for (const auto& state : job.sequences)
+    if (state) in_flight.erase(state->id);
   job.release();
   job.status = status;
   job.error = error;
@@ -144,8 +149,8 @@ void Engine::Impl::end_job(TrainingJob& job, JobStatus status, const std::string
 JobInfo Engine::job(JobId id) const {
   const std::lock_guard lock(impl_->mutex);
   const TrainingJob& job = impl_->find_job(id);
-  return {job.id,      job.adapter, job.status,         job.step, job.total_steps(), job.epoch(),
-          job.loss,    job.trained_tokens, job.error};
+  return {job.id,      job.adapter, job.status,         job.step, job.total_steps(),
+          job.epoch(), job.loss,    job.trained_tokens, job.error};
 }
 
 std::vector<JobInfo> Engine::jobs() const {

@@ -75,7 +75,7 @@ struct Engine::Impl {
   void finish_sequences(TrainingJob& job, StepReport& report);
   void end_job(TrainingJob& job, JobStatus status, const std::string& error);
   std::int64_t program_id(const TrainingProgram& program);
-  TrainState& state_of(const TrainSequence& sequence);
+  TrainState& state_of(const TrainSequence& sequence) const { return *in_flight.at(sequence.id)->state; }
   void publish(const std::string& adapter, const std::shared_ptr<Adapter>& before);
   bool is_training(const std::string& adapter) const;
 
@@ -109,7 +109,11 @@ struct Engine::Impl {
   std::map<JobId, std::unique_ptr<TrainingJob>> jobs;
   std::vector<FinetuneEvent> job_events;  // changes of status to be reported by the next step
   JobId next_job = 1;
-  std::map<const TrainSequence*, TrainState*> train_states;
+  struct InFlight {
+    TrainSequence sequence;  // the scheduler's view
+    TrainState* state = nullptr;
+  };
+  std::map<std::int64_t, std::unique_ptr<InFlight>> in_flight;  // training sequences, by id
   std::map<const TrainingProgram*, std::int64_t> program_ids;
   std::int64_t next_train_sequence = 1;
   std::map<std::string, double> counters;

@@ -68,13 +68,19 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
 
   std::int64_t targets = 0;
   for (const auto& example : examples) targets += count_targets(example);
-  std::vector<std::unique_ptr<TrainState>> states;
-  std::vector<std::unique_ptr<TemporaryPages>> pages;
+  struct Progress {
+    std::vector<std::int32_t> block_table;
+    std::int64_t forward_done = 0, rows_left = 0;
+    std::unique_ptr<TemporaryPages> pages;
+    std::unique_ptr<TrainState> state;
+  };
+  std::vector<std::unique_ptr<Progress>> sequences;
   for (const auto& example : examples) {
-    states.push_back(
-        std::make_unique<TrainState>(example, adapter, program, grads, 1.0f / static_cast<float>(targets)));
-    pages.push_back(std::make_unique<TemporaryPages>(blocks, states.back()->sequence.block_table, states.back()->length()));
-    states.back()->allocate(host_allocator(), ledger, executor->shape());
+    auto& sequence = *sequences.emplace_back(std::make_unique<Progress>());
+    sequence.state = std::make_unique<TrainState>(example, adapter, program, grads, 1.0f / static_cast<float>(targets));
+    sequence.pages = std::make_unique<TemporaryPages>(blocks, sequence.block_table, sequence.state->length());
+    sequence.state->block_table = &sequence.block_table;
+    sequence.state->allocate(host_allocator(), ledger, executor->shape());
   }
   // All sequences advance together, as many rows a pass as fit.
   const std::int64_t max_rows = sizes.limits.max_rows;
@@ -84,8 +90,9 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
     more = false;
     std::vector<RowGroup> groups;
     std::int64_t rows = 0;
-    for (auto& state : states) {
-      auto& done = state->sequence.forward_done;
+    for (auto& sequence : sequences) {
+      TrainState* state = sequence->state.get();
+      auto& done = sequence->forward_done;
       const std::int64_t count = std::min({state->length() - done, forward_window, max_rows - rows});
       if (done == state->length()) continue;
       more = true;
@@ -93,27 +100,28 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
       const std::span<const std::int32_t> tokens(state->example->input_ids);
       groups.push_back({.tokens = tokens.subspan(static_cast<std::size_t>(done), static_cast<std::size_t>(count)),
                         .position = done,
-                        .block_table = state->sequence.block_table.data(),
+                        .block_table = sequence->block_table.data(),
                         .adapter = adapter.get(),
-                        .train = state.get()});
+                        .train = state});
       done += count;
       rows += count;
     }
     if (!groups.empty()) executor->forward(groups);
   }
   for (std::int64_t layer = model.num_layers; layer-- > program.first_layer;) {
-    for (auto& state : states) state->sequence.rows_left = state->length();
+    for (auto& sequence : sequences) sequence->rows_left = sequence->state->length();
     for (bool more = true; more;) {
       more = false;
       std::vector<BackwardRows> unit;
       std::int64_t rows = 0;
-      for (auto& state : states) {
-        auto& left = state->sequence.rows_left;
+      for (auto& sequence : sequences) {
+        TrainState* state = sequence->state.get();
+        auto& left = sequence->rows_left;
         const std::int64_t count = std::min({left, backward_window, max_rows - rows});
         if (left == 0) continue;
         more = true;
         if (count == 0) break;
-        unit.push_back({state.get(), left - count, left});
+        unit.push_back({state, left - count, left});
         left -= count;
         rows += count;
       }
@@ -121,15 +129,17 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
     }
   }
   LossAndGradients result;
-  for (const auto& state : states) result.loss += state->loss_sum;
+  for (const auto& sequence : sequences) result.loss += sequence->state->loss_sum;
   result.loss /= static_cast<double>(targets);
   for (const auto& module : adapter->modules) {
     const auto copy = [&](std::int64_t offset, std::int64_t rows, std::int64_t columns) {
       return std::vector<float>(grads + offset, grads + offset + rows * columns);
     };
-    result.gradients.push_back({peft_key(module, true), {module.rank, module.in_features},
+    result.gradients.push_back({peft_key(module, true),
+                                {module.rank, module.in_features},
                                 copy(module.a_offset, module.rank, module.in_features)});
-    result.gradients.push_back({peft_key(module, false), {module.out_features, module.rank},
+    result.gradients.push_back({peft_key(module, false),
+                                {module.out_features, module.rank},
                                 copy(module.b_offset, module.out_features, module.rank)});
   }
   return result;

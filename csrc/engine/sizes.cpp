@@ -15,14 +15,16 @@ void check(const EngineConfig& c) {
   positive(c.max_num_seqs, "max_num_seqs");
   positive(c.max_num_batched_tokens, "max_num_batched_tokens");
   positive(c.block_size, "block_size");
-  require(c.dtype == "bfloat16" || c.dtype == "float32", "dtype: \"", c.dtype, "\", wanted \"bfloat16\" or \"float32\"");
+  require(c.dtype == "bfloat16" || c.dtype == "float32", "dtype: \"", c.dtype,
+          "\", wanted \"bfloat16\" or \"float32\"");
   require(c.num_threads >= 0, "num_threads: ", c.num_threads, ", wanted >= 0");
   require(c.slo.tpot_ms > 0 && c.slo.ttft_ms > 0, "slo: tpot_ms ", c.slo.tpot_ms, ", ttft_ms ", c.slo.ttft_ms,
           ", wanted > 0");
   if (c.kv_cache_memory_bytes) positive(*c.kv_cache_memory_bytes, "kv_cache_memory_bytes");
   if (c.finetune_memory_bytes) positive(*c.finetune_memory_bytes, "finetune_memory_bytes");
   if (c.device == "cpu" || c.device == "auto") return;
-  require(c.device.rfind("cuda", 0) == 0, "device: \"", c.device, "\", wanted \"auto\", \"cpu\", \"cuda\" or \"cuda:N\"");
+  require(c.device.rfind("cuda", 0) == 0, "device: \"", c.device,
+          "\", wanted \"auto\", \"cpu\", \"cuda\" or \"cuda:N\"");
   throw Unsupported(str("device: \"", c.device, "\": this build has no CUDA backend"));
 }
 

@@ -33,7 +33,7 @@ StepReport Engine::Impl::step() {
 void Engine::Impl::drop_failed_training(StepPlan& plan, StepReport&) {
   for (std::size_t i = 0; i < plan.forward.size();) {
     TrainState& state = state_of(*plan.forward[i].sequence);
-    TrainingJob& job = find_job(state.sequence.job_id);
+    TrainingJob& job = find_job(plan.forward[i].sequence->job_id);
     try {
       if (!state.allocated()) state.allocate(host_allocator(), ledger, executor->shape());
       ++i;
@@ -125,21 +125,21 @@ std::vector<SamplingResult> Engine::Impl::sample(const std::vector<RequestState*
     const std::span<const std::int32_t> tokens(request.sequence.tokens);
     const auto prompt = static_cast<std::size_t>(request.sequence.num_prompt_tokens);
     const bool too_early = request.sequence.num_generated() < s.min_tokens;
-    params.push_back({.temperature = static_cast<float>(s.temperature),
-                      .top_p = static_cast<float>(s.top_p),
-                      .min_p = static_cast<float>(s.min_p),
-                      .top_k = static_cast<std::int32_t>(std::max<std::int64_t>(s.top_k, 0)),
-                      .presence_penalty = static_cast<float>(s.presence_penalty),
-                      .frequency_penalty = static_cast<float>(s.frequency_penalty),
-                      .repetition_penalty = static_cast<float>(s.repetition_penalty),
-                      .seed = request.seed,
-                      .counter = static_cast<std::uint64_t>(request.sequence.num_generated()),
-                      .prompt = tokens.first(prompt),
-                      .generated = tokens.subspan(prompt),
-                      .logit_bias = request.logit_bias,
-                      .forbidden = too_early ? std::span<const std::int32_t>(request.end_tokens)
-                                             : std::span<const std::int32_t>(),
-                      .num_logprobs = static_cast<std::int32_t>(s.logprobs.value_or(-1))});
+    params.push_back(
+        {.temperature = static_cast<float>(s.temperature),
+         .top_p = static_cast<float>(s.top_p),
+         .min_p = static_cast<float>(s.min_p),
+         .top_k = static_cast<std::int32_t>(std::max<std::int64_t>(s.top_k, 0)),
+         .presence_penalty = static_cast<float>(s.presence_penalty),
+         .frequency_penalty = static_cast<float>(s.frequency_penalty),
+         .repetition_penalty = static_cast<float>(s.repetition_penalty),
+         .seed = request.seed,
+         .counter = static_cast<std::uint64_t>(request.sequence.num_generated()),
+         .prompt = tokens.first(prompt),
+         .generated = tokens.subspan(prompt),
+         .logit_bias = request.logit_bias,
+         .forbidden = too_early ? std::span<const std::int32_t>(request.end_tokens) : std::span<const std::int32_t>(),
+         .num_logprobs = static_cast<std::int32_t>(s.logprobs.value_or(-1))});
     top[i].resize(static_cast<std::size_t>(std::max<std::int64_t>(s.logprobs.value_or(0), 0)));
     results[i].top = top[i];
   }
@@ -165,8 +165,8 @@ void Engine::Impl::emit_token(RequestState& request, const SamplingResult& resul
   if (sequence.first_token_ms < 0) sequence.first_token_ms = now_ms();
   TokenEvent event{.request_id = sequence.id, .token_id = result.token, .logprob = result.logprob};
   event.top_logprobs.assign(result.top.begin(), result.top.end());
-  const bool ends = std::find(request.end_tokens.begin(), request.end_tokens.end(), result.token) !=
-                    request.end_tokens.end();
+  const bool ends =
+      std::find(request.end_tokens.begin(), request.end_tokens.end(), result.token) != request.end_tokens.end();
   if (ends && sequence.num_generated() >= request.sampling.min_tokens)
     event.finish_reason = FinishReason::kStop;
   else if (static_cast<std::int64_t>(sequence.tokens.size()) >= sequence.max_total_tokens)

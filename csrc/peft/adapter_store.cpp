@@ -34,7 +34,11 @@ std::vector<LoraWeights> lora_weights(const Adapter& adapter, const float* array
   for (const auto& m : adapter.modules) {
     const auto* a = arrays + m.a_offset;
     const auto* b = arrays + m.b_offset;
-    weights.push_back({m.path, m.rank, m.in_features, m.out_features, {a, a + m.rank * m.in_features},
+    weights.push_back({m.path,
+                       m.rank,
+                       m.in_features,
+                       m.out_features,
+                       {a, a + m.rank * m.in_features},
                        {b, b + m.out_features * m.rank}});
   }
   return weights;
@@ -88,10 +92,9 @@ std::shared_ptr<Adapter> AdapterStore::create(const std::string& name, const Lor
     const float bound = 1.0f / std::sqrt(static_cast<float>(m.in_features));
     float* a = adapter->parameters() + m.a_offset;
     const std::int64_t size = m.rank * m.in_features;
-    for (std::int64_t i = 0; i < size; i += 4) {
-      const auto bits = philox(seed, (static_cast<std::uint64_t>(m.site) << 40) | static_cast<std::uint64_t>(i));
-      for (std::int64_t j = 0; j < std::min<std::int64_t>(4, size - i); ++j)
-        a[i + j] = bound * (2.0f * uniform(bits[static_cast<std::size_t>(j)]) - 1.0f);
+    for (std::int64_t i = 0; i < size; ++i) {
+      const auto counter = (static_cast<std::uint64_t>(m.site) << 40) | static_cast<std::uint64_t>(i);
+      a[i] = bound * static_cast<float>(2.0 * uniform(seed, counter) - 1.0);
     }
     std::fill_n(adapter->parameters() + m.b_offset, m.out_features * m.rank, 0.0f);
   }
@@ -138,7 +141,8 @@ std::shared_ptr<Adapter> AdapterStore::get(const std::string& name) const {
   if (adapter != newest_.end()) return adapter->second;
   std::string known;
   for (const auto& [other, unused] : newest_) known += (known.empty() ? "\"" : ", \"") + other + "\"";
-  throw InvalidArgument(str("adapter: \"", name, "\" is not loaded, wanted ", known.empty() ? "none: no adapter is" : known));
+  throw InvalidArgument(
+      str("adapter: \"", name, "\" is not loaded, wanted ", known.empty() ? "none: no adapter is" : known));
 }
 
 std::vector<std::shared_ptr<Adapter>> AdapterStore::all() const {

@@ -36,7 +36,7 @@ class Adapter {
   LoraConfig config;
   std::vector<LoraModule> modules;  // by site
   std::int64_t num_parameters = 0;
-  double lora_dropout = 0.0;  // of the files it came from; training with it is refused
+  double lora_dropout = 0.0;      // of the files it came from; training with it is refused
   std::int64_t num_requests = 0;  // running or waiting requests on this version
 
   float* parameters() const { return reinterpret_cast<float*>(params_.data()); }

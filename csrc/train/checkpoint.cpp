@@ -121,8 +121,8 @@ void read_optimizer_state(const std::string& directory, TrainingJob& job, const 
   std::int64_t row = 0;
   for (const char* name : {"exp_avg", "exp_avg_sq"}) {
     const TensorView stored = file.tensor(name);
-    require<ModelLoadError>(stored.dtype() == DType::kFloat32 && stored.size() == adapter.num_parameters, directory, "/",
-                            kOptimizerFile, ": ", name, " is ", stored.describe(), ", wanted float32 with ",
+    require<ModelLoadError>(stored.dtype() == DType::kFloat32 && stored.size() == adapter.num_parameters, directory,
+                            "/", kOptimizerFile, ": ", name, " is ", stored.describe(), ", wanted float32 with ",
                             adapter.num_parameters, " elements");
     const auto* bytes = stored.as<std::byte>();
     std::copy_n(bytes, stored.bytes(), moments.rows(row, row + 1).as<std::byte>());

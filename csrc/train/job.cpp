@@ -60,10 +60,9 @@ std::vector<std::int64_t> TrainingJob::batch() const {
   if (config.shuffle) {
     // Fisher-Yates from (seed, epoch) alone, so that a resumed job sees the same order.
     for (std::int64_t i = count - 1; i > 0; --i) {
-      const auto draw =
-          philox(config.seed, (static_cast<std::uint64_t>(epoch()) << 32) | static_cast<std::uint64_t>(i));
-      const std::uint64_t wide = (static_cast<std::uint64_t>(draw[0]) << 32) | draw[1];
-      std::swap(order[static_cast<std::size_t>(i)], order[wide % static_cast<std::uint64_t>(i + 1)]);
+      const auto counter = (static_cast<std::uint64_t>(epoch()) << 32) | static_cast<std::uint64_t>(i);
+      const auto other = random_bits(config.seed, counter) % static_cast<std::uint64_t>(i + 1);
+      std::swap(order[static_cast<std::size_t>(i)], order[other]);
     }
   }
   const std::int64_t begin = step % steps_per_epoch() * config.batch_size;

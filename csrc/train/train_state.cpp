@@ -12,8 +12,6 @@ TrainState::TrainState(const Example& example_, std::shared_ptr<Adapter> adapter
       program(&program_),
       gradients(gradients_),
       grad_scale(grad_scale_) {
-  sequence.length = length();
-  sequence.first_layer = program->first_layer;
   num_targets = count_targets(example_);
 }
 

@@ -8,7 +8,6 @@
 #include "flexcore/config.h"
 #include "memory/buffer.h"
 #include "peft/adapter_store.h"
-#include "sched/sequence.h"
 
 namespace flexcore {
 
@@ -24,7 +23,8 @@ class TrainState {
   TrainState(const Example& example, std::shared_ptr<Adapter> adapter, TrainingProgram& program, float* gradients,
              float grad_scale);
 
-  TrainSequence sequence;  // the scheduler's view
+  std::int64_t id = 0;
+  const std::vector<std::int32_t>* block_table = nullptr;  // pages of its keys and values
   const Example* example;
   std::shared_ptr<Adapter> adapter;
   TrainingProgram* program;
