@@ -29,13 +29,15 @@ struct World {
       : config(c), blocks(num_blocks, block_size, caching), scheduler(config, blocks, cost) {}
 
   Sequence& request(std::vector<std::int32_t> prompt, std::int64_t max_tokens) {
-    auto& s = *sequences.emplace_back(std::make_unique<Sequence>());
-    s.id = static_cast<std::int64_t>(sequences.size());
+    auto owned = std::make_unique<Sequence>();
+    Sequence& s = *owned;
+    s.id = static_cast<std::int64_t>(sequences.size()) + 1;
     s.num_prompt_tokens = static_cast<std::int64_t>(prompt.size());
     s.tokens = std::move(prompt);
     s.max_total_tokens = s.num_prompt_tokens + max_tokens;
     s.arrival_ms = now_ms;
-    scheduler.add(&s);
+    scheduler.add(&s);  // who is refused is not kept
+    sequences.push_back(std::move(owned));
     return s;
   }
   Sequence& request(std::int64_t prompt, std::int64_t max_tokens) {
@@ -44,13 +46,15 @@ struct World {
     return request(std::move(tokens), max_tokens);
   }
   TrainSequence& example(std::int64_t job, std::int64_t length, std::int64_t window = 0, std::int64_t backward = 0) {
-    auto& s = *training.emplace_back(std::make_unique<TrainSequence>());
-    s.id = static_cast<std::int64_t>(training.size());
+    auto owned = std::make_unique<TrainSequence>();
+    TrainSequence& s = *owned;
+    s.id = static_cast<std::int64_t>(training.size()) + 1;
     s.job_id = job;
     s.length = length;
     s.window_tokens = window;
     s.backward_window_tokens = backward;
     scheduler.add_training(&s);
+    training.push_back(std::move(owned));
     return s;
   }
 
