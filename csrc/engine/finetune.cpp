@@ -16,7 +16,7 @@ FinetuneEvent event_of(const TrainingJob& job) {
 
 }  // namespace
 
-void Engine::Impl::validate(const std::vector<Example>& examples) const {
+void Engine::Impl::validate(const std::vector<Example>& examples, const TrainingProgram& program) const {
   require(!examples.empty(), "examples: empty, wanted at least one");
   for (std::size_t i = 0; i < examples.size(); ++i) {
     const auto& example = examples[i];
@@ -36,6 +36,9 @@ void Engine::Impl::validate(const std::vector<Example>& examples) const {
     const std::int64_t pages = (length + sizes.limits.block_size - 1) / sizes.limits.block_size;
     require(pages <= blocks.num_blocks(), where, ": ", length, " tokens need ", pages, " pages, but the pool has ",
             blocks.num_blocks(), "; raise kv_cache_memory_bytes");
+    const std::int64_t bytes = finetune_bytes(program, length);
+    require(bytes <= config.finetune_memory_bytes.value_or(bytes), where, ": ", length, " tokens keep ", bytes,
+            " bytes for the backward, more than finetune_memory_bytes (", config.finetune_memory_bytes.value_or(0), ")");
   }
 }
 
@@ -44,8 +47,12 @@ JobId Engine::Impl::start_job(const std::string& adapter, std::vector<Example> e
   const auto target = adapters.get(adapter);
   check(settings);
   require(!is_training(adapter), "adapter \"", adapter, "\" is being trained by another job");
-  validate(examples);
-  executor->reserve(compiled.training(target->sites()));
+  if (target->lora_dropout != 0.0)
+    throw Unsupported(str("lora_dropout: ", target->lora_dropout, " in adapter \"", adapter,
+                          "\", wanted 0: finetuning has no dropout yet"));
+  TrainingProgram& program = compiled.training(target->sites());
+  validate(examples, program);
+  executor->reserve(program);
   const JobId id = next_job++;
   auto job = std::make_unique<TrainingJob>(id, adapter, std::move(examples), settings);
   job->allocate(context, host_allocator(), ledger, target->num_parameters);
@@ -205,12 +212,13 @@ JobId Engine::resume_finetune(const std::string& directory, std::vector<Example>
   const std::string& name = checkpoint.adapter;
   require(!impl_->is_training(name), "adapter \"", name, "\" is being trained by another job");
   check(checkpoint.config);
-  impl_->validate(examples);
   require(static_cast<std::int64_t>(examples.size()) == checkpoint.num_examples, "examples: ", examples.size(),
           ", wanted those of the first call (", checkpoint.num_examples, ")");
   if (impl_->adapters.contains(name)) impl_->unload(name);
   const auto adapter = impl_->adapters.load(name, directory);
-  impl_->executor->reserve(impl_->compiled.training(adapter->sites()));
+  TrainingProgram& program = impl_->compiled.training(adapter->sites());
+  impl_->validate(examples, program);
+  impl_->executor->reserve(program);
   const JobId id = impl_->next_job++;
   auto job = std::make_unique<TrainingJob>(id, name, std::move(examples), checkpoint.config);
   job->step = checkpoint.step;

@@ -51,6 +51,8 @@ struct Engine::Impl {
 
   // engine.cpp
   double now_ms() const;
+  std::int64_t finetune_tokens_in_flight();
+  std::int64_t finetune_bytes(const TrainingProgram& program, std::int64_t length) const;
   std::uint64_t request_seed(RequestId id, const SamplingParams& sampling, std::int64_t index) const;
   void check_tokens(std::span<const std::int32_t> tokens, const char* argument) const;
   RequestId submit(const Request& request);
@@ -69,7 +71,7 @@ struct Engine::Impl {
 
   // finetune.cpp
   JobId start_job(const std::string& adapter, std::vector<Example> examples, const FinetuneConfig& config);
-  void validate(const std::vector<Example>& examples) const;
+  void validate(const std::vector<Example>& examples, const TrainingProgram& program) const;
   TrainingJob& find_job(JobId id) const;
   void start_batch(TrainingJob& job);
   void finish_sequences(TrainingJob& job, StepReport& report);

@@ -56,10 +56,10 @@ void Engine::Impl::forward_alone(std::span<const std::int32_t> tokens, const Ada
 LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const std::vector<Example>& examples,
                                                   std::int64_t window_tokens, std::int64_t backward_window_tokens) {
   const auto adapter = adapters.get(name);
-  validate(examples);
   require(window_tokens >= 0, "window_tokens: ", window_tokens, ", wanted >= 0");
   require(backward_window_tokens >= 0, "backward_window_tokens: ", backward_window_tokens, ", wanted >= 0");
   TrainingProgram& program = compiled.training(adapter->sites());
+  validate(examples, program);
   executor->reserve(program);
   Buffer gradients(host_allocator(), ledger, MemoryTag::kGradients,
                    static_cast<std::size_t>(adapter->num_parameters) * sizeof(float));
