@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <map>
 #include <set>
+#include <vector>
 #include <utility>
 
 #include "compile/passes.h"
@@ -13,7 +14,10 @@ namespace {
 class LayerChoice {
  public:
   LayerChoice(Graph& graph, std::set<TensorId> needed) : graph_(graph), needed_(std::move(needed)) {
-    for (const auto tensor : needed_) (rebuildable(tensor) ? rebuilt_ : kept_).insert(tensor);
+    std::vector<TensorId> order(needed_.begin(), needed_.end());
+    std::sort(order.begin(), order.end(),
+              [&](TensorId a, TensorId b) { return graph_.tensor(a).producer < graph_.tensor(b).producer; });
+    for (const auto tensor : order) (rebuildable(tensor) ? rebuilt_ : kept_).insert(tensor);
   }
   const std::set<TensorId>& kept() const { return kept_; }
   const std::set<TensorId>& rebuilt() const { return rebuilt_; }

@@ -63,7 +63,8 @@ struct Engine::Impl {
   // step.cpp
   StepReport step();
   void run_plan(StepPlan& plan, StepReport& report);
-  void drop_failed_training(StepPlan& plan, StepReport& report);
+  bool drop_failed_training(StepPlan& plan);
+  void finish_plan(StepReport& report);
   std::vector<SamplingResult> sample(const std::vector<RequestState*>& rows, const TensorView& logits,
                                      std::vector<std::vector<std::pair<std::int32_t, float>>>& top,
                                      std::vector<bool>& failed);

@@ -13,24 +13,27 @@ StepReport Engine::Impl::step() {
   report.finetune = std::exchange(job_events, {});
   StepPlan plan = scheduler.plan(begin);
   for (auto* sequence : plan.restarted) state_of(*sequence).restart();
-  drop_failed_training(plan, report);
+  const bool dropped = drop_failed_training(plan);
   counters["preemptions"] += static_cast<double>(plan.preempted.size());
   counters["finetune_restarts"] += static_cast<double>(plan.restarted.size());
-  if (!plan.empty()) run_plan(plan, report);
+  if (!plan.empty()) {
+    run_plan(plan, report);
+    // Optimizer steps come after and are no part of the model's time; a plan that lost work says nothing about it.
+    if (!dropped) cost.observe(plan.features, now_ms() - begin);
+    finish_plan(report);
+    counters["steps"] += 1;
+  }
 
   report.predicted_ms = plan.predicted_ms;
   report.explain = plan.explain;
   report.elapsed_ms = now_ms() - begin;
-  if (!plan.empty()) {
-    cost.observe(plan.features, report.elapsed_ms);
-    counters["steps"] += 1;
-    counters["busy_ms"] += report.elapsed_ms;
-  }
+  if (!plan.empty()) counters["busy_ms"] += report.elapsed_ms;
   return report;
 }
 
 // Memory for the stores of sequences whose first window is in the plan. A job that gets none fails alone.
-void Engine::Impl::drop_failed_training(StepPlan& plan, StepReport&) {
+bool Engine::Impl::drop_failed_training(StepPlan& plan) {
+  bool dropped = false;
   for (std::size_t i = 0; i < plan.forward.size();) {
     TrainState& state = state_of(*plan.forward[i].sequence);
     TrainingJob& job = find_job(plan.forward[i].sequence->job_id);
@@ -44,9 +47,12 @@ void Engine::Impl::drop_failed_training(StepPlan& plan, StepReport&) {
       for (auto& unit : plan.backward) std::erase_if(unit.windows, of_job);
       std::erase_if(plan.backward, [](const BackwardUnit& unit) { return unit.windows.empty(); });
       end_job(job, JobStatus::kFailed, error.what());
+      job_events.push_back({.job_id = id, .step = job.step, .loss = job.loss, .status = job.status});
+      dropped = true;
       i = 0;
     }
   }
+  return dropped;
 }
 
 void Engine::Impl::run_plan(StepPlan& plan, StepReport& report) {
@@ -107,6 +113,9 @@ void Engine::Impl::run_plan(StepPlan& plan, StepReport& report) {
       emit_token(*sampled[i], results[i], report);
     }
   }
+}
+
+void Engine::Impl::finish_plan(StepReport& report) {
   for (auto& [id, job] : jobs)
     if (job->active()) finish_sequences(*job, report);
 }
