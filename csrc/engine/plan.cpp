@@ -66,9 +66,9 @@ std::int64_t weight_bytes(const Graph& graph, DType compute) {
   return static_cast<std::int64_t>(WeightStore::planned_bytes(context, specs, compute));
 }
 
-// Tensors of the decoder layer that the choice is shown for: a middle one, since the lowest keeps less.
+// One decoder layer stands for all: not the lowest, which keeps less, nor the last, whose output goes to the loss head.
 void explain(MemoryPlan& plan, const TrainingProgram& program, std::int64_t num_layers) {
-  const int layer = static_cast<int>(num_layers - 1);
+  const int layer = static_cast<int>(num_layers > 2 ? num_layers - 2 : num_layers - 1);
   for (const auto& choice : program.choices) {
     if (choice.layer != layer) continue;
     plan.tensors.push_back({choice.name, std::string(choice_name(choice.keep)), std::string(choice_reason(choice.keep)),

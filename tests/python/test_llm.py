@@ -75,7 +75,7 @@ def test_finetune(llm: fc.LLM) -> None:
     base, tuned = (llm.generate("ab", GREEDY, adapter)[0].token_ids for adapter in (None, "tutor"))
     assert base != tuned
     with pytest.warns(UserWarning, match="8 truncated"):
-        llm.finetune("tutor", rows, config, max_length=4)
+        llm.finetune("tutor", rows, config, max_length=3)
     with pytest.raises(fc.InvalidArgument, match="exists"):
         llm.finetune("tutor", rows, config, fc.LoraConfig(r=4))
 

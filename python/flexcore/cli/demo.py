@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", default="demo.json", metavar="FILE", help="default: %(default)s; '' writes none")
     options.add_lora(parser)
     options.add_engine(parser)
+    parser.set_defaults(max_model_len=1024, max_num_seqs=16)  # modest, for a laptop's memory
 
 
 def run(args: argparse.Namespace) -> int:

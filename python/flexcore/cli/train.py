@@ -84,7 +84,7 @@ class _Trainer:
                     if event.job_id == self._job and event.target_tokens:
                         self._losses.append(event.loss)
                         log.write(json.dumps(self._line(event)) + "\n")
-                        self._checkpoint(event.step)
+                        self._checkpoint(event)
                 self._tokens = self._llm.engine.job(self._job).trained_tokens - first.trained_tokens
                 show(self._state())
         if info.status == "failed":
@@ -100,8 +100,8 @@ class _Trainer:
             "seconds": round(time.perf_counter() - self._start, 3),
         }
 
-    def _checkpoint(self, step: int) -> None:
-        if self._save_steps and step % self._save_steps == 0:
+    def _checkpoint(self, event: FinetuneEvent) -> None:
+        if event.status == "running" and self._save_steps and event.step % self._save_steps == 0:
             self._llm.engine.save_checkpoint(self._job, self._output / "checkpoint")
 
     def _state(self) -> dict[str, Any]:
