@@ -26,7 +26,10 @@ _POOLS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument(
-        "--sequence-length", type=int, metavar="TOKENS", help="of the training sequence (1024, or max-model-len if less)"
+        "--sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="of the training sequence (1024, or max-model-len if less)",
     )
     parser.add_argument("--no-finetune", action="store_true", help="serving only")
     parser.add_argument("--explain", action="store_true", help="what is kept, rebuilt and dropped, and why")

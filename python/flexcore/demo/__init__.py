@@ -29,8 +29,8 @@ class Options:
     duration: float = 60.0  # seconds
     request_rate: float = 0.7  # a second
     rows: int = 800
-    batch_size: int = 8
-    learning_rate: float = 4e-4
+    batch_size: int = 4
+    learning_rate: float = 1e-3
     seed: int = 0
     json: str | None = "demo.json"
 

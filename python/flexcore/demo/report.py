@@ -78,7 +78,7 @@ def summarize(session: Session, held_out: HeldOut, losses: Sequence[float]) -> d
             "loss_after": held_out.losses.get("after"),
             "samples": [
                 {
-                    "question": row["messages"][0]["content"],
+                    "question": row["messages"][-2]["content"],
                     "wanted": row["messages"][-1]["content"],
                     **{when: answers[index] for when, answers in held_out.answers.items()},
                 }
@@ -132,5 +132,5 @@ def _sample(sample: dict[str, str]) -> Panel:
     lines.add_row(Text("before", "dim"), Text(sample.get("before", "")))
     lines.add_row(Text("after", "bold green"), Text(sample["after"], "green"))
     lines.add_row(Text("author", "dim"), Text(sample["wanted"], "dim"))
-    title = Text(sample["question"].splitlines()[-1], "bold")
+    title = Text(sample["question"], "bold")
     return Panel(lines, title=title, title_align="left", subtitle=f"{ADAPTER} adapter", subtitle_align="right")

@@ -22,7 +22,7 @@ _SKIPPED = {
     "encodings",
     "pydoc_data",
 }
-_QUESTION = "Describe this Python function in one line.\n\n{signature}"
+_TASK = "Describe the Python function in one line."
 _MAX_SIGNATURE, _MIN_ANSWER, _MAX_ANSWER = 160, 20, 120  # characters
 
 
@@ -45,7 +45,8 @@ def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
 def row(signature: str, answer: str) -> dict[str, Any]:
     return {
         "messages": [
-            {"role": "user", "content": _QUESTION.format(signature=signature)},
+            {"role": "system", "content": _TASK},
+            {"role": "user", "content": signature},
             {"role": "assistant", "content": answer},
         ]
     }

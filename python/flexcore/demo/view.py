@@ -179,8 +179,6 @@ def _visit_lines(visit: Visit, width: int) -> list[Text]:
     mark = ("✓ ", "green") if visit.finished else ("● ", "bold cyan")
     label = f" docstrings@v{visit.version}" if visit.adapter else ""
     question = " ".join(visit.question.split())
-    if visit.adapter:
-        question = question.partition("line. ")[2] or question
     room = width - 2 - len(label)
     question = question if len(question) <= room else question[: room - 1] + "…"
     head = Text.assemble(mark, (question, "bold" if not visit.finished else ""), (label, "green"), no_wrap=True)
