@@ -35,51 +35,58 @@ void relax() {
 }  // namespace
 
 struct ThreadPool::State {
-  std::vector<std::thread> threads;
-  alignas(64) std::atomic<std::uint64_t> generation{0};
+  // Generation of the run in the upper bits, its next unclaimed part in the lower ones. Whoever claims a part runs it,
+  // so a worker that the system keeps off its core delays nobody: the others take its part.
+  static constexpr int kPartBits = 16;
+  alignas(64) std::atomic<std::uint64_t> ticket{0};
   alignas(64) std::atomic<int> pending{0};
   alignas(64) std::atomic<std::int64_t> counter{0};
+  std::vector<std::thread> threads;
   std::atomic<int> sleepers{0};
+  std::atomic<bool> stop{false};
+  std::uint64_t num_parts = 0;  // of the pool, fixed
   void (*body)(void*, int) = nullptr;
   void* data = nullptr;
-  bool stop = false;
   std::mutex mutex;
   std::condition_variable wake;
   std::exception_ptr error;
 
-  void call(int worker) {
-    try {
-      body(data, worker);
-    } catch (...) {
-      const std::lock_guard lock(mutex);
-      if (!error) error = std::current_exception();
+  bool has_part(std::uint64_t value) const { return (value & ((1u << kPartBits) - 1)) < num_parts; }
+
+  // Runs parts until none is left. `body` and `data` stay as they are while a claimed part is pending.
+  void work() {
+    auto value = ticket.load(std::memory_order_acquire);
+    while (has_part(value)) {
+      if (!ticket.compare_exchange_weak(value, value + 1, std::memory_order_acq_rel, std::memory_order_acquire))
+        continue;
+      try {
+        body(data, static_cast<int>(value & ((1u << kPartBits) - 1)));
+      } catch (...) {
+        const std::lock_guard lock(mutex);
+        if (!error) error = std::current_exception();
+      }
+      pending.fetch_sub(1, std::memory_order_acq_rel);
+      value = ticket.load(std::memory_order_acquire);
     }
   }
 
-  void loop(int worker) {
-    std::uint64_t seen = 0;
-    while (true) {
-      int spins = 0;
-      while (generation.load(std::memory_order_acquire) == seen) {
-        if (++spins < kSpins) {
-          relax();
-          continue;
-        }
+  void loop() {
+    while (!stop.load(std::memory_order_acquire)) {
+      for (int spins = 0; spins < kSpins && !has_part(ticket.load(std::memory_order_acquire)); ++spins) relax();
+      if (!has_part(ticket.load(std::memory_order_acquire))) {
         std::unique_lock lock(mutex);
         sleepers.fetch_add(1);
-        wake.wait(lock, [&] { return generation.load(std::memory_order_seq_cst) != seen; });
+        wake.wait(lock, [&] { return stop.load() || has_part(ticket.load()); });
         sleepers.fetch_sub(1);
       }
-      seen = generation.load(std::memory_order_acquire);
-      if (stop) return;
-      call(worker);
-      pending.fetch_sub(1, std::memory_order_release);
+      work();
     }
   }
 
-  // Publishes what was written before; the lock pairs with a worker between its test and its wait.
-  void advance() {
-    generation.fetch_add(1, std::memory_order_seq_cst);
+  // Publishes body and data. The lock pairs with a worker between its test and its wait.
+  void publish() {
+    const std::uint64_t generation = ticket.load(std::memory_order_relaxed) >> kPartBits;
+    ticket.store((generation + 1) << kPartBits, std::memory_order_seq_cst);
     if (sleepers.load(std::memory_order_seq_cst) > 0) {
       const std::lock_guard lock(mutex);
       wake.notify_all();
@@ -90,15 +97,15 @@ struct ThreadPool::State {
 ThreadPool::ThreadPool(int num_threads) : state_(std::make_unique<State>()) {
   require(num_threads >= 0 && num_threads <= 1024, "num_threads: ", num_threads, ", wanted 0 (all cores) to 1024");
   const int count = num_threads == 0 ? usable_cores() : num_threads;
-  for (int worker = 1; worker < count; ++worker)
-    state_->threads.emplace_back([s = state_.get(), worker] { s->loop(worker); });
+  state_->num_parts = static_cast<std::uint64_t>(count);
+  state_->ticket.store(state_->num_parts);  // nothing to claim yet
+  for (int worker = 1; worker < count; ++worker) state_->threads.emplace_back([s = state_.get()] { s->loop(); });
 }
 
 ThreadPool::~ThreadPool() {
   {
     const std::lock_guard lock(state_->mutex);
-    state_->stop = true;
-    state_->generation.fetch_add(1);
+    state_->stop.store(true);
   }
   state_->wake.notify_all();
   for (auto& thread : state_->threads) thread.join();
@@ -108,17 +115,17 @@ int ThreadPool::size() const { return static_cast<int>(state_->threads.size()) +
 
 void ThreadPool::run_raw(void (*body)(void*, int), void* data) {
   State& s = *state_;
-  s.body = body;
-  s.data = data;
   if (s.threads.empty()) {
     body(data, 0);
     return;
   }
-  s.pending.store(static_cast<int>(s.threads.size()), std::memory_order_relaxed);
-  s.advance();
-  s.call(0);
+  s.body = body;
+  s.data = data;
+  s.pending.store(static_cast<int>(s.num_parts), std::memory_order_relaxed);
+  s.publish();
+  s.work();
   for (int spins = 0; s.pending.load(std::memory_order_acquire) > 0; ++spins) {
-    if (spins < kSpins)
+    if (spins < kSpins / 10)
       relax();
     else
       std::this_thread::yield();

@@ -20,7 +20,8 @@ class ThreadPool {
 
   int size() const;
 
-  /// body(worker) once in every worker, worker in [0, size()).
+  /// body(worker) once for every worker number in [0, size()). Each number has one thread at a time, but a thread may
+  /// take several.
   template <class Body>
   void run(Body&& body) {
     using Plain = std::remove_reference_t<Body>;
