@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from flexcore import SLO
 from flexcore.cli import options
 from flexcore.cli.console import load_llm, out
 
@@ -11,19 +12,24 @@ from flexcore.cli.console import load_llm, out
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("--duration", type=float, default=60.0, metavar="SECONDS", help="of the live part")
-    parser.add_argument("--request-rate", type=float, default=0.7, metavar="PER_SECOND", help="of arriving chats")
+    parser.add_argument(
+        "--request-rate", type=float, metavar="PER_SECOND", help="of arriving chats (default: by this machine)"
+    )
     parser.add_argument("--rows", type=int, default=800, metavar="N", help="training rows")
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="rows of an optimizer step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--json", default="demo.json", metavar="FILE", help="default: %(default)s; '' writes none")
     options.add_lora(parser)
     options.add_engine(parser)
-    parser.set_defaults(max_model_len=1024, max_num_seqs=16)  # modest, for a laptop's memory
+    # Modest, for a laptop's memory; an objective that nobody asked for may be fitted to the machine.
+    parser.set_defaults(max_model_len=1024, max_num_seqs=16, tpot_ms=None)
 
 
 def run(args: argparse.Namespace) -> int:
     from flexcore import demo
 
+    fixed_objective = args.tpot_ms is not None
+    args.tpot_ms = args.tpot_ms if fixed_objective else SLO().tpot_ms
     llm = load_llm(options.model_of(args), options.engine_config(args))
     chosen = demo.Options(
         duration=args.duration,
@@ -31,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         rows=args.rows,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
+        fixed_objective=fixed_objective,
         seed=args.seed,
         json=args.json or None,
     )
