@@ -1,5 +1,5 @@
 #include "backends/cpu/kernels/attention_entries.h"
-#include "backends/cpu/kernels/attention_tile.h"
+#include "backends/cpu/kernels/attention_panels.h"
 
 namespace flexcore::cpu::FLEXCORE_ISA {
 
