@@ -10,14 +10,12 @@ namespace flexcore {
 
 namespace {
 
-// Decides for one layer's backward, earliest tensor first, so that a rebuilt tensor may serve to rebuild another.
+// Decides for one layer's backward. What is needed is there anyway, kept or rebuilt, so it may serve to rebuild another;
+// nodes do not come in the order of execution (bypasses are added last), so nothing may hang on the order of decisions.
 class LayerChoice {
  public:
   LayerChoice(Graph& graph, std::set<TensorId> needed) : graph_(graph), needed_(std::move(needed)) {
-    std::vector<TensorId> order(needed_.begin(), needed_.end());
-    std::sort(order.begin(), order.end(),
-              [&](TensorId a, TensorId b) { return graph_.tensor(a).producer < graph_.tensor(b).producer; });
-    for (const auto tensor : order) (rebuildable(tensor) ? rebuilt_ : kept_).insert(tensor);
+    for (const auto tensor : needed_) (rebuildable(tensor) ? rebuilt_ : kept_).insert(tensor);
   }
   const std::set<TensorId>& kept() const { return kept_; }
   const std::set<TensorId>& rebuilt() const { return rebuilt_; }
@@ -43,9 +41,8 @@ class LayerChoice {
   bool rebuildable(TensorId tensor) const {
     const auto& node = graph_.nodes[static_cast<std::size_t>(graph_.tensor(tensor).producer)];
     if (!node.op->rebuildable() || node.outputs.size() != 1) return false;
-    return std::all_of(node.inputs.begin(), node.inputs.end(), [&](TensorId input) {
-      return kept_.contains(input) || rebuilt_.contains(input) || rebuildable(input);
-    });
+    return std::all_of(node.inputs.begin(), node.inputs.end(),
+                       [&](TensorId input) { return needed_.contains(input) || rebuildable(input); });
   }
 
   Graph& graph_;
