@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 from engines import (  # noqa: F401
+    _engines,
     _quiet_torch,
+    _smollm2_engine,
     make_engine,
     shared_engine,
     smollm2_engine,

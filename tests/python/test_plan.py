@@ -1,0 +1,187 @@
+"""The memory table against what an engine then takes; engines side by side; the GIL."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import Any
+
+import pytest
+from engines import EXACT, MakeEngine
+from running import generate, greedy, is_idle, random_examples, random_tokens, run
+
+import flexcore as fc
+
+TARGETS: dict[str, Any] = {
+    "all-linear": "all-linear",
+    "q+v": ["q_proj", "v_proj"],
+    "down": ["down_proj"],
+    "top": ["layers.2.self_attn.o_proj"],
+}
+
+
+def planned(directory: Any, lora: fc.LoraConfig | None, length: int, **changes: Any) -> fc.MemoryPlan:
+    return fc.plan(directory, fc.EngineConfig(**(EXACT | changes)), lora, length)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
+def test_against_the_ledger(name: str, targets: str, dtype: str, make_engine: MakeEngine, tiny_dir: Any) -> None:
+    lora, length = fc.LoraConfig(r=5, target_modules=TARGETS[targets]), 100
+    plan = planned(tiny_dir(name), lora, length, dtype=dtype)
+    engine = make_engine(name, dtype=dtype)
+    engine.create_adapter("a", lora)
+    job = engine.finetune("a", random_examples((length,), seed=1), fc.FinetuneConfig(num_epochs=2))
+    engine.step()
+    held = engine.memory()
+    run(engine)
+    assert engine.job(job).status == "succeeded"
+    peak = engine.memory_peak()
+    for tag in ("weights", "kv_pages", "adapters", "optimizer", "saved_activations"):
+        assert peak[tag] == getattr(plan, tag), tag
+    assert held["adapters"] == plan.adapters and held["optimizer"] == plan.optimizer
+    assert peak["gradients"] == plan.gradients
+    assert is_idle(engine)
+
+
+def test_saved_by_the_token(tiny_dir: Any) -> None:
+    lora = fc.LoraConfig(r=5)
+    plans = [planned(tiny_dir("llama"), lora, length) for length in (1, 100, 200)]
+    assert plans[2].saved_activations == pytest.approx(2 * plans[1].saved_activations, rel=0.02)
+    for plan in plans[1:]:
+        per_token = plan.saved_activations / plan.sequence_length
+        assert per_token <= 1.02 * (plan.num_layers + 1) * plan.saved_bytes_per_token_per_layer
+    assert 0 < plans[0].saved_bytes_per_token_per_layer < plans[0].unpruned_bytes_per_token_per_layer
+
+
+def test_what_is_kept(tiny_dir: Any) -> None:
+    """Frozen linears keep nothing; norms, rotary and silu * up are rebuilt; fewer targets keep less."""
+    plans = {
+        name: planned(tiny_dir("llama"), fc.LoraConfig(r=5, target_modules=targets), 100)
+        for name, targets in TARGETS.items()
+    }
+    for plan in plans.values():
+        assert {tensor.choice for tensor in plan.tensors} <= {"kept", "rebuilt", "in kv_pages", "dropped"}
+        assert all(tensor.name and tensor.reason and tensor.bytes_per_token > 0 for tensor in plan.tensors)
+        kept = sum(tensor.bytes_per_token for tensor in plan.tensors if tensor.choice == "kept")
+        assert kept == plan.saved_bytes_per_token_per_layer
+        everything = sum(tensor.bytes_per_token for tensor in plan.tensors)
+        assert everything == plan.unpruned_bytes_per_token_per_layer
+        text = plan.describe()
+        assert all(tensor.name in text and str(tensor.bytes_per_token) in text for tensor in plan.tensors)
+    whole = {tensor.name: tensor.choice for tensor in plans["all-linear"].tensors}
+    assert {"kept", "rebuilt", "in kv_pages", "dropped"} <= set(whole.values())
+    for name in ("attention_norm", "mlp_norm", "mlp"):
+        assert whole[name] == "rebuilt"
+    # The way down to q and v of the first layer leads through all that others need, but no module's input is rebuilt.
+    assert plans["q+v"].saved_activations <= plans["all-linear"].saved_activations
+    assert [t.name for t in plans["q+v"].tensors if t.choice == "rebuilt"] == ["attention_norm"]
+    assert plans["down"].saved_activations < plans["q+v"].saved_activations  # nothing of the first attention
+    assert plans["top"].saved_activations < plans["down"].saved_activations  # nothing below its layer
+    assert plans["top"].optimizer == 2 * plans["top"].adapters < plans["q+v"].optimizer
+
+
+def test_without_finetuning(tiny_dir: Any, make_engine: MakeEngine) -> None:
+    plan = planned(tiny_dir("llama"), None, 100)
+    memory = make_engine("llama").memory()
+    assert plan.weights == memory["weights"] and plan.kv_pages == memory["kv_pages"]
+    assert plan.saved_activations == plan.adapters == plan.gradients == plan.optimizer == 0
+    assert plan.total == plan.weights + plan.kv_pages + plan.workspace
+    assert plan.tensors == []
+
+
+def test_pages_as_asked(tiny_dir: Any, make_engine: MakeEngine) -> None:
+    plan = planned(tiny_dir("llama"), None, 100, kv_cache_memory_bytes=500_000)
+    assert 0 < plan.kv_pages <= 500_000
+    assert make_engine(kv_cache_memory_bytes=500_000).memory()["kv_pages"] == plan.kv_pages
+
+
+def test_bad_arguments(tiny_dir: Any) -> None:
+    for length in (0, 257):
+        with pytest.raises(fc.InvalidArgument, match="sequence_length"):
+            planned(tiny_dir("llama"), None, length)
+    with pytest.raises(fc.InvalidArgument, match="target_modules"):
+        planned(tiny_dir("llama"), fc.LoraConfig(target_modules=["nothing"]), 100)
+    with pytest.raises(fc.ModelLoadError, match="does not exist"):
+        fc.plan("/nowhere/at-all.gguf")
+
+
+def test_two_engines(make_engine: MakeEngine) -> None:
+    """Each in a thread of its own, on models of different shape: they share nothing."""
+    prompts = [random_tokens(length, seed=length) for length in (5, 40, 17)]
+    examples = random_examples((20, 30, 10), seed=1)
+
+    def work(name: str, results: dict[str, Any]) -> None:
+        engine = make_engine(name, block_size=5 if name == "llama" else 16)
+        engine.create_adapter("a", fc.LoraConfig(r=4), seed=2)
+        job = engine.finetune("a", examples, fc.FinetuneConfig(num_epochs=3, learning_rate=1e-2))
+        ids = engine.submit_batch(prompts, greedy(30))
+        log = run(engine)
+        results[name] = ([log.tokens(request) for request in ids], log.losses(job))
+
+    alone: dict[str, Any] = {}
+    together: dict[str, Any] = {}
+    for name in ("llama", "qwen3"):
+        work(name, alone)
+    threads = [threading.Thread(target=work, args=(name, together)) for name in ("llama", "qwen3")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, (tokens, losses) in alone.items():
+        assert together[name][0] == tokens
+        assert together[name][1] == pytest.approx(losses, rel=1e-4)
+
+
+def test_one_engine_in_many_threads(shared_engine: MakeEngine) -> None:
+    """Calls queue up: submissions come while another thread steps."""
+    engine = shared_engine("llama")
+    prompts = [random_tokens(10 + i, seed=i) for i in range(8)]
+    wanted = generate(engine, prompts, greedy(10))
+    ids: dict[int, int] = {}
+    scores: list[Any] = []
+
+    def submit(i: int) -> None:
+        ids[i] = engine.submit(prompts[i], greedy(10))
+        scores.append(engine.score(prompts[i]))
+
+    threads = [threading.Thread(target=submit, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    tokens: dict[int, list[int]] = {}
+    while any(thread.is_alive() for thread in threads) or engine.has_work():
+        for event in engine.step().outputs:
+            tokens.setdefault(event.request_id, []).append(event.token_id)
+    assert [tokens[ids[i]] for i in range(8)] == wanted
+    assert len(scores) == 8
+
+
+def test_gil_is_released(shared_engine: MakeEngine) -> None:
+    """Another thread goes on while a step runs: with switches by time as good as off, only a release lets it."""
+    engine = shared_engine("llama")
+    ticks, stop = [0], threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            ticks[0] += 1
+            time.sleep(0)
+
+    interval = sys.getswitchinterval()
+    thread = threading.Thread(target=count)
+    sys.setswitchinterval(60.0)
+    try:
+        thread.start()
+        engine.submit_batch([random_tokens(60, seed=i) for i in range(8)], greedy(20))
+        advanced = 0
+        while engine.has_work():
+            before = ticks[0]
+            engine.step()
+            advanced += ticks[0] - before
+    finally:
+        stop.set()
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert advanced > 0
+    assert is_idle(engine)
