@@ -1,0 +1,116 @@
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+
+#include "core/bfloat16.h"
+#include "memory/buffer.h"
+#include "ops/weight.h"
+
+namespace flexcore::cases {
+
+/// Numbers as a function of their index, uniform with mean 0 and deviation `scale`: what was packed, or is too large to
+/// keep, can be asked for again.
+struct Noise {
+  std::uint64_t seed = 0;
+  float scale = 1.0f;
+
+  float operator()(std::int64_t index) const {
+    std::uint64_t z = (static_cast<std::uint64_t>(index) + (seed << 40)) * 0x9e3779b97f4a7c15u;  // splitmix64's mixing
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z ^= z >> 27;
+    const auto whole = static_cast<std::int32_t>(z >> 32);
+    return static_cast<float>(whole) * (1.7320508f * 0x1p-31f) * scale;
+  }
+  double rounded(std::int64_t index, DType dtype) const {
+    const float x = (*this)(index);
+    return dtype == DType::kBFloat16 ? to_float(to_bfloat16(x)) : x;
+  }
+};
+
+/// Owns a contiguous array of float32 or bfloat16.
+class Array {
+ public:
+  Array() = default;
+  Array(DType dtype, std::initializer_list<std::int64_t> shape) : Array(dtype, shape, kNan) {}
+  Array(DType dtype, std::initializer_list<std::int64_t> shape, float value) : Array(shape, dtype) {
+    fill([value](std::int64_t) { return value; });
+  }
+  Array(DType dtype, std::initializer_list<std::int64_t> shape, Noise noise) : Array(shape, dtype) { fill(noise); }
+
+  TensorView view() const { return view_; }
+  std::int64_t size() const { return view_.size(); }
+  float* floats() const { return view_.as<float>(); }
+  double operator[](std::int64_t i) const {
+    return view_.dtype() == DType::kBFloat16 ? to_float(view_.as<bfloat16>()[i]) : view_.as<float>()[i];
+  }
+  double at(std::int64_t row, std::int64_t column) const { return (*this)[row * view_.stride(0) + column]; }
+
+  static constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+
+ private:
+  Array(std::initializer_list<std::int64_t> shape, DType dtype) {
+    std::int64_t count = 1;
+    for (const auto extent : shape) count *= extent;
+    buffer_ =
+        Buffer(host_allocator(), ledger(), MemoryTag::kWorkspace, static_cast<std::size_t>(count) * dtype_size(dtype));
+    view_ = buffer_.view(dtype, shape);
+  }
+  static MemoryLedger& ledger() {
+    static MemoryLedger all;
+    return all;
+  }
+  template <class F>
+  void fill(F&& value) {
+    const std::int64_t count = view_.size();
+    if (view_.dtype() == DType::kBFloat16)
+      for (std::int64_t i = 0; i < count; ++i) view_.as<bfloat16>()[i] = to_bfloat16(value(i));
+    else
+      for (std::int64_t i = 0; i < count; ++i) view_.as<float>()[i] = value(i);
+  }
+
+  Buffer buffer_;
+  TensorView view_;
+};
+
+/// A packed weight [out_features, in_features] of noise that keeps products of unit rows near one.
+class PackedNoise {
+ public:
+  PackedNoise(OpContext& context, DType dtype, std::int64_t out_features, std::int64_t in_features, std::uint64_t seed)
+      : noise{seed, 1.0f / std::sqrt(static_cast<float>(in_features))} {
+    const Array source(dtype, {out_features, in_features}, noise);
+    std::size_t size = 0;
+    run(context, PackedWeightBytesArgs{out_features, in_features, dtype, &size});
+    bytes_ = Array(DType::kFloat32, {static_cast<std::int64_t>((size + 3) / 4)}, 0.0f);
+    run(context, PackWeightArgs{source.view(), dtype, bytes_.view().data()});
+    view_ = {bytes_.view().data(), dtype, out_features, in_features, true};
+  }
+  WeightView view() const { return view_; }
+  double at(std::int64_t row, std::int64_t column) const {
+    return noise.rounded(row * view_.in_features + column, view_.dtype);
+  }
+
+ private:
+  Noise noise;
+  Array bytes_;
+  WeightView view_;
+};
+
+/// What rounding a result to the dtype may cost, relative.
+inline double epsilon(DType dtype) { return dtype == DType::kBFloat16 ? 1.0 / 200 : 1e-5; }
+
+inline double size_of(DType dtype) { return static_cast<double>(dtype_size(dtype)); }
+
+/// `count` indices spread over [0, size), the first and last among them.
+template <class F>
+void sample(std::int64_t size, std::int64_t count, F&& visit) {
+  if (size <= count) {
+    for (std::int64_t i = 0; i < size; ++i) visit(i);
+    return;
+  }
+  for (std::int64_t i = 0; i < count; ++i) visit(i * (size - 1) / (count - 1));
+}
+
+}  // namespace flexcore::cases

@@ -1,0 +1,55 @@
+#include <gtest/gtest.h>
+
+#include "backends/register.h"
+#include "cases/op_case.h"
+#include "memory/arena.h"
+
+namespace flexcore::test {
+namespace {
+
+using cases::CaseSpec;
+
+// Cases of a second or a gigabyte are for flexcore_bench alone.
+constexpr double kMostFlops = 4e9, kMostBytes = 100e6;
+
+std::vector<CaseSpec> quick_cases() {
+  auto table = cases::all_cases();
+  std::erase_if(
+      table, [](const CaseSpec& c) { return c.cost.flops > kMostFlops || c.cost.read + c.cost.written > kMostBytes; });
+  return table;
+}
+
+class OpCases : public testing::TestWithParam<CaseSpec> {};
+
+// What flexcore_bench times is right, at the shapes of real models.
+TEST_P(OpCases, ComputesWhatItSays) {
+  MemoryLedger ledger;
+  Arena scratch(host_allocator(), ledger);
+  ThreadPool threads(2);
+  const OpRegistry registry = make_op_registry();
+  OpContext context;
+  context.registry = &registry;
+  context.threads = &threads;
+  context.scratch = &scratch;
+  const auto op = GetParam().make(context, 1);
+  op->run(context, 0);
+  const auto accuracy = op->check();
+  EXPECT_LE(accuracy.worst, accuracy.allowed);
+}
+
+INSTANTIATE_TEST_SUITE_P(Models, OpCases, testing::ValuesIn(quick_cases()), [](const auto& info) {
+  std::string name = info.param.name();
+  for (auto& c : name)
+    if (!std::isalnum(static_cast<unsigned char>(c))) c = '_';
+  return name;
+});
+
+TEST(OpCaseTable, NamesAreDistinct) {
+  std::vector<std::string> names;
+  for (const auto& c : cases::all_cases()) names.push_back(c.name());
+  std::sort(names.begin(), names.end());
+  EXPECT_EQ(std::adjacent_find(names.begin(), names.end()), names.end());
+}
+
+}  // namespace
+}  // namespace flexcore::test
