@@ -73,7 +73,6 @@ void Engine::Impl::calibrate() {
       timed({.finetune_tokens = rows, .finetune_context = rows * (rows + 1) / 2},
             [&] { executor->forward({&group, 1}); });
       const BackwardRows unit{&state, 0, rows};
-      // The first unit warms up; the next ones are one sample.
       const std::int64_t units = std::min<std::int64_t>(model.num_layers, 4);
       for (std::int64_t layer = model.num_layers;
            layer-- > std::max(program.first_layer, static_cast<int>(model.num_layers - units));)
@@ -90,9 +89,9 @@ void Engine::Impl::calibrate() {
   samples.clear();  // first touch of weights and workspace
   decode(1);
   if (!out_of_time()) prefill(small);
+  if (!out_of_time()) finetune(small);
   if (!out_of_time()) decode(many);
   if (!out_of_time()) prefill(large);
-  if (!out_of_time()) finetune(small);
   if (!out_of_time()) finetune(large);
   if (!out_of_time()) decode(1);
   if (!out_of_time()) decode(many);

@@ -33,11 +33,11 @@ std::string_view choice_name(Keep keep) {
 std::string_view choice_reason(Keep keep) {
   switch (keep) {
     case Keep::kKept:
-      return "the backward reads it and only a GEMM or attention could make it again";
+      return "only a GEMM or attention makes it";
     case Keep::kRebuilt:
-      return "the backward reads it and a cheap operator makes it again from what is kept";
+      return "made again from what is kept";
     case Keep::kInPages:
-      return "attention's backward reads it from the KV pages";
+      return "read from the KV pages";
     case Keep::kDropped:
       return "no backward reads it";
   }
