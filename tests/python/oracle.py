@@ -31,6 +31,15 @@ def load_peft(hf: Any, directory: Path, trainable: bool = False) -> Any:
     return peft.PeftModel.from_pretrained(copy.deepcopy(hf), directory, is_trainable=trainable)
 
 
+def in_bfloat16(model: Any) -> Any:
+    """A copy with the base in bfloat16 and the adapter in float32, as PEFT trains a model loaded in bfloat16."""
+    rounded = copy.deepcopy(model)
+    for name, parameter in rounded.named_parameters():
+        if "lora_" not in name:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    return rounded
+
+
 @torch.no_grad()
 def logits(model: Any, tokens: Sequence[int]) -> np.ndarray:
     return model(torch.tensor([list(tokens)]), use_cache=False).logits[0].float().numpy()
