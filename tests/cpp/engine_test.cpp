@@ -1,0 +1,248 @@
+#include "flexcore/engine.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <thread>
+
+#include "core/philox.h"
+#include "flexcore/plan.h"
+#include "model/safetensors.h"
+#include "temp_dir.h"
+
+namespace flexcore {
+namespace {
+
+constexpr std::int64_t kHidden = 32, kIntermediate = 48, kHeads = 4, kKvHeads = 2, kLayers = 3, kVocab = 50;
+
+// A random Llama in float32, written once a test.
+class EngineTest : public ::testing::Test {
+ protected:
+  EngineTest() {
+    dir_.write("config.json", R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32,
+      "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50,
+      "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true,
+      "hidden_act": "silu"})");
+    add("model.embed_tokens.weight", kVocab, kHidden);
+    for (int layer = 0; layer < kLayers; ++layer) {
+      const std::string prefix = "model.layers." + std::to_string(layer) + ".";
+      const std::int64_t kv = kHidden / kHeads * kKvHeads;
+      add(prefix + "self_attn.q_proj.weight", kHidden, kHidden);
+      add(prefix + "self_attn.k_proj.weight", kv, kHidden);
+      add(prefix + "self_attn.v_proj.weight", kv, kHidden);
+      add(prefix + "self_attn.o_proj.weight", kHidden, kHidden);
+      add(prefix + "mlp.gate_proj.weight", kIntermediate, kHidden);
+      add(prefix + "mlp.up_proj.weight", kIntermediate, kHidden);
+      add(prefix + "mlp.down_proj.weight", kHidden, kIntermediate);
+      add(prefix + "input_layernorm.weight", kHidden, 0);
+      add(prefix + "post_attention_layernorm.weight", kHidden, 0);
+    }
+    add("model.norm.weight", kHidden, 0);
+    std::vector<std::pair<std::string, TensorView>> tensors;
+    for (auto& [name, shape, data] : tensors_) {
+      const TensorView view = shape.second > 0 ? TensorView(data.data(), DType::kFloat32, {shape.first, shape.second})
+                                               : TensorView(data.data(), DType::kFloat32, {shape.first});
+      tensors.emplace_back(name, view);
+    }
+    write_safetensors(dir_.path("model.safetensors"), tensors);
+  }
+
+  Engine load(EngineConfig config = {}) {
+    config.dtype = "float32";
+    config.max_model_len = 96;
+    config.num_threads = 2;
+    if (!config.kv_cache_memory_bytes) config.max_num_seqs = 8;
+    return Engine::load(path(), config);
+  }
+  std::string path() const { return dir_.path(); }
+
+  static std::vector<std::int32_t> tokens(std::int64_t count, std::uint64_t seed) {
+    std::vector<std::int32_t> ids;
+    for (std::int64_t i = 0; i < count; ++i)
+      ids.push_back(static_cast<std::int32_t>(random_bits(seed, static_cast<std::uint64_t>(i)) % kVocab));
+    return ids;
+  }
+  static std::vector<Example> examples(std::int64_t count) {
+    std::vector<Example> result;
+    for (std::int64_t i = 0; i < count; ++i) {
+      const auto ids = tokens(7 + 11 * i % 40, static_cast<std::uint64_t>(100 + i));
+      result.push_back({ids, ids});
+    }
+    return result;
+  }
+  // Runs until nothing is left; tokens by request.
+  static std::map<RequestId, std::vector<std::int32_t>> drain(Engine& engine,
+                                                              std::vector<FinetuneEvent>* events = nullptr) {
+    std::map<RequestId, std::vector<std::int32_t>> out;
+    for (int steps = 0; engine.has_work(); ++steps) {
+      EXPECT_LT(steps, 20000);
+      if (steps >= 20000) break;
+      auto report = engine.step();
+      for (const auto& event : report.outputs)
+        if (event.token_id >= 0) out[event.request_id].push_back(event.token_id);
+      if (events != nullptr) events->insert(events->end(), report.finetune.begin(), report.finetune.end());
+    }
+    return out;
+  }
+
+  TempDir dir_;
+
+ private:
+  void add(const std::string& name, std::int64_t rows, std::int64_t columns) {
+    std::vector<float> data(static_cast<std::size_t>(rows * std::max<std::int64_t>(columns, 1)));
+    for (std::size_t i = 0; i < data.size(); ++i) {
+      const auto draw = static_cast<float>(uniform(std::hash<std::string>{}(name), i)) - 0.5f;
+      data[i] = columns == 0 ? 1.0f + 0.2f * draw : 0.3f * draw;
+    }
+    tensors_.emplace_back(name, std::pair(rows, columns), std::move(data));
+  }
+  std::vector<std::tuple<std::string, std::pair<std::int64_t, std::int64_t>, std::vector<float>>> tensors_;
+};
+
+TEST_F(EngineTest, ServesWhileItTrainsAndGivesEverythingBack) {
+  Engine engine = load();
+  engine.create_adapter("a", {.r = 4, .lora_alpha = 8}, 1);
+  engine.create_adapter("b", {.r = 2, .lora_alpha = 2, .target_modules = {"q_proj", "down_proj"}}, 2);
+  std::vector<Request> requests;
+  for (int i = 0; i < 6; ++i)
+    requests.push_back({.prompt_token_ids = tokens(3 + 9 * i, static_cast<std::uint64_t>(i)),
+                        .sampling = {.max_tokens = 20, .temperature = i % 2 ? 0.8 : 0.0, .ignore_eos = true, .seed = 7},
+                        .adapter = i % 3 == 0   ? ""
+                                   : i % 3 == 1 ? "a"
+                                                : "b"});
+  const auto quiet = [&] {
+    const auto ids = engine.submit_batch(requests);
+    auto out = drain(engine);
+    std::vector<std::vector<std::int32_t>> result;
+    for (const auto id : ids) result.push_back(out[id]);
+    return result;
+  };
+  const auto alone = quiet();
+  const JobId job = engine.finetune("a", examples(6), {.num_epochs = 2, .batch_size = 3, .learning_rate = 1e-2});
+  const JobId other = engine.finetune("b", examples(4), {.batch_size = 2, .learning_rate = 1e-2, .optimizer = "sgd"});
+  const auto ids = engine.submit_batch(requests);
+  std::vector<FinetuneEvent> events;
+  auto beside = drain(engine, &events);
+  // Requests keep the version that they began with, so training beside them changes nothing.
+  for (std::size_t i = 0; i < ids.size(); ++i) EXPECT_EQ(beside[ids[i]], alone[i]) << i;
+  EXPECT_EQ(engine.job(job).status, JobStatus::kSucceeded);
+  EXPECT_EQ(engine.job(other).status, JobStatus::kSucceeded);
+  EXPECT_EQ(engine.job(job).step, 4);
+  EXPECT_EQ(events.size(), 6u);
+  for (const auto& event : events) EXPECT_TRUE(std::isfinite(event.loss));
+  engine.unload_adapter("a");
+  engine.unload_adapter("b");
+  const auto memory = engine.memory();
+  for (const char* tag : {"saved_activations", "gradients", "optimizer", "adapters"})
+    EXPECT_EQ(memory.at(tag), 0) << tag;
+  EXPECT_EQ(engine.stats().at("kv_blocks_free"), engine.stats().at("kv_blocks"));
+}
+
+TEST_F(EngineTest, AnySplitGivesTheSameGradients) {
+  Engine engine = load();
+  engine.create_adapter("a", {.r = 4, .lora_alpha = 8}, 1);
+  const JobId job = engine.finetune("a", examples(2), {.learning_rate = 0.05});  // B is no longer zero
+  drain(engine);
+  ASSERT_EQ(engine.job(job).status, JobStatus::kSucceeded);
+  const auto whole = engine.loss_and_gradients("a", examples(5));
+  for (const auto& [forward, backward] : {std::pair(1, 1), std::pair(5, 3), std::pair(16, 7)}) {
+    const auto split = engine.loss_and_gradients("a", examples(5), forward, backward);
+    EXPECT_NEAR(split.loss, whole.loss, 1e-6);
+    for (std::size_t t = 0; t < whole.gradients.size(); ++t) {
+      double error = 0, norm = 0;
+      for (std::size_t i = 0; i < whole.gradients[t].data.size(); ++i) {
+        error += std::pow(split.gradients[t].data[i] - whole.gradients[t].data[i], 2);
+        norm += std::pow(whole.gradients[t].data[i], 2);
+      }
+      EXPECT_LE(std::sqrt(error), 2e-5 * std::sqrt(norm)) << whole.gradients[t].name;
+    }
+  }
+}
+
+TEST_F(EngineTest, SmallPoolPreemptsAndFinishesEverything) {
+  const std::int64_t block = 2 * kLayers * kKvHeads * (kHidden / kHeads) * 16 * 4;
+  Engine large = load(), small = load({.kv_cache_memory_bytes = 7 * block});
+  std::vector<Request> requests;
+  for (int i = 0; i < 7; ++i)
+    requests.push_back({.prompt_token_ids = tokens(10 + i, static_cast<std::uint64_t>(i)),
+                        .sampling = {.max_tokens = 40, .temperature = 0.0, .ignore_eos = true}});
+  large.submit_batch(requests);
+  small.submit_batch(requests);
+  small.create_adapter("a", {.r = 2}, 1);
+  const JobId job = small.finetune("a", examples(3), {.batch_size = 2});
+  EXPECT_EQ(drain(small), drain(large));
+  EXPECT_EQ(small.job(job).status, JobStatus::kSucceeded);
+  EXPECT_GT(small.stats().at("preemptions") + small.stats().at("finetune_restarts"), 0);
+}
+
+TEST_F(EngineTest, CheckpointGoesOnAsIfNothingHadHappened) {
+  const FinetuneConfig config{
+      .num_epochs = 3, .batch_size = 2, .learning_rate = 1e-2, .lr_scheduler = "cosine", .warmup_ratio = 0.3};
+  std::vector<FinetuneEvent> straight, rest;
+  Engine engine = load();
+  engine.create_adapter("a", {.r = 4}, 3);
+  const JobId job = engine.finetune("a", examples(5), config);
+  const std::string checkpoint = dir_.path("checkpoint");
+  while (engine.has_work()) {
+    for (const auto& event : engine.step().finetune) {
+      straight.push_back(event);
+      if (event.step == 4) engine.save_checkpoint(job, checkpoint);
+    }
+  }
+  Engine second = load();
+  second.resume_finetune(checkpoint, examples(5));
+  drain(second, &rest);
+  ASSERT_EQ(rest.size() + 4, straight.size());
+  for (std::size_t i = 0; i < rest.size(); ++i) {
+    EXPECT_EQ(rest[i].loss, straight[i + 4].loss) << i;
+    EXPECT_EQ(rest[i].learning_rate, straight[i + 4].learning_rate) << i;
+  }
+}
+
+TEST_F(EngineTest, RefusesBadInputAndGoesOn) {
+  Engine engine = load();
+  EXPECT_THROW(engine.submit({}), InvalidArgument);
+  EXPECT_THROW(engine.submit({.prompt_token_ids = {1, 99}}), InvalidArgument);
+  EXPECT_THROW(engine.submit({.prompt_token_ids = {1}, .adapter = "none"}), InvalidArgument);
+  EXPECT_THROW(engine.submit({.prompt_token_ids = tokens(96, 1)}), InvalidArgument);
+  EXPECT_THROW(engine.create_adapter("a", {.r = 0}), InvalidArgument);
+  engine.create_adapter("a", {.r = 1});
+  EXPECT_THROW(engine.finetune("a", {{{1, 2, 3}, {1, 2}}}), InvalidArgument);
+  EXPECT_THROW(engine.finetune("a", {{{1, 2, 3}, {-100, -100, -100}}}), InvalidArgument);
+  EXPECT_THROW(Engine::load("/no/such/model"), ModelLoadError);
+  const auto id = engine.submit({.prompt_token_ids = {1, 2, 3}, .max_tokens = 5});
+  EXPECT_GE(drain(engine)[id].size(), 1u);
+}
+
+TEST_F(EngineTest, PlanSaysWhatTheLedgerMeasures) {
+  const EngineConfig config{.dtype = "float32", .max_model_len = 96, .max_num_seqs = 8, .num_threads = 2};
+  const LoraConfig lora{.r = 4};
+  Engine engine = Engine::load(path(), config);
+  engine.create_adapter("a", lora);
+  const auto ids = tokens(60, 9);
+  engine.loss_and_gradients("a", {{ids, ids}});
+  const MemoryPlan table = plan(path(), config, lora, 60);
+  EXPECT_EQ(engine.memory_peak().at("saved_activations"), table.saved_activations);
+  EXPECT_EQ(engine.memory_peak().at("gradients"), table.gradients);
+  EXPECT_EQ(engine.memory().at("weights"), table.weights);
+  EXPECT_EQ(engine.memory().at("kv_pages"), table.kv_pages);
+  EXPECT_EQ(engine.memory().at("adapters"), table.adapters);
+}
+
+TEST_F(EngineTest, TwoEnginesRunAtOnce) {
+  std::vector<std::map<RequestId, std::vector<std::int32_t>>> out(2);
+  std::vector<std::thread> threads;
+  for (std::size_t i = 0; i < 2; ++i)
+    threads.emplace_back([&, i] {
+      Engine engine = load();
+      engine.submit(
+          {.prompt_token_ids = tokens(20, 4), .sampling = {.temperature = 0.0, .ignore_eos = true}, .max_tokens = 30});
+      out[i] = drain(engine);
+    });
+  for (auto& thread : threads) thread.join();
+  EXPECT_EQ(out[0], out[1]);
+  EXPECT_EQ(out[0].at(1).size(), 30u);
+}
+
+}  // namespace
+}  // namespace flexcore
