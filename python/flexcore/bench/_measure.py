@@ -17,7 +17,7 @@ def machine(engine: flexcore.Engine) -> dict[str, Any]:
     model = engine.model()
     return {
         "flexcore": flexcore.__version__,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": model.num_threads,
         "device": model.device,
@@ -45,7 +45,14 @@ def greedy(tokens: int) -> flexcore.SamplingParams:
     return flexcore.SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
 
 
-def _cpu_name() -> str:
+def trained_tokens(engine: flexcore.Engine) -> float:
+    """Since load. A token is trained when it went forth and back through all layers; each half counts half."""
+    stats = engine.stats()
+    forward = stats.get("finetune_forward_tokens", 0.0)
+    return (forward + stats.get("backward_layer_tokens", 0.0) / engine.model().num_layers) / 2
+
+
+def cpu_name() -> str:
     path = Path("/proc/cpuinfo")
     for line in path.read_text().splitlines() if path.exists() else ():
         if line.startswith("model name"):

@@ -78,16 +78,13 @@ def _drive(
     prompts = [prompt or _measure.random_ids(input_len, vocab, k) for k in range(count)]
     if prompts:
         engine.submit_batch(prompts, _measure.greedy(output_len))
-    left, served, forward, backward = len(prompts), 0, 0, 0
+    left, served, before = len(prompts), 0, _measure.trained_tokens(engine)
     start = time.perf_counter()
     while engine.has_work() and (left or not prompts):
         report = engine.step()
         served += len(report.outputs)
         left -= sum(event.finish_reason is not None for event in report.outputs)
-        forward += report.num_finetune_forward_tokens
-        backward += report.num_finetune_backward_tokens
-    # A token is trained when it went forth and back; a job that is cut off stands between the two.
-    return time.perf_counter() - start, served, (forward + backward) / 2
+    return time.perf_counter() - start, served, _measure.trained_tokens(engine) - before
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -1,0 +1,129 @@
+"""The comparison as one figure: python bench/figure.py bench/results/smollm2_cpu.json"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from results import measurements
+
+INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+OWN = "#0b7285"
+STYLES = {  # name -> label, colour
+    "flexcore": ("flexcore", OWN),
+    "transformers bf16": ("transformers\n+ PEFT bf16", "#adb5bd"),
+    "transformers fp32": ("transformers\n+ PEFT fp32", "#ced4da"),
+    "llama.cpp bf16": ("llama.cpp bf16", "#f4a261"),
+    "llama.cpp f16": ("llama.cpp f16", "#f6bd8b"),
+    "llama.cpp Q4_1": ("llama.cpp Q4_1", "#f9d5b4"),
+}
+TITLES = {
+    "decode_1": "Decode, batch 1",
+    "prefill": "Prefill, {prefill:,} tokens",
+    "finetune": "LoRA finetuning, {train} tokens",
+    "finetune_peak_bytes": "Finetuning memory above weights",
+}
+
+
+def draw(record: dict, target: Path) -> None:
+    """Writes target.svg and target.png."""
+    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "svg.hashsalt": "flexcore"})
+    figure, axes = plt.subplots(2, 3, figsize=(11.2, 5.9), facecolor="white")
+    names = [name for name in STYLES if name in record["systems"]]
+    panels = list(axes.flat)
+    for axis, (key, _, unit) in zip(panels, measurements(record["workload"]), strict=False):
+        _bars(axis, record, names, key, unit)
+    _coserve(panels[-1], record.get("coserve"))
+    machine = record["machine"]
+    model = record["model"]["name"].replace("-Instruct", "")
+    figure.text(
+        0.015, 0.965, f"{model} on {machine['threads']} CPU threads", fontsize=15, fontweight="bold", va="center"
+    )
+    isa = machine["isa"].split(",")[0].upper().replace("_", "-")
+    note = (
+        f"{machine['cpu']}, {isa}. Dashed: what this machine's memory or arithmetic allows with bf16 weights; "
+        "under memory, the adapter's parameters, gradients and optimizer state alone."
+    )
+    figure.text(0.015, 0.918, note, fontsize=8.5, color=FAINT, va="center")
+    figure.subplots_adjust(left=0.105, right=0.975, top=0.83, bottom=0.045, wspace=0.42, hspace=0.36)
+    for suffix in (".svg", ".png"):
+        metadata = {"Date": None} if suffix == ".svg" else {}
+        figure.savefig(target.with_suffix(suffix), dpi=160, metadata=metadata)
+    plt.close(figure)
+
+
+def _bars(axis, record: dict, names: list[str], key: str, unit: str) -> None:
+    systems = record["systems"]
+    rows = len(names)
+    names = [name for name in names if systems[name]["results"].get(key)]
+    scale = 1e-6 if unit == "MB" else 1.0
+    values = [scale * systems[name]["results"][key] for name in names]
+    best = scale * systems["flexcore"]["floors"][key]["best"]
+    top = max(best, *values)
+    for row, (name, value) in enumerate(zip(names, values, strict=True)):
+        axis.barh(row, value, height=0.68, color=STYLES[name][1], zorder=2)
+        axis.text(
+            value + 0.02 * top,
+            row,
+            _short(value),
+            va="center",
+            fontweight="bold" if name == "flexcore" else "normal",
+            zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85},
+        )
+    axis.axvline(best, ymin=1 - (len(names) + 0.1) / (rows + 0.1), color=INK, ls=(0, (3, 2)), linewidth=1, zorder=3)
+    title = TITLES.get(key, f"Decode, batch {record['workload']['batch']}").format(**record["workload"])
+    _frame(axis, title, f"{unit}, less is better" if unit == "MB" else unit, [STYLES[name][0] for name in names])
+    axis.set_xlim(0, 1.2 * top)
+    axis.set_ylim(rows - 0.5, -0.6)
+    if len(names) < rows:
+        axis.text(0.02 * top, len(names), "llama.cpp does not train LoRA", va="center", fontsize=8.5, color=FAINT)
+
+
+def _coserve(axis, coserve: dict | None) -> None:
+    if coserve is None:
+        axis.axis("off")
+        return
+    rows = [("alone", 1.0, "")]
+    for load in coserve["loads"]:
+        name = f"{load['load']} load\n{load['requests_per_s']:.1f} requests/s"
+        rows.append((name, load["finetuning_kept"], _latency(load["coserving"])))
+    for row, (_, kept, note) in enumerate(rows):
+        axis.barh(row, 100 * kept, height=0.42, color=OWN, alpha=1.0 if row else 0.35, zorder=2)
+        axis.text(100 * kept + 2, row, f"{kept:.0%}", va="center", fontweight="bold", zorder=4)
+        axis.text(1, row + 0.36, note, va="center", fontsize=8, color=FAINT)
+    _frame(axis, "Finetuning kept while serving", "% of finetuning alone", [name for name, _, _ in rows])
+    axis.set_xlim(0, 120)
+    axis.set_ylim(len(rows) - 0.4, -0.45)
+
+
+def _latency(served: dict) -> str:
+    if "tpot_ms_p50" not in served:
+        return ""
+    return f"time per token: p50 {served['tpot_ms_p50']:.0f} ms, p99 {served['tpot_ms_p99']:.0f} ms"
+
+
+def _frame(axis, title: str, unit: str, labels: list[str]) -> None:
+    axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", pad=17)
+    axis.text(0, 1.025, unit, transform=axis.transAxes, fontsize=8.5, color=FAINT)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8.5)
+    axis.get_yticklabels()[0].set_fontweight("bold")
+    axis.tick_params(axis="both", length=0, colors=INK)
+    axis.set_xticks([])
+    for side in ("top", "right", "bottom"):
+        axis.spines[side].set_visible(False)
+    axis.spines["left"].set_color(GRID)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+if __name__ == "__main__":
+    path = Path(sys.argv[1])
+    draw(json.loads(path.read_text()), path)
