@@ -46,7 +46,7 @@ struct TrainingProgram {
   Program loss_head;  // input: hidden state; output: target_grad
   TensorId target_grad = kNoTensor;
   std::vector<Choice> choices;
-  std::size_t workspace_bytes = 0;        // of any of its programs
+  std::size_t workspace_bytes = 0;         // of any of its programs
   std::size_t gather_bytes_per_token = 0;  // of a layer's inputs, when a unit has windows of several sequences
 };
 

@@ -1,8 +1,8 @@
 #include <algorithm>
 #include <map>
 #include <set>
-#include <vector>
 #include <utility>
+#include <vector>
 
 #include "compile/passes.h"
 
@@ -10,8 +10,9 @@ namespace flexcore {
 
 namespace {
 
-// Decides for one layer's backward. What is needed is there anyway, kept or rebuilt, so it may serve to rebuild another;
-// nodes do not come in the order of execution (bypasses are added last), so nothing may hang on the order of decisions.
+// Decides for one layer's backward. What is needed is there anyway, kept or rebuilt, so it may serve to rebuild
+// another; tensor ids do not follow the order of execution (bypasses are added last), so nothing may hang on the order
+// of decisions.
 class LayerChoice {
  public:
   LayerChoice(Graph& graph, std::set<TensorId> needed) : graph_(graph), needed_(std::move(needed)) {

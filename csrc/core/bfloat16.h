@@ -4,7 +4,8 @@
 
 namespace flexcore {
 
-// Always inlined: these are used in files compiled for several instruction sets, and a shared out-of-line copy would mix them.
+// Always inlined: these are used in files compiled for several instruction sets, and a shared out-of-line copy would
+// mix them.
 #define FLEXCORE_INLINE inline __attribute__((always_inline))
 
 /// Storage type; arithmetic is done in float.

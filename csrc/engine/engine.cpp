@@ -75,7 +75,8 @@ std::int64_t Engine::Impl::finetune_tokens_in_flight() {
 
 std::int64_t Engine::Impl::finetune_bytes(const TrainingProgram& program, std::int64_t length) const {
   const TrainShape shape{model.hidden_size, model.num_kv_heads * model.head_dim};
-  return static_cast<std::int64_t>(TrainState::saved_bytes(program, length) + TrainState::gradient_bytes(shape, length));
+  return static_cast<std::int64_t>(TrainState::saved_bytes(program, length) +
+                                   TrainState::gradient_bytes(shape, length));
 }
 
 double Engine::Impl::now_ms() const {

@@ -38,7 +38,8 @@ void Engine::Impl::validate(const std::vector<Example>& examples, const Training
             blocks.num_blocks(), "; raise kv_cache_memory_bytes");
     const std::int64_t bytes = finetune_bytes(program, length);
     require(bytes <= config.finetune_memory_bytes.value_or(bytes), where, ": ", length, " tokens keep ", bytes,
-            " bytes for the backward, more than finetune_memory_bytes (", config.finetune_memory_bytes.value_or(0), ")");
+            " bytes for the backward, more than finetune_memory_bytes (", config.finetune_memory_bytes.value_or(0),
+            ")");
   }
 }
 

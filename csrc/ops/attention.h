@@ -14,9 +14,9 @@ struct KvPages {
 
 /// A run of consecutive tokens of one sequence inside a batch: a decode row, a prefill chunk or a finetune window.
 struct AttentionSpan {
-  std::int64_t row_begin = 0, row_end = 0;     // rows of the batch
-  std::int64_t position = 0;                   // position of the first row in its sequence
-  const std::int32_t* block_table = nullptr;   // page of each block of the sequence, up to the last row's position
+  std::int64_t row_begin = 0, row_end = 0;    // rows of the batch
+  std::int64_t position = 0;                  // position of the first row in its sequence
+  const std::int32_t* block_table = nullptr;  // page of each block of the sequence, up to the last row's position
 };
 
 /// Stores the batch's keys and values in their pages.
@@ -29,9 +29,9 @@ struct KvWriteArgs {
 };
 void check(const KvWriteArgs& args);
 
-/// Causal attention of every span's rows over its sequence's pages, positions 0..row's own (grouped-query; optional sliding window:
-/// a row at position p sees positions > p - sliding_window).
-/// A row's result does not depend on how its sequence was cut into spans, nor on the rest of the batch (same bits).
+/// Causal attention of every span's rows over its sequence's pages, positions 0..row's own (grouped-query; optional
+/// sliding window: a row at position p sees positions > p - sliding_window). A row's result does not depend on how its
+/// sequence was cut into spans, nor on the rest of the batch (same bits).
 struct AttentionArgs {
   static constexpr std::string_view kName = "attention";
   TensorView q;  // [num_tokens, num_heads, head_dim] float32 or bfloat16, rotated
@@ -46,13 +46,14 @@ void check(const AttentionArgs& args);
 
 /// Accumulators of one sequence in backward, for one layer: rows [0, b) of the window's end b receive gradients.
 struct AttentionBackwardSpan {
-  AttentionSpan span;          // rows of this batch; position = a, b = a + rows
-  float* grad_k = nullptr;     // [sequence_length, num_kv_heads, head_dim], += (FlexLLM section 6.1)
-  float* grad_v = nullptr;     // likewise
+  AttentionSpan span;       // rows of this batch; position = a, b = a + rows
+  float* grad_k = nullptr;  // [sequence_length, num_kv_heads, head_dim], += (FlexLLM section 6.1)
+  float* grad_v = nullptr;  // likewise
 };
 
-/// Windowed backward (DESIGN section 4): windows of a sequence come right to left. Recomputes P from q, the pages and lse, adds to grad_k and
-/// grad_v of rows [0, b), and copies rows [a, b), which are final after this call, to grad_k_rows and grad_v_rows.
+/// Windowed backward (DESIGN section 4): windows of a sequence come right to left. Recomputes P from q, the pages and
+/// lse, adds to grad_k and grad_v of rows [0, b), and copies rows [a, b), which are final after this call, to
+/// grad_k_rows and grad_v_rows.
 struct AttentionBackwardArgs {
   static constexpr std::string_view kName = "attention_backward";
   TensorView grad_y;  // [num_tokens, num_heads, head_dim] float32 or bfloat16

@@ -4,8 +4,8 @@
 
 namespace flexcore {
 
-/// Fused linear + cross-entropy: logits = hidden W^T are made in chunks of the vocabulary and never stored. One pass: the softmax denominator
-/// and the weighted sum of W's rows are kept online, as in flash attention.
+/// Fused linear + cross-entropy: logits = hidden W^T are made in chunks of the vocabulary and never stored. One pass:
+/// the softmax denominator and the weighted sum of W's rows are kept online, as in flash attention.
 ///   loss[i] = logsumexp(logits[i]) - logits[i, labels[i]]
 ///   grad_hidden[i] = grad_scale[i] * (softmax(logits[i]) - onehot(labels[i])) W
 struct LinearCrossEntropyArgs {

@@ -11,10 +11,10 @@ namespace flexcore {
 struct LinearArgs {
   static constexpr std::string_view kName = "linear";
   struct Member {
-    WeightView weight;                    // [out_features, in_features]
-    TensorView bias;                      // [out_features] float32, or empty
-    TensorView y;                         // [num_tokens, out_features] float32 or bfloat16
-    GradMode mode = GradMode::kWrite;     // kAccumulate: y += ... (residual add)
+    WeightView weight;                 // [out_features, in_features]
+    TensorView bias;                   // [out_features] float32, or empty
+    TensorView y;                      // [num_tokens, out_features] float32 or bfloat16
+    GradMode mode = GradMode::kWrite;  // kAccumulate: y += ... (residual add)
   };
   TensorView x;  // [num_tokens, in_features] float32 or bfloat16; converted to the weight's dtype
   std::span<const Member> members;

@@ -31,7 +31,8 @@ struct LoraArgs {
 };
 void check(const LoraArgs& args);
 
-/// With u = x A^T and du = grad_y B:  grad_x += scaling * du A,  grad_a += scaling * du^T x,  grad_b += scaling * grad_y^T u.
+/// With u = x A^T and du = grad_y B:  grad_x += scaling * du A,  grad_a += scaling * du^T x,  grad_b += scaling *
+/// grad_y^T u.
 struct LoraBackwardArgs {
   static constexpr std::string_view kName = "lora_backward";
   struct Member {

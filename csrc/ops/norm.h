@@ -4,7 +4,8 @@
 
 namespace flexcore {
 
-/// y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension. Heads are normalised by passing [num_tokens * num_heads, head_dim].
+/// y = x / sqrt(mean(x^2) + eps) * weight, over the last dimension. Heads are normalised by passing [num_tokens *
+/// num_heads, head_dim].
 struct RmsNormArgs {
   static constexpr std::string_view kName = "rms_norm";
   TensorView x;       // [rows, width] float32 or bfloat16

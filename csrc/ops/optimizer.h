@@ -6,7 +6,8 @@
 
 namespace flexcore {
 
-/// result = sum of squares of all elements of all tensors, in double, in an order that does not depend on the number of threads.
+/// result = sum of squares of all elements of all tensors, in double, in an order that does not depend on the number of
+/// threads.
 struct SumSquaresArgs {
   static constexpr std::string_view kName = "sum_squares";
   std::span<const TensorView> tensors;  // float32, contiguous
@@ -14,7 +15,8 @@ struct SumSquaresArgs {
 };
 void check(const SumSquaresArgs& args);
 
-/// Multi-tensor AdamW (decoupled weight decay; torch.optim.AdamW's formula). `step` counts from 1. Gradients are multiplied by grad_scale first (clipping).
+/// Multi-tensor AdamW (decoupled weight decay; torch.optim.AdamW's formula). `step` counts from 1. Gradients are
+/// multiplied by grad_scale first (clipping).
 struct AdamWArgs {
   static constexpr std::string_view kName = "adamw";
   struct Tensor {
@@ -30,7 +32,8 @@ struct AdamWArgs {
 };
 void check(const AdamWArgs& args);
 
-/// Multi-tensor SGD with L2 weight decay and no momentum: param -= learning_rate * (grad_scale * grad + weight_decay * param).
+/// Multi-tensor SGD with L2 weight decay and no momentum: param -= learning_rate * (grad_scale * grad + weight_decay *
+/// param).
 struct SgdArgs {
   static constexpr std::string_view kName = "sgd";
   struct Tensor {

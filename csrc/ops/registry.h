@@ -11,8 +11,9 @@ namespace flexcore {
 template <class Args>
 using Kernel = void (*)(OpContext&, const Args&);
 
-/// (argument struct, device) -> function. The argument struct is the op's identity: it has `static constexpr std::string_view
-/// kName`, and a free function `void check(const Args&)` that throws InvalidArgument. Filled by explicit calls, never by static objects.
+/// (argument struct, device) -> function. The argument struct is the op's identity: it has `static constexpr
+/// std::string_view kName`, and a free function `void check(const Args&)` that throws InvalidArgument. Filled by
+/// explicit calls, never by static objects.
 class OpRegistry {
  public:
   /// Throws on a second registration.
@@ -28,7 +29,8 @@ class OpRegistry {
   template <class Args>
   Kernel<Args> get(DeviceKind device) const {
     const auto kernel = find_raw(id<Args>(), device);
-    require<Unsupported>(kernel != nullptr, Args::kName, ": no kernel for device ", device == DeviceKind::kCpu ? "cpu" : "cuda");
+    require<Unsupported>(kernel != nullptr, Args::kName, ": no kernel for device ",
+                         device == DeviceKind::kCpu ? "cpu" : "cuda");
     return reinterpret_cast<Kernel<Args>>(kernel);
   }
 

@@ -22,7 +22,7 @@ struct SamplingRow {
   std::span<const std::int32_t> prompt{}, generated{};
   std::span<const std::pair<std::int32_t, float>> logit_bias{};
   std::span<const std::int32_t> forbidden{};  // tokens that may not come now
-  std::int32_t num_logprobs = -1;           // -1: none wanted; k: the chosen token and the k most likely
+  std::int32_t num_logprobs = -1;             // -1: none wanted; k: the chosen token and the k most likely
 };
 
 /// Log-probabilities are those of the raw logits (log-softmax before any change), as vLLM's default.

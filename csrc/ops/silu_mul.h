@@ -13,7 +13,8 @@ struct SiluMulArgs {
 };
 void check(const SiluMulArgs& args);
 
-/// grad_up = grad_y * silu(gate); grad_gate = grad_y * up * s * (1 + gate * (1 - s)), s = sigmoid(gate). Either output may be empty.
+/// grad_up = grad_y * silu(gate); grad_gate = grad_y * up * s * (1 + gate * (1 - s)), s = sigmoid(gate). Either output
+/// may be empty.
 struct SiluMulBackwardArgs {
   static constexpr std::string_view kName = "silu_mul_backward";
   TensorView grad_y;     // [num_tokens, intermediate_size] float32 or bfloat16

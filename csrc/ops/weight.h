@@ -18,12 +18,13 @@ struct WeightView {
   TensorView plain() const;  // [out_features, in_features]; throws when packed
 };
 
-/// Lays a row-major matrix out for the backend's GEMMs. The one packed copy serves y = x W^T, dx = dy W and row look-up.
+/// Lays a row-major matrix out for the backend's GEMMs. The one packed copy serves y = x W^T, dx = dy W and row
+/// look-up.
 struct PackWeightArgs {
   static constexpr std::string_view kName = "pack_weight";
-  TensorView source;         // [out_features, in_features] float32, bfloat16 or float16
-  DType dtype;               // of the packed matrix: float32 or bfloat16
-  void* packed = nullptr;    // packed_weight_bytes(...) bytes
+  TensorView source;       // [out_features, in_features] float32, bfloat16 or float16
+  DType dtype;             // of the packed matrix: float32 or bfloat16
+  void* packed = nullptr;  // packed_weight_bytes(...) bytes
 };
 void check(const PackWeightArgs& args);
 

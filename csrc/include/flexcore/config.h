@@ -55,7 +55,7 @@ struct SamplingParams {
 struct Request {
   std::vector<std::int32_t> prompt_token_ids;
   SamplingParams sampling = {};
-  std::string adapter = {};  // "" is the base model; "name" the newest version
+  std::string adapter = {};                     // "" is the base model; "name" the newest version
   std::optional<std::int64_t> max_tokens = {};  // short for sampling.max_tokens, which it goes before
 };
 

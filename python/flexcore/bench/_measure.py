@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import random
@@ -10,7 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import flexcore
+from flexcore.cli import options
+from flexcore.cli.console import bytes_progress
 from flexcore.ui import percentile
+
+
+def load_engine(args: argparse.Namespace) -> flexcore.Engine:
+    """The engine that the arguments describe; a tokenizer is not needed. The same prompt again costs the same again."""
+    config = options.engine_config(args)
+    config.enable_prefix_caching = False
+    with bytes_progress("converting") as progress:
+        return flexcore.Engine(options.model_of(args), config, progress)
 
 
 def machine(engine: flexcore.Engine) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from rich.table import Table
 import flexcore
 from flexcore.bench import _measure
 from flexcore.cli import options
-from flexcore.cli.console import err, load_llm, out, write_json
+from flexcore.cli.console import err, out, write_json
 from flexcore.ui import percentile
 
 LOADS = {"light": 0.2, "heavy": 0.7}  # of the requests that the engine serves when it does nothing else
@@ -47,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = options.engine_config(args)
-    config.enable_prefix_caching = False
-    engine = load_llm(options.model_of(args), config).engine
+    engine = _measure.load_engine(args)
     traffic = Traffic(args.seconds, tuple(args.input_len), args.output_len, args.train_len)
     result = measure(engine, options.lora_config(args), traffic)
     write_json(args.json, {"machine": _measure.machine(engine), **result})

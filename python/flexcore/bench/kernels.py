@@ -17,7 +17,7 @@ import flexcore
 from flexcore.bench import _measure
 from flexcore.bench._floors import ModelWork, Peaks, Work, find_binary, measure_peaks
 from flexcore.cli import options
-from flexcore.cli.console import err, load_llm, out, write_json
+from flexcore.cli.console import err, out, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,11 +57,9 @@ def _run_binary(binary: Path, args: argparse.Namespace) -> int:
 
 
 def _engine_steps(args: argparse.Namespace) -> dict[str, Any]:
-    config = options.engine_config(args)
-    config.enable_prefix_caching = False
-    engine = load_llm(options.model_of(args), config).engine
+    engine = _measure.load_engine(args)
     model = engine.model()
-    work = ModelWork(model, 4 if config.dtype == "float32" else 2)
+    work = ModelWork(model, 4 if model.dtype == "float32" else 2)
     peaks = measure_peaks(model.num_threads)
     repeats = 1 if args.quick else 5
     longest = min(model.max_model_len - 1, 512)
@@ -69,12 +67,12 @@ def _engine_steps(args: argparse.Namespace) -> dict[str, Any]:
     for batch in (1, 16):
         tokens = min(33, longest)
         seconds = [_decode_seconds(engine, batch, tokens, turn) for turn in range(repeats)]
-        rows.append(_row(f"decode/batch:{batch}", seconds, work.decode(batch, tokens), peaks, config.dtype))
+        rows.append(_row(f"decode/batch:{batch}", seconds, work.decode(batch, tokens), peaks, model.dtype))
     for length in sorted({min(128, longest), longest}):
         seconds = [_prefill_seconds(engine, length, turn) for turn in range(repeats)]
-        rows.append(_row(f"prefill/tokens:{length}", seconds, work.prefill(length), peaks, config.dtype))
+        rows.append(_row(f"prefill/tokens:{length}", seconds, work.prefill(length), peaks, model.dtype))
     seconds = _finetune_seconds(engine, longest, repeats)
-    rows.append(_row(f"finetune/tokens:{longest}", seconds, work.finetune(longest), peaks, config.dtype))
+    rows.append(_row(f"finetune/tokens:{longest}", seconds, work.finetune(longest), peaks, model.dtype))
     rows = [row for row in rows if not args.filter or args.filter in row["name"]]
     return {"machine": _measure.machine(engine), "peaks": vars(peaks), "kernels": rows}
 

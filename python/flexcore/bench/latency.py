@@ -11,7 +11,7 @@ from rich.table import Table
 import flexcore
 from flexcore.bench import _measure
 from flexcore.cli import options
-from flexcore.cli.console import load_llm, out, write_json
+from flexcore.cli.console import out, write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = options.engine_config(args)
-    config.enable_prefix_caching = False  # the same prompt again must cost the same again
-    engine = load_llm(options.model_of(args), config).engine
+    engine = _measure.load_engine(args)
     rows = [
         _case(engine, batch, length, args.output_len, args.num_iters)
         for batch in args.batch_size

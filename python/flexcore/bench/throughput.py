@@ -11,7 +11,7 @@ from rich.table import Table
 import flexcore
 from flexcore.bench import _measure
 from flexcore.cli import options
-from flexcore.cli.console import err, load_llm, out, write_json
+from flexcore.cli.console import err, out, write_json
 from flexcore.ui import format_bytes
 
 
@@ -27,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = options.engine_config(args)
-    config.enable_prefix_caching = False
-    engine = load_llm(options.model_of(args), config).engine
+    engine = _measure.load_engine(args)
     rows = []
     for name, serving, training in (("serve", True, False), ("finetune", False, True), ("both", True, True)):
         if err.is_terminal:
