@@ -126,7 +126,7 @@ def _serve(engine: flexcore.Engine, rate: float, traffic: Traffic) -> dict[str, 
     steps, sent, end = 0, 0, 0.0
     before, trained = _measure.trained_tokens(engine), None
     start = time.perf_counter()
-    while (now := time.perf_counter() - start) < traffic.seconds or requests:
+    while (now := time.perf_counter() - start) < traffic.seconds or requests or sent < len(arrivals):
         while sent < len(arrivals) and arrivals[sent] <= now:
             request = engine.submit(prompts[sent], _measure.greedy(traffic.output_len))
             requests[request] = _Request(arrivals[sent])

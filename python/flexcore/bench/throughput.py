@@ -55,7 +55,8 @@ def _run(engine: flexcore.Engine, args: argparse.Namespace, serving: bool, train
     prompts = args.num_prompts if serving else 0
     seconds, served, trained = _drive(engine, None, prompts, args.output_len, args.input_len, vocab)
     if job is not None:
-        engine.cancel_job(job)
+        if engine.job(job).status == "running":
+            engine.cancel_job(job)
         engine.unload_adapter("bench")
     return {
         "seconds": seconds,

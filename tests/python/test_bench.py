@@ -1,0 +1,69 @@
+"""`flexcore bench`: every kind runs and counts what it says; how fast is nobody's business here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flexcore as fc
+from flexcore import cli
+from flexcore.bench import _floors, _measure
+
+SMALL = ["--max-model-len", "128", "--max-num-seqs", "16", "--num-threads", "1", "--dtype", "float32"]
+
+
+def bench(model: Path, tmp_path: Path, *words: str) -> Any:
+    file = tmp_path / "result.json"
+    assert cli.main(["bench", *words, "--model", str(model), "--json", str(file), *SMALL]) == 0
+    return json.loads(file.read_text())
+
+
+def test_kernels_without_the_program(numpy_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")
+    rows = bench(numpy_model, tmp_path, "kernels", "--quick")["kernels"]
+    assert [row["name"].split("/")[0] for row in rows] == ["decode", "decode", "prefill", "finetune"]
+    assert all(row["median_us"] > 0 and row["floor_us"] > 0 for row in rows)
+
+
+def test_kernels_with_the_program(numpy_model: Path, tmp_path: Path) -> None:
+    program = tmp_path / "flexcore_bench"
+    program.write_text('#!/bin/sh\nwhile [ "$1" != --json ]; do shift; done\necho \'{"kernels": []}\' > "$2"\n')
+    program.chmod(0o755)
+    assert bench(numpy_model, tmp_path, "kernels", "--binary", str(program)) == {"kernels": []}
+    assert cli.main(["bench", "kernels", "--binary", str(tmp_path / "absent")]) == 1
+
+
+def test_latency_and_throughput(numpy_model: Path, tmp_path: Path) -> None:
+    sizes = ["--input-len", "9", "--output-len", "3", "--batch-size", "2", "--num-iters", "1"]
+    (row,) = bench(numpy_model, tmp_path, "latency", *sizes)["latency"]
+    assert (row["batch_size"], row["input_len"], row["output_len"]) == (2, 9, 3)
+    sizes = ["--num-prompts", "2", "--input-len", "9", "--output-len", "3", "--train-len", "12", "--train-steps", "2"]
+    rows = {row["mode"]: row for row in bench(numpy_model, tmp_path, "throughput", *sizes)["throughput"]}
+    assert rows["serve"]["trained_tokens_per_s"] == 0 and rows["serve"]["served_tokens_per_s"] > 0
+    assert rows["finetune"]["trained_tokens_per_s"] * rows["finetune"]["seconds"] == pytest.approx(24)
+
+
+def test_coserve(numpy_model: Path, tmp_path: Path) -> None:
+    sizes = ["--seconds", "0.2", "--input-len", "4", "9", "--output-len", "3", "--train-len", "16"]
+    result = bench(numpy_model, tmp_path, "coserve", *sizes)
+    assert [load["load"] for load in result["loads"]] == ["light", "heavy"]
+    for load in result["loads"]:
+        assert load["serving_alone"]["requests"] == load["coserving"]["requests"] >= 1
+        assert load["coserving"]["tpot_ms_p99"] > 0
+
+
+def test_floors(numpy_model: Path) -> None:
+    engine = fc.Engine(numpy_model, fc.EngineConfig(max_model_len=64, max_num_seqs=1))
+    work = _floors.ModelWork(engine.model(), rank=4)
+    engine.create_adapter("a", fc.LoraConfig(r=4))
+    assert work.finetune_state_bytes() == 4 * engine.adapters()[0].bytes
+    peaks = _floors.Peaks(1e9, 1e9, 1e9, 2e9, "made up")
+    assert _floors.Work(3e9, 1e9).floor(peaks) == 3  # memory
+    assert _floors.Work(1e9, 8e9).floor(peaks) == 4  # arithmetic
+    assert _floors.Work(1e9, 8e9).floor(peaks, "float32") == 8
+    assert peaks.best_of(_floors.Peaks(5e9, 0, 0, 0, "")).read_bytes_per_s == 5e9
+    assert _measure.trained_tokens(engine) == 0
