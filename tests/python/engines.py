@@ -44,7 +44,8 @@ def _quiet_torch() -> None:
         import transformers
     except ImportError:
         return
-    torch.set_num_threads(THREADS)
+    # Threads of its OpenMP wait by spinning, which makes a busy machine five times slower; the models are tiny.
+    torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
