@@ -12,11 +12,14 @@ namespace flexcore::cpu {
 namespace {
 
 // Panels that one worker takes at once: with a range of k they stay in the second-level cache while rows pass by.
-constexpr std::int64_t kPanelsAtOnce = 6;
-// Length of a range of k (of n in the backward): a panel of floats is 32 KiB, one of bfloat16 pairs 16 KiB.
-constexpr std::int64_t kRange = 512;
+constexpr std::int64_t kPanelsAtOnce = 3;
+// Length of a range of k (of n in the backward): a panel of floats is 64 KiB.
+constexpr std::int64_t kRange = 1024;
 // Rows between two visits to the same weights; bounds the scratch for accumulators.
 constexpr std::int64_t kRowsAtOnce = 1024;
+// From so many rows on, bfloat16 panels are widened once for all of them: the tile of floats is the larger one. The
+// additions are the same, and so are the bits.
+constexpr std::int64_t kRowsToWiden = 32;
 
 std::int64_t round_up(std::int64_t x, std::int64_t to) { return (x + to - 1) / to * to; }
 std::int64_t divide_up(std::int64_t x, std::int64_t by) { return (x + by - 1) / by; }
@@ -148,6 +151,17 @@ void pack_rows(const WeightView& weight, std::int64_t row, std::int64_t column, 
        .packed = packed});
 }
 
+// Puts floats in the place of the block's bfloat16 panels.
+void widen_panels(GemmBlock& block, std::byte* scratch) {
+  auto* out = reinterpret_cast<float*>(scratch);
+  for (std::int64_t panel = 0; panel < block.panels; ++panel)
+    gemm_kernels().widen_lines({.packed = static_cast<const std::uint16_t*>(block.b) + panel * block.b_panel,
+                                .lines = block.k / 2,
+                                .out = out + panel * block.k * kPanelRows});
+  block.b = out;
+  block.b_panel = block.k * kPanelRows;
+}
+
 void linear(OpContext& context, const LinearArgs& args) {
   const std::int64_t rows = args.x.shape(0), k = args.x.shape(1);
   if (rows == 0) return;
@@ -168,6 +182,8 @@ void linear(OpContext& context, const LinearArgs& args) {
   const std::int64_t range = rows <= gemm_kernels().tile_rows ? round_up(k, kPanelRows) : range_length(k);
   const WorkerScratch partial(context, range < k ? units.row_chunk() * units.chunk() * kPanelRows * 4 : 0);
   const WorkerScratch unpacked(context, unpacked_bytes * units.chunk());
+  const bool widen = operands[1].data != nullptr && !gemm_kernels().pairs && units.row_chunk() >= kRowsToWiden;
+  const WorkerScratch widened(context, widen ? units.chunk() * kPanelRows * round_up(range, 2) * 4 : 0);
 
   units.run(*context.threads, [&](const Unit& unit, int worker) {
     const auto& member = args.members[unit.member];
@@ -184,7 +200,6 @@ void linear(OpContext& context, const LinearArgs& args) {
     const Operand& a = operands[is_bfloat16(weight)];
     GemmBlock block{.a_stride = a.stride,
                     .rows = unit.row_end - unit.row_begin,
-                    .b_panel = depth * kPanelRows,
                     .panels = unit.end - unit.begin,
                     .partial = reinterpret_cast<float*>(partial.of(worker)),
                     .y = member.y.as<std::byte>() + (unit.row_begin * member.y.stride(0) + column) *
@@ -197,10 +212,12 @@ void linear(OpContext& context, const LinearArgs& args) {
     for (std::int64_t begin = 0; begin < depth; begin += range) {
       block.a = a.at(unit.row_begin, begin);
       block.b = b + begin * kPanelRows * element_bytes;
+      block.b_panel = depth * kPanelRows;
       block.k = std::min(range, depth - begin);
       block.first = begin == 0;
       block.last = begin + range >= depth;
-      multiply(block, is_bfloat16(weight));
+      if (widen && is_bfloat16(weight)) widen_panels(block, widened.of(worker));
+      multiply(block, is_bfloat16(weight) && !widen);
     }
   });
 }

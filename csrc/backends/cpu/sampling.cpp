@@ -79,7 +79,7 @@ void sample(OpContext& context, const SampleArgs& args) {
       const SamplingRow& row = args.rows[i];
       tokens[i] = choose(i, row, raw_row(i), peaks[i], &scratch[worker]);
       if (row.num_logprobs > 0)
-        top_log_probabilities(raw_row(i), peaks[i], log_sum_exp(i),
+        top_log_probabilities(raw_row(i), log_sum_exp(i),
                               args.results[i].top.first(static_cast<std::size_t>(row.num_logprobs)), scratch[worker]);
     });
   }

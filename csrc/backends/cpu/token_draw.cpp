@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <numeric>
 
@@ -37,6 +38,20 @@ struct Candidates {
     return scratch.values[a] > scratch.values[b] || (scratch.values[a] == scratch.values[b] && a < b);
   }
 };
+
+/// Takes at least `k` tokens, the k most likely among them, and few others: k different blocks reach the k-th highest
+/// of the blocks' maxima.
+std::int64_t collect_top(std::span<const float> logits, std::int64_t k, DrawScratch& scratch) {
+  const auto size = static_cast<std::int64_t>(logits.size());
+  float* maxima = scratch.values;
+  const std::int64_t blocks = softmax_kernels().block_maxima(logits.data(), size, maxima);
+  float threshold = -std::numeric_limits<float>::infinity();
+  if (k <= blocks) {
+    std::nth_element(maxima, maxima + k - 1, maxima + blocks, std::greater<>());
+    threshold = maxima[k - 1];
+  }
+  return softmax_kernels().collect(logits.data(), size, threshold, scratch.values, scratch.ids);
+}
 
 /// Takes tokens from the top down to a reach that grows until `enough(count)`, or all of them.
 template <class Enough>
@@ -161,8 +176,7 @@ std::int32_t draw_token(const SamplingRow& row, std::span<const float> logits, c
   };
   double mass = 0;  // of what top_p refers to
   if (by_k) {
-    c.count = collect_until(logits, peak.max, row.temperature, scratch,
-                            [&](std::int64_t count) { return count >= row.top_k; });
+    c.count = collect_top(logits, row.top_k, scratch);
     weigh(c.count);
     keep_top_k(c, row.top_k);
     for (std::int64_t i = 0; i < c.count; ++i) mass += scratch.probabilities[i];
@@ -182,12 +196,12 @@ std::int32_t draw_token(const SamplingRow& row, std::span<const float> logits, c
   return scratch.ids[pick(scratch.probabilities, c.count, point)];
 }
 
-void top_log_probabilities(std::span<const float> logits, const RowPeak& peak, double log_sum_exp,
+void top_log_probabilities(std::span<const float> logits, double log_sum_exp,
                            std::span<std::pair<std::int32_t, float>> top, DrawScratch& scratch) {
   const auto wanted = static_cast<std::int64_t>(top.size());
   if (wanted == 0) return;
   Candidates c{scratch};
-  c.count = collect_until(logits, peak.max, 1.0f, scratch, [&](std::int64_t count) { return count >= wanted; });
+  c.count = collect_top(logits, wanted, scratch);
   auto* order = scratch.order;
   std::iota(order, order + c.count, 0);
   std::partial_sort(order, order + wanted, order + c.count,

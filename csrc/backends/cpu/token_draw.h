@@ -27,7 +27,7 @@ std::int32_t draw_token(const SamplingRow& row, std::span<const float> logits, c
                         DrawScratch& scratch);
 
 /// The top.size() largest logits, less `log_sum_exp`; descending, ties by id.
-void top_log_probabilities(std::span<const float> logits, const RowPeak& peak, double log_sum_exp,
+void top_log_probabilities(std::span<const float> logits, double log_sum_exp,
                            std::span<std::pair<std::int32_t, float>> top, DrawScratch& scratch);
 
 }  // namespace flexcore::cpu

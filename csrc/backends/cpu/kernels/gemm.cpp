@@ -183,6 +183,7 @@ const GemmKernels& gemm_kernels() {
                                       .pack_panels = pack_panels,
                                       .convert_rows = convert_rows,
                                       .transpose_panels = transpose_panels,
+                                      .widen_lines = widen_lines,
                                       .gather_rows = gather_weight_rows,
                                       .multiply_float32 = multiply<Float32>,
                                       .multiply_bfloat16 = multiply<BFloat16>,

@@ -48,6 +48,13 @@ struct TransposePanels {
   void* out = nullptr;
 };
 
+/// Lines of bfloat16 pairs -> twice as many lines of floats, k ascending.
+struct WidenLines {
+  const void* packed = nullptr;  // [lines][16][2] bfloat16
+  std::int64_t lines = 0;
+  float* out = nullptr;  // [2 * lines][16]
+};
+
 /// y[i] = row ids[i] of a weight.
 struct GatherWeightRows {
   const void* weight = nullptr;
@@ -86,6 +93,7 @@ struct GemmKernels {
   void (*pack_panels)(const PackPanels&);
   void (*convert_rows)(const ConvertRows&);
   void (*transpose_panels)(const TransposePanels&);
+  void (*widen_lines)(const WidenLines&);
   void (*gather_rows)(const GatherWeightRows&);
   void (*multiply_float32)(const GemmBlock&);   // panels of floats
   void (*multiply_bfloat16)(const GemmBlock&);  // panels of bfloat16 pairs

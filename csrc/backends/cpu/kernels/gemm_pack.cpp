@@ -171,6 +171,18 @@ void transpose_panels(const TransposePanels& g) {
   }
 }
 
+void widen_lines(const WidenLines& g) {
+  const auto* in = static_cast<const std::uint32_t*>(g.packed);
+  for (std::int64_t i = 0; i < g.lines; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kPanel; j += kLanes) {
+      const VecU pairs = load(in + i * kPanel + j);
+      store(g.out + 2 * i * kPanel + j, (Vec)(pairs << 16));
+      store(g.out + (2 * i + 1) * kPanel + j, (Vec)(pairs & 0xffff0000u));
+    }
+  }
+}
+
 void gather_weight_rows(const GatherWeightRows& g) {
   const bool to_float32 = g.to == Element::kFloat32;
   if (g.from == Element::kFloat32)

@@ -86,6 +86,14 @@ RowPeak peak(const float* x, std::int64_t size) {
   return {state.max, sum, static_cast<std::int32_t>(where)};
 }
 
+std::int64_t block_maxima(const float* x, std::int64_t size, float* maxima) {
+  constexpr std::int64_t kBlock = 32;
+  std::int64_t count = 0;
+  for (std::int64_t i = 0; i < size; i += kBlock)
+    maxima[count++] = row_max(x + i, size - i < kBlock ? size - i : kBlock);
+  return count;
+}
+
 std::int64_t collect(const float* x, std::int64_t size, float threshold, float* values, std::int32_t* ids) {
   constexpr std::int64_t kBlock = 4 * kLanes;
   std::int64_t count = 0, i = 0;
@@ -129,6 +137,7 @@ const SoftmaxKernels& softmax_kernels() {
                                             scale,
                                             {finish_gradient<float>, finish_gradient<bfloat16>},
                                             peak,
+                                            block_maxima,
                                             collect,
                                             exponentials};
   return kTable;

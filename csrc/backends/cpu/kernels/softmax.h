@@ -28,6 +28,8 @@ struct SoftmaxKernels {
   void (*finish_gradient[2])(const float* sum, const float* row, std::int64_t size, float inverse, float scale,
                              void* out);
   RowPeak (*peak)(const float* x, std::int64_t size);
+  /// The maximum of each run of 32 floats, the last one shorter; NaN is not looked for. Returns how many.
+  std::int64_t (*block_maxima)(const float* x, std::int64_t size, float* maxima);
   /// Values >= threshold and where they are, ascending; the room is for all. Returns how many.
   std::int64_t (*collect)(const float* x, std::int64_t size, float threshold, float* values, std::int32_t* ids);
   /// p = exp((x - max) * inverse_temperature); returns their sum.
