@@ -9,4 +9,21 @@ OpRegistry make_op_registry() {
   return registry;
 }
 
+namespace {
+
+class HostRuntime final : public DeviceRuntime {
+ public:
+  Allocator& allocator() override { return host_allocator(); }
+  Allocator& pinned() override { return host_allocator(); }
+  void* stream() override { return nullptr; }
+  void synchronize() override {}
+};
+
+}  // namespace
+
+std::unique_ptr<DeviceRuntime> open_device(Device device) {
+  if (device.kind == DeviceKind::kCuda) return open_cuda_device(device.index);
+  return std::make_unique<HostRuntime>();
+}
+
 }  // namespace flexcore

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <memory>
+
+#include "memory/buffer.h"
 #include "ops/registry.h"
 
 namespace flexcore {
@@ -10,5 +13,22 @@ OpRegistry make_op_registry();
 void register_cpu_kernels(OpRegistry& registry);
 /// Does nothing in a build without CUDA (backends/cuda/absent.cpp).
 void register_cuda_kernels(OpRegistry& registry);
+
+/// A device as an engine holds it: where its bytes come from and what its ops run on.
+class DeviceRuntime {
+ public:
+  virtual ~DeviceRuntime() = default;
+  virtual Allocator& allocator() = 0;
+  /// Host memory that the device can read and write too.
+  virtual Allocator& pinned() = 0;
+  /// OpContext::stream of the device's ops.
+  virtual void* stream() = 0;
+  /// Returns when everything that was given to the stream is done. Throws DeviceError for what failed on the way.
+  virtual void synchronize() = 0;
+};
+
+/// Throws DeviceError when there is no such device, or no such backend in this build.
+std::unique_ptr<DeviceRuntime> open_device(Device device);
+std::unique_ptr<DeviceRuntime> open_cuda_device(int index);  // backends/cuda
 
 }  // namespace flexcore

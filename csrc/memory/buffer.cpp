@@ -1,6 +1,7 @@
 #include "memory/buffer.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <utility>
 
 #include "core/check.h"
@@ -17,6 +18,8 @@ class HostAllocator final : public Allocator {
   }
   void deallocate(void* data, std::size_t) noexcept override { std::free(data); }
   Device device() const override { return {}; }
+  void upload(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
+  void download(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
 };
 
 }  // namespace

@@ -17,6 +17,10 @@ class Allocator {
   virtual void* allocate(std::size_t bytes) = 0;
   virtual void deallocate(void* data, std::size_t bytes) noexcept = 0;
   virtual Device device() const = 0;
+  /// Copies from host memory to this device's, and back. Work given to the device before is seen; when they return, the
+  /// bytes are there.
+  virtual void upload(void* to, const void* from, std::size_t bytes) = 0;
+  virtual void download(void* to, const void* from, std::size_t bytes) = 0;
 };
 
 Allocator& host_allocator();

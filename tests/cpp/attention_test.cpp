@@ -17,7 +17,7 @@ const AttentionShape kShapes[] = {
     {3, 3, 64, 32, 1, kF32, kF32},  {64, 1, 8, 16, 0, kF32, kBF16}, {2, 2, 72, 11, 64, kF32, kF32},
 };
 
-OpFixture make_ops(int num_threads) { return OpFixture(num_threads, {cpu::register_attention}); }
+OpFixture make_ops(int num_threads) { return OpFixture(num_threads); }
 
 double tolerance(DType dtype) { return dtype == kBF16 ? 1.0 / 200 : 3e-6; }
 
@@ -39,7 +39,7 @@ double worst_error(const std::vector<float>& got, const std::vector<double>& wan
 
 TEST(KvWrite, ConvertsToThePagesAndTouchesNothingElse) {
   std::mt19937 rng(1);
-  OpFixture ops(2, {cpu::register_attention});
+  OpFixture ops(2);
   for (const auto rows : kFloats) {
     for (const auto pages : kFloats) {
       const AttentionShape shape{

@@ -14,7 +14,7 @@ namespace {
 constexpr std::int64_t kWidths[] = {1, 3, 8, 17, 64, 97, 576};
 
 OpFixture& fixture() {
-  static OpFixture ops(2, {cpu::register_elementwise});
+  static OpFixture ops(2);
   return ops;
 }
 
@@ -95,7 +95,7 @@ TEST(Rotary, MatchesOracleAndInverts) {
             cos.set(p, k, std::cos(angle));
             sin.set(p, k, std::sin(angle));
           }
-        std::vector<std::int32_t> positions = {0, 49, 7, 8, 8, 1};
+        SharedVector<std::int32_t> positions = {0, 49, 7, 8, 8, 1};
         RotaryArgs args{heads_of(x, kHeads, head_dim),
                         heads_of(y, kHeads, head_dim),
                         {positions.data(), DType::kInt32, {kTokens}},
@@ -170,7 +170,7 @@ TEST(Rows, GatherAndCopyConvertAndRespectStrides) {
       for (const auto y_type : kFloats) {
         auto x = Matrix::random(x_type, 7, width, rng, 1.0f, 3);
         Matrix y(y_type, 4, width, 2), z(y_type, 7, width, 1);
-        std::vector<std::int32_t> index = {6, 0, 3, 3};
+        SharedVector<std::int32_t> index = {6, 0, 3, 3};
         fixture().run(GatherRowsArgs{x.view(), {index.data(), DType::kInt32, {4}}, y.view()});
         const auto rounded = [&](double v) {
           return y_type == DType::kBFloat16 ? to_float(to_bfloat16(static_cast<float>(v))) : v;
@@ -198,7 +198,7 @@ TEST(Rows, RoundingKeepsInfinityAndNan) {
 TEST(Elementwise, RowsDoNotSeeTheirBatch) {
   std::mt19937 rng(7);
   constexpr std::int64_t kRows = 301, kWidth = 193;
-  OpFixture three(3, {cpu::register_elementwise});
+  OpFixture three(3);
   for (const auto type : kFloats) {
     auto x = Matrix::random(type, kRows, kWidth, rng), g = Matrix::random(type, kRows, kWidth, rng);
     auto weight = Matrix::random(DType::kFloat32, 1, kWidth, rng);
@@ -242,9 +242,18 @@ TEST(Elementwise, BadArgumentsAreNamed) {
   };
   EXPECT_EQ(message(RmsNormArgs{x.view(), w, y.view()}), "rms_norm: y is float32 [2, 7], wanted [2, 8]");
   EXPECT_EQ(message(RmsNormArgs{x.view(), {}, x.view()}), "rms_norm: weight is float32 [], wanted [8]");
-  std::vector<std::int32_t> index = {0, 2};
-  EXPECT_EQ(message(GatherRowsArgs{x.view(), {index.data(), DType::kInt32, {2}}, x.view()}),
-            "gather_rows: index[1] is 2, wanted in [0, 2)");
+  SharedVector<std::int32_t> index = {0, 2};
+  // Indices on another device are not read by the host: such a row is NaN there.
+  Matrix gathered(DType::kFloat32, 2, 8);
+  const GatherRowsArgs outside{x.view(), {index.data(), DType::kInt32, {2}}, gathered.view()};
+  if (on_cpu()) {
+    EXPECT_EQ(message(outside), "gather_rows: index[1] is 2, wanted in [0, 2)");
+  } else {
+    x.set(0, 3, 5.0f);
+    EXPECT_EQ(message(outside), "no error");
+    EXPECT_EQ(gathered(0, 3), 5.0);
+    EXPECT_TRUE(std::isnan(gathered(1, 3)));
+  }
   auto column = x.view();
   column.set_stride(1, 2);
   EXPECT_NE(message(CopyArgs{column, x.view()}).find("stride 2 in its last dimension"), std::string::npos);

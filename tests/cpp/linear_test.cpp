@@ -50,7 +50,7 @@ const Shape kShapes[] = {{1, 1, 1},     {1, 16, 2},    {2, 17, 3},    {3, 64, 33
 
 class LinearTest : public testing::TestWithParam<int> {
  protected:
-  OpFixture ops_{GetParam(), {cpu::register_linear}};
+  OpFixture ops_{GetParam()};
   std::mt19937 rng_{7};
 };
 INSTANTIATE_TEST_SUITE_P(Threads, LinearTest, testing::Values(1, 3));
@@ -109,7 +109,7 @@ TEST_P(LinearTest, MembersShareX) {
 
 // The bits of a row are those of the row alone, whatever the batch, its place in it, the threads and the weight's form.
 TEST_P(LinearTest, RowsDoNotDependOnTheBatch) {
-  OpFixture single(1, {cpu::register_linear});
+  OpFixture single(1);
   for (const auto weight_dtype : kFloats) {
     for (const auto& [n, k] : {std::pair<std::int64_t, std::int64_t>{70, 45}, {192, 576}, {100, 1100}}) {
       Weight weight(ops_, weight_dtype, n, k, rng_);
@@ -187,7 +187,7 @@ TEST_P(LinearTest, EmbeddingReadsTheSameBytes) {
   for (const auto weight_dtype : kFloats) {
     for (const auto dtype : kFloats) {
       Weight weight(ops_, weight_dtype, 83, 37, rng_);
-      std::vector<std::int32_t> ids = {0, 82, 15, 16, 17, 31, 32, 80, 0};
+      SharedVector<std::int32_t> ids = {0, 82, 15, 16, 17, 31, 32, 80, 0};
       for (const bool packed : {true, false}) {
         Matrix y(dtype, 9, 37, 2);
         ops_.run(EmbeddingArgs{TensorView(ids.data(), DType::kInt32, {9}), weight.view(packed), y.view()});

@@ -38,7 +38,7 @@ class Adapters {
 };
 
 OpFixture& fixture() {
-  static OpFixture ops(2, {cpu::register_lora});
+  static OpFixture ops(2);
   return ops;
 }
 
@@ -188,7 +188,7 @@ TEST(Lora, BackwardMatchesOracle) {
 TEST(Lora, ForwardRowsDoNotSeeTheirBatch) {
   std::mt19937 rng(3);
   constexpr std::int64_t kRows = 200, kIn = 1600;
-  OpFixture one(1, {cpu::register_lora}), three(3, {cpu::register_lora});
+  OpFixture one(1), three(3);
   for (const auto type : kFloats)
     for (const std::int64_t rank : {1, 7, 8, 16, 40}) {
       auto x = Matrix::random(type, kRows, kIn, rng);
@@ -215,7 +215,7 @@ TEST(Lora, GradientsDoNotDependOnThreads) {
   std::vector<std::vector<Values>> results;
   for (const int threads : {1, 2, 5}) {
     std::mt19937 rng(4);
-    OpFixture ops(threads, {cpu::register_lora});
+    OpFixture ops(threads);
     auto x = Matrix::random(DType::kBFloat16, kRows, kIn, rng), g = Matrix::random(DType::kFloat32, kRows, kOut, rng);
     auto grad_x = Matrix::random(DType::kFloat32, kRows, kIn, rng);
     Adapters a(kIn, kOut, rng), b(kIn, kOut, rng);

@@ -1,39 +1,68 @@
 #pragma once
 
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <limits>
 #include <random>
+#include <string_view>
 #include <vector>
 
-#include "backends/cpu/families.h"
+#include "backends/register.h"
 #include "core/bfloat16.h"
 #include "memory/arena.h"
 #include "ops/registry.h"
 
 namespace flexcore::test {
 
-/// What an op needs to run on the CPU: its own pool, scratch and registry.
+/// The device that this run of the tests is about: FLEXCORE_TEST_DEVICE, or the CPU.
+inline Device test_device() {
+  const char* name = std::getenv("FLEXCORE_TEST_DEVICE");
+  return {name != nullptr && std::string_view(name) == "cuda" ? DeviceKind::kCuda : DeviceKind::kCpu, 0};
+}
+inline bool on_cpu() { return test_device().kind == DeviceKind::kCpu; }
+inline DeviceRuntime& test_runtime() {
+  static const auto runtime = open_device(test_device());
+  return *runtime;
+}
+
+/// Memory of test data: both the test and the device's kernels see it.
+template <class T>
+struct SharedMemory {
+  using value_type = T;
+  SharedMemory() = default;
+  template <class U>
+  SharedMemory(const SharedMemory<U>&) {}
+  T* allocate(std::size_t count) { return static_cast<T*>(test_runtime().pinned().allocate(count * sizeof(T))); }
+  void deallocate(T* data, std::size_t count) { test_runtime().pinned().deallocate(data, count * sizeof(T)); }
+  bool operator==(const SharedMemory&) const { return true; }
+};
+template <class T>
+using SharedVector = std::vector<T, SharedMemory<T>>;
+
+/// What an op needs to run on the test's device: its own pool, scratch and registry.
 class OpFixture {
  public:
-  OpFixture(int num_threads, std::initializer_list<void (*)(OpRegistry&)> families) : threads_(num_threads) {
-    for (const auto add : families) add(registry_);
+  explicit OpFixture(int num_threads) : threads_(num_threads) {
     context_.registry = &registry_;
+    context_.device = test_device();
     context_.threads = &threads_;
     context_.scratch = &scratch_;
+    context_.stream = test_runtime().stream();
   }
   template <class Args>
   void run(const Args& args) {
     flexcore::run(context_, args);
+    test_runtime().synchronize();
   }
   OpContext& context() { return context_; }
 
  private:
   MemoryLedger ledger_;
-  Arena scratch_{host_allocator(), ledger_};
+  Arena scratch_{test_runtime().allocator(), ledger_};
   ThreadPool threads_;
-  OpRegistry registry_;
+  OpRegistry registry_ = make_op_registry();
   OpContext context_;
 };
 
@@ -99,7 +128,7 @@ class Matrix {
 
   DType dtype_;
   std::int64_t rows_, width_, stride_;
-  std::vector<std::byte> bytes_;
+  SharedVector<std::byte> bytes_;
 };
 
 inline constexpr DType kFloats[] = {DType::kFloat32, DType::kBFloat16};

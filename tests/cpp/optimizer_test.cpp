@@ -17,7 +17,7 @@ std::vector<float> normals(std::size_t size, std::mt19937& rng, float scale = 1.
 constexpr std::size_t kSizes[] = {1, 0, 7, 9216, 50001};
 
 OpFixture& fixture() {
-  static OpFixture ops(2, {cpu::register_optimizer});
+  static OpFixture ops(2);
   return ops;
 }
 
@@ -102,7 +102,7 @@ TEST(SumSquares, IsExactEnoughAndIndependentOfThreads) {
   for (auto& d : data) tensors.emplace_back(d.data(), DType::kFloat32, std::initializer_list{std::int64_t(d.size())});
   std::vector<double> results;
   for (const int threads : {1, 2, 5}) {
-    OpFixture ops(threads, {cpu::register_optimizer});
+    OpFixture ops(threads);
     ops.run(SumSquaresArgs{tensors, &results.emplace_back(-1)});
   }
   EXPECT_NEAR(results[0], wanted, 1e-12 * wanted);

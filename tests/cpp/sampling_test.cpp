@@ -14,7 +14,7 @@ namespace flexcore::test {
 namespace {
 
 OpFixture& fixture() {
-  static OpFixture ops(2, {cpu::register_sampling});
+  static OpFixture ops(2);
   return ops;
 }
 
@@ -206,7 +206,7 @@ TEST(Sampling, TokensDoNotDependOnTheBatchOrThreads) {
     rows.push_back(
         {.temperature = 0.9f, .top_p = i % 2 ? 0.8f : 1.0f, .top_k = i % 3 ? 50 : 0, .seed = i, .counter = 3});
   std::vector<SamplingResult> results(kRows);
-  OpFixture three(3, {cpu::register_sampling});
+  OpFixture three(3);
   auto batch = logits;
   three.run(SampleArgs{batch.view(), rows, results});
   for (int i = 0; i < kRows; ++i) {

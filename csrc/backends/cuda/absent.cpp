@@ -2,7 +2,11 @@
 
 namespace flexcore {
 
-// The build has no CUDA backend: asking for the device gives Unsupported from the registry.
+// The build has no CUDA backend: asking for the device is an error.
 void register_cuda_kernels(OpRegistry&) {}
+
+std::unique_ptr<DeviceRuntime> open_cuda_device(int) {
+  throw DeviceError("device: cuda, but this build of flexcore has no CUDA backend; wanted cpu");
+}
 
 }  // namespace flexcore

@@ -1,0 +1,118 @@
+#include "backends/cuda/families.h"
+#include "backends/cuda/kernels/elementwise.cuh"
+#include "backends/cuda/views.h"
+#include "ops/norm.h"
+#include "ops/rotary.h"
+#include "ops/rows.h"
+#include "ops/scatter.h"
+#include "ops/silu_mul.h"
+
+namespace flexcore::cuda {
+
+namespace {
+
+void rms_norm(OpContext& context, const RmsNormArgs& args) {
+  const std::int64_t width = args.x.shape(1);
+  const bool packs = all_packs(width, args.x, args.y) && aligned_for_packs(args.weight);
+  over_norm_rows(rms_norm_kernel<kPackElements>, rms_norm_kernel<1>,
+                 RmsNorm{rows_of(args.x), rows_of(args.y), args.weight.as<const float>(), args.eps}, args.x.shape(0),
+                 width, packs, handle_of(context));
+  check_launch(args.kName);
+}
+
+void rms_norm_backward(OpContext& context, const RmsNormBackwardArgs& args) {
+  const std::int64_t width = args.x.shape(1);
+  const bool packs = all_packs(width, args.grad_y, args.x, args.grad_x) && aligned_for_packs(args.weight);
+  over_norm_rows(rms_norm_backward_kernel<kPackElements>, rms_norm_backward_kernel<1>,
+                 RmsNormBackward{rows_of(args.grad_y), rows_of(args.x), rows_of(args.grad_x),
+                                 args.weight.as<const float>(), args.eps, args.mode == GradMode::kAccumulate},
+                 args.x.shape(0), width, packs, handle_of(context));
+  check_launch(args.kName);
+}
+
+void rotary(OpContext& context, const RotaryArgs& args) {
+  const std::int64_t half = args.x.shape(2) / 2, width = args.x.shape(1) * half;
+  const bool packs = all_packs(half, args.x, args.y) && args.x.stride(1) % kPackElements == 0 &&
+                     args.y.stride(1) % kPackElements == 0 && aligned_for_packs(args.cos) &&
+                     aligned_for_packs(args.sin);
+  const Rotary rotary{rows_of(args.x),
+                      rows_of(args.y),
+                      args.x.stride(1),
+                      args.y.stride(1),
+                      half,
+                      args.positions.as<const std::int32_t>(),
+                      args.cos.shape(0),
+                      args.cos.as<const float>(),
+                      args.sin.as<const float>(),
+                      args.inverse ? -1.0f : 1.0f};
+  map_rows(rotary, args.x.shape(0), width, packs, handle_of(context));
+  check_launch(args.kName);
+}
+
+void silu_mul(OpContext& context, const SiluMulArgs& args) {
+  const std::int64_t width = args.gate.shape(1);
+  map_rows(SiluMul{rows_of(args.gate), rows_of(args.up), rows_of(args.y)}, args.gate.shape(0), width,
+           all_packs(width, args.gate, args.up, args.y), handle_of(context));
+  check_launch(args.kName);
+}
+
+void silu_mul_backward(OpContext& context, const SiluMulBackwardArgs& args) {
+  const std::int64_t width = args.gate.shape(1);
+  const auto output = [](const TensorView& t) { return t ? rows_of(t) : Rows{}; };
+  bool packs = all_packs(width, args.grad_y, args.gate, args.up);
+  for (const auto& t : {args.grad_gate, args.grad_up}) packs = packs && (!t || all_packs(width, t));
+  map_rows(SiluMulBackward{rows_of(args.grad_y), rows_of(args.gate), rows_of(args.up), output(args.grad_gate),
+                           output(args.grad_up)},
+           args.gate.shape(0), width, packs, handle_of(context));
+  check_launch(args.kName);
+}
+
+void gather_rows(OpContext& context, const GatherRowsArgs& args) {
+  const std::int64_t width = args.x.shape(1);
+  map_rows(CopyRows{rows_of(args.x), rows_of(args.y), args.index.as<const std::int32_t>(), args.x.shape(0), false},
+           args.y.shape(0), width, all_packs(width, args.x, args.y), handle_of(context));
+  check_launch(args.kName);
+}
+
+void embedding(OpContext& context, const EmbeddingArgs& args) {
+  const TensorView weight = args.weight.plain();
+  const std::int64_t width = weight.shape(1);
+  map_rows(CopyRows{rows_of(weight), rows_of(args.y), args.token_ids.as<const std::int32_t>(), weight.shape(0), false},
+           args.y.shape(0), width, all_packs(width, weight, args.y), handle_of(context));
+  check_launch(args.kName);
+}
+
+void copy(OpContext& context, const CopyArgs& args) {
+  const std::int64_t width = args.x.shape(1);
+  map_rows(CopyRows{rows_of(args.x), rows_of(args.y), nullptr, 0, args.mode == GradMode::kAccumulate}, args.x.shape(0),
+           width, all_packs(width, args.x, args.y), handle_of(context));
+  check_launch(args.kName);
+}
+
+void zero(OpContext& context, const ZeroArgs& args) {
+  if (!args.y.empty()) require_cuda(cudaMemsetAsync(args.y.data(), 0, args.y.bytes(), handle_of(context)), "zero");
+}
+
+void scatter_rows(OpContext& context, const ScatterRowsArgs& args) {
+  const std::int64_t width = args.x.shape(1);
+  map_rows(ScatterRows{rows_of(args.x), rows_of(args.y), args.index.as<const std::int32_t>(), args.y.shape(0)},
+           args.x.shape(0), width, all_packs(width, args.x, args.y), handle_of(context));
+  check_launch(args.kName);
+}
+
+}  // namespace
+
+void register_elementwise(OpRegistry& registry) {
+  registry.add<RmsNormArgs>(DeviceKind::kCuda, rms_norm);
+  registry.add<RmsNormBackwardArgs>(DeviceKind::kCuda, rms_norm_backward);
+  registry.add<RotaryArgs>(DeviceKind::kCuda, rotary);
+  registry.add<SiluMulArgs>(DeviceKind::kCuda, silu_mul);
+  registry.add<SiluMulBackwardArgs>(DeviceKind::kCuda, silu_mul_backward);
+  registry.add<GatherRowsArgs>(DeviceKind::kCuda, gather_rows);
+  registry.add<EmbeddingArgs>(DeviceKind::kCuda, embedding);
+  registry.add<CopyArgs>(DeviceKind::kCuda, copy);
+  registry.add<ZeroArgs>(DeviceKind::kCuda, zero);
+  registry.add<ScatterRowsArgs>(DeviceKind::kCuda, scatter_rows);
+}
+
+}  // namespace flexcore::cuda

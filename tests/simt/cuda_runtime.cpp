@@ -1,0 +1,198 @@
+#include <cuda_runtime.h>
+
+#include <cstdlib>
+#include <limits>
+#include <map>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
+struct SimtStream {
+  std::vector<std::function<void()>>* capturing = nullptr;
+};
+struct SimtEvent {};
+struct SimtGraph {
+  std::vector<std::function<void()>> work;
+};
+struct SimtGraphExec {
+  std::vector<std::function<void()>> work;
+};
+
+namespace simt {
+
+namespace {
+
+std::map<char*, std::size_t> allocations;
+std::size_t bytes_in_use = 0, bytes_allowed = std::numeric_limits<std::size_t>::max();
+std::int64_t launches = 0;
+int accesses = 0;
+
+// Between kernels and copies the host has no business in device memory.
+void forbid([[maybe_unused]] char* data, [[maybe_unused]] std::size_t bytes, [[maybe_unused]] bool forbidden) {
+#if defined(__SANITIZE_ADDRESS__)
+  forbidden ? __asan_poison_memory_region(data, bytes) : __asan_unpoison_memory_region(data, bytes);
+#endif
+}
+
+}  // namespace
+
+DeviceAccess::DeviceAccess() {
+  if (accesses++ == 0)
+    for (const auto& [data, bytes] : allocations) forbid(data, bytes, false);
+}
+DeviceAccess::~DeviceAccess() {
+  if (--accesses == 0)
+    for (const auto& [data, bytes] : allocations) forbid(data, bytes, true);
+}
+
+void enqueue(cudaStream_t stream, std::function<void()> work) {
+  if (stream != nullptr && stream->capturing != nullptr)
+    stream->capturing->push_back(std::move(work));
+  else
+    work();
+}
+
+std::size_t device_bytes() { return bytes_in_use; }
+void limit_device_bytes(std::size_t bytes) { bytes_allowed = bytes; }
+std::int64_t num_launches() { return launches; }
+void count_launch() { ++launches; }
+
+}  // namespace simt
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess:
+      return "no error";
+    case cudaErrorMemoryAllocation:
+      return "out of memory";
+    case cudaErrorNoDevice:
+      return "no CUDA-capable device is detected";
+    default:
+      return "invalid argument";
+  }
+}
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  if (device != 0) return cudaErrorInvalidValue;
+  *properties = {};
+  std::strcpy(properties->name, "host threads");
+  properties->major = 8;
+  properties->multiProcessorCount = 4;
+  properties->l2CacheSize = 1 << 20;
+  properties->totalGlobalMem = std::size_t{8} << 30;
+  properties->sharedMemPerBlockOptin = 227 << 10;
+  return cudaSuccess;
+}
+cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
+  *total = std::size_t{8} << 30;
+  *free = *total - simt::bytes_in_use;
+  return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void** data, std::size_t bytes) {
+  *data = nullptr;
+  if (bytes > simt::bytes_allowed || simt::bytes_in_use > simt::bytes_allowed - bytes) return cudaErrorMemoryAllocation;
+  // aligned_alloc wants a whole number of alignments; a sanitizer should know the exact end.
+  if (posix_memalign(data, 256, bytes == 0 ? 1 : bytes) != 0) return cudaErrorMemoryAllocation;
+  std::memset(*data, 0xff, bytes);  // NaN
+  simt::allocations[static_cast<char*>(*data)] = bytes;
+  simt::bytes_in_use += bytes;
+  if (simt::accesses == 0) simt::forbid(static_cast<char*>(*data), bytes, true);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFree(void* data) {
+  if (data == nullptr) return cudaSuccess;
+  const auto found = simt::allocations.find(static_cast<char*>(data));
+  if (found == simt::allocations.end()) return cudaErrorInvalidValue;
+  simt::forbid(found->first, found->second, false);
+  simt::bytes_in_use -= found->second;
+  simt::allocations.erase(found);
+  std::free(data);
+  return cudaSuccess;
+}
+
+cudaError_t cudaHostAlloc(void** data, std::size_t bytes, unsigned) {
+  *data = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return *data == nullptr ? cudaErrorMemoryAllocation : cudaSuccess;
+}
+cudaError_t cudaFreeHost(void* data) {
+  std::free(data);
+  return cudaSuccess;
+}
+
+cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+  simt::enqueue(stream, [=] {
+    const simt::DeviceAccess access;
+    std::memmove(to, from, bytes);
+  });
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t stream) {
+  simt::enqueue(stream, [=] {
+    const simt::DeviceAccess access;
+    std::memset(data, value, bytes);
+  });
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  *stream = new SimtStream;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete stream;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return stream != nullptr && stream->capturing != nullptr ? cudaErrorInvalidValue : cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new SimtEvent;
+  return cudaSuccess;
+}
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  delete event;
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
+cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (stream == nullptr || stream->capturing != nullptr) return cudaErrorInvalidValue;
+  stream->capturing = new std::vector<std::function<void()>>;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  if (stream == nullptr || stream->capturing == nullptr) return cudaErrorInvalidValue;
+  *graph = new SimtGraph{std::move(*stream->capturing)};
+  delete std::exchange(stream->capturing, nullptr);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+  *exec = new SimtGraphExec{graph->work};
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+  for (const auto& work : exec->work) simt::enqueue(stream, work);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+  delete exec;
+  return cudaSuccess;
+}
