@@ -10,19 +10,20 @@ namespace flexcore {
 
 namespace {
 
-class HostAllocator final : public Allocator {
+class HostAllocator final : public HostMemory {
  public:
   void* allocate(std::size_t bytes) override {
     constexpr std::size_t kAlignment = 64;
     return std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
   }
   void deallocate(void* data, std::size_t) noexcept override { std::free(data); }
-  Device device() const override { return {}; }
-  void upload(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
-  void download(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
 };
 
 }  // namespace
+
+void HostMemory::copy(void* to, const void* from, std::size_t bytes) {
+  if (bytes > 0) std::memcpy(to, from, bytes);
+}
 
 Allocator& host_allocator() {
   static HostAllocator allocator;

@@ -17,13 +17,23 @@ class Allocator {
   virtual void* allocate(std::size_t bytes) = 0;
   virtual void deallocate(void* data, std::size_t bytes) noexcept = 0;
   virtual Device device() const = 0;
-  /// Copies from host memory to this device's, and back. Work given to the device before is seen; when they return, the
-  /// bytes are there.
+  /// From host memory to this device's, back, and within it. They see the work given to the device before; when upload
+  /// and download return, the bytes are there.
   virtual void upload(void* to, const void* from, std::size_t bytes) = 0;
   virtual void download(void* to, const void* from, std::size_t bytes) = 0;
+  virtual void copy(void* to, const void* from, std::size_t bytes) = 0;
 };
 
 Allocator& host_allocator();
+
+/// An allocator of host memory: copies are memcpy.
+class HostMemory : public Allocator {
+ public:
+  Device device() const override { return {}; }
+  void upload(void* to, const void* from, std::size_t bytes) override { copy(to, from, bytes); }
+  void download(void* to, const void* from, std::size_t bytes) override { copy(to, from, bytes); }
+  void copy(void* to, const void* from, std::size_t bytes) override;
+};
 
 /// Owns bytes on a device, counted in a ledger under a tag. Move-only.
 class Buffer {
@@ -38,6 +48,7 @@ class Buffer {
   std::byte* data() const { return static_cast<std::byte*>(data_); }
   std::size_t bytes() const { return bytes_; }
   explicit operator bool() const { return data_ != nullptr; }
+  Allocator& allocator() const { return *allocator_; }
   void reset() noexcept;
 
   /// A contiguous tensor that begins `offset` bytes into the buffer.

@@ -22,7 +22,7 @@ struct WeightView {
 /// look-up.
 struct PackWeightArgs {
   static constexpr std::string_view kName = "pack_weight";
-  TensorView source;       // [out_features, in_features] float32, bfloat16 or float16
+  TensorView source;       // [out_features, in_features] float32, bfloat16 or float16, in host memory
   DType dtype;             // of the packed matrix: float32 or bfloat16
   void* packed = nullptr;  // packed_weight_bytes(...) bytes
 };

@@ -28,7 +28,8 @@ void multiply(const Gemm& g) {
       for (std::int64_t j = 0; j < n; ++j) sums[j] += x * b[l * n + j];
     }
     for (std::int64_t j = 0; j < n; ++j) {
-      const float sum = sums[j] + (g.bias == nullptr ? 0.0f : g.bias[j]) + (g.accumulate ? element(g.c, i, j) : 0.0f);
+      const float sum = sums[j] + (g.bias ? element(g.bias.reshape({1, n}), 0, j) : 0.0f) +
+                        (g.accumulate ? element(g.c, i, j) : 0.0f);
       if (g.c.dtype() == DType::kBFloat16)
         g.c.row<bfloat16>(i)[j] = to_bfloat16(sum);
       else

@@ -12,5 +12,6 @@ void register_cross_entropy(OpRegistry& registry);  // cross_entropy.cpp: linear
 void register_optimizer(OpRegistry& registry);      // optimizer.cpp: sum_squares, adamw, sgd
 void register_scatter(OpRegistry& registry);        // scatter.cpp: zero, scatter_rows
 void register_sampling(OpRegistry& registry);       // sampling.cpp: sample
+void register_transfer(OpRegistry& registry);       // transfer.cpp: stage, fetch
 
 }  // namespace flexcore::cpu

@@ -12,6 +12,7 @@ void register_cpu_kernels(OpRegistry& registry) {
   cpu::register_optimizer(registry);
   cpu::register_scatter(registry);
   cpu::register_sampling(registry);
+  cpu::register_transfer(registry);
 }
 
 }  // namespace flexcore

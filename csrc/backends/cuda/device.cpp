@@ -29,22 +29,27 @@ class DeviceAllocator final : public Allocator {
     cudaFree(data);
   }
   Device device() const override { return {DeviceKind::kCuda, index_}; }
-  void upload(void* to, const void* from, std::size_t bytes) override { copy(to, from, bytes, cudaMemcpyHostToDevice); }
+  void upload(void* to, const void* from, std::size_t bytes) override {
+    copy(to, from, bytes, cudaMemcpyHostToDevice);
+    synchronize();
+  }
   void download(void* to, const void* from, std::size_t bytes) override {
     copy(to, from, bytes, cudaMemcpyDeviceToHost);
+    synchronize();
   }
+  void copy(void* to, const void* from, std::size_t bytes) override { copy(to, from, bytes, cudaMemcpyDeviceToDevice); }
 
  private:
   void copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
     if (bytes == 0) return;
     require_cuda(cudaMemcpyAsync(to, from, bytes, kind, stream_), "cudaMemcpyAsync");
-    require_cuda(cudaStreamSynchronize(stream_), "a kernel or copy before");
   }
+  void synchronize() { require_cuda(cudaStreamSynchronize(stream_), "a kernel or copy before"); }
   int index_;
   cudaStream_t stream_;
 };
 
-class PinnedAllocator final : public Allocator {
+class PinnedAllocator final : public HostMemory {
  public:
   void* allocate(std::size_t bytes) override {
     void* data = nullptr;
@@ -53,9 +58,6 @@ class PinnedAllocator final : public Allocator {
     return nullptr;
   }
   void deallocate(void* data, std::size_t) noexcept override { cudaFreeHost(data); }
-  Device device() const override { return {}; }
-  void upload(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
-  void download(void* to, const void* from, std::size_t bytes) override { std::memcpy(to, from, bytes); }
 };
 
 class Runtime final : public DeviceRuntime {

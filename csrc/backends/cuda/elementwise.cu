@@ -74,14 +74,6 @@ void gather_rows(OpContext& context, const GatherRowsArgs& args) {
   check_launch(args.kName);
 }
 
-void embedding(OpContext& context, const EmbeddingArgs& args) {
-  const TensorView weight = args.weight.plain();
-  const std::int64_t width = weight.shape(1);
-  map_rows(CopyRows{rows_of(weight), rows_of(args.y), args.token_ids.as<const std::int32_t>(), weight.shape(0), false},
-           args.y.shape(0), width, all_packs(width, weight, args.y), handle_of(context));
-  check_launch(args.kName);
-}
-
 void copy(OpContext& context, const CopyArgs& args) {
   const std::int64_t width = args.x.shape(1);
   map_rows(CopyRows{rows_of(args.x), rows_of(args.y), nullptr, 0, args.mode == GradMode::kAccumulate}, args.x.shape(0),
@@ -109,7 +101,6 @@ void register_elementwise(OpRegistry& registry) {
   registry.add<SiluMulArgs>(DeviceKind::kCuda, silu_mul);
   registry.add<SiluMulBackwardArgs>(DeviceKind::kCuda, silu_mul_backward);
   registry.add<GatherRowsArgs>(DeviceKind::kCuda, gather_rows);
-  registry.add<EmbeddingArgs>(DeviceKind::kCuda, embedding);
   registry.add<CopyArgs>(DeviceKind::kCuda, copy);
   registry.add<ZeroArgs>(DeviceKind::kCuda, zero);
   registry.add<ScatterRowsArgs>(DeviceKind::kCuda, scatter_rows);

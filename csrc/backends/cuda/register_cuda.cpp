@@ -3,6 +3,10 @@
 
 namespace flexcore {
 
-void register_cuda_kernels(OpRegistry& registry) { cuda::register_elementwise(registry); }
+void register_cuda_kernels(OpRegistry& registry) {
+  cuda::register_elementwise(registry);
+  cuda::register_linear(registry);
+  cuda::register_transfer(registry);
+}
 
 }  // namespace flexcore

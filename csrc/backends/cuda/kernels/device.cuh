@@ -33,7 +33,12 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared
             Args... args) {
   if (shared_bytes > (48 << 10))
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
-  kernel<<<grid, block, shared_bytes, stream> > >(static_cast<Params>(args)...);
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);
 }
 #define FLEXCORE_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define FLEXCORE_UNROLL _Pragma("unroll")
