@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include <memory>
 #include <span>
 
 #include "core/check.h"
@@ -44,6 +45,7 @@ struct Stream {
   cudaStream_t handle = nullptr;
   Staging staging;
   int num_multiprocessors = 1;
+  std::shared_ptr<void> gemm;  // the GEMM library's state, made at the first product
 };
 
 inline Stream& stream_of(const OpContext& context) { return *static_cast<Stream*>(context.stream); }
