@@ -4,11 +4,13 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
 #include <exception>
 #include <memory>
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #if !defined(__x86_64__)
@@ -84,6 +86,14 @@ class Stack {
 
 enum class Wait : std::uint8_t { kNothing, kBlock, kWarp, kDone };
 
+struct Copy {
+  void* to;
+  const void* from;
+  std::size_t bytes;
+  bool valid;
+  std::uint64_t group;
+};
+
 struct Thread {
   Context context;
   Dim3 index;
@@ -93,6 +103,8 @@ struct Thread {
   std::uint64_t meetings = 0;
   const unsigned char* left = nullptr;  // what it brought to the last meeting that took place
   void* fake_stack = nullptr;           // the sanitizer's
+  std::vector<Copy> copies;             // that no wait has covered yet
+  std::uint64_t groups = 0;             // of copies, closed
 };
 
 // Slots for two meetings: between two releases every thread runs once, so what a lane brings to the next one must not
@@ -267,6 +279,12 @@ void set_order(Order order, std::uint64_t seed) {
 }
 
 void launch(Dim3 grid, Dim3 block_dim, std::size_t shared_bytes, const std::function<void()>& body) {
+  if (const char* wanted = std::getenv("SIMT_ORDER"); wanted != nullptr) {
+    const std::string_view name(wanted);
+    if (name != "forward" && name != "reverse" && name != "shuffled")
+      throw std::runtime_error("simt: SIMT_ORDER is forward, reverse or shuffled");
+    order_now = name == "reverse" ? Order::kReverse : name == "shuffled" ? Order::kShuffled : Order::kForward;
+  }
   if (block_now != nullptr) throw std::logic_error("simt: launch inside a kernel");
   if (block_dim.count() == 0 || block_dim.count() > kMaxThreads || grid.count() == 0 || grid.y > 65535 ||
       grid.z > 65535)
@@ -332,6 +350,34 @@ void meet(std::uint32_t mask, const char* what, const void* data, std::size_t by
   self.what = what;
   self.wait = Wait::kWarp;
   to_scheduler(false);
+}
+
+void require_aligned(const void* address, std::size_t bytes, const char* what) {
+  if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0)
+    throw std::runtime_error(std::string("simt: ") + what + " of an address that is not aligned to " +
+                             std::to_string(bytes));
+}
+
+void copy_later(void* to, const void* from, std::size_t bytes, bool valid) {
+  require_aligned(to, bytes, "cp.async");
+  require_aligned(from, bytes, "cp.async");
+  Thread& self = *block().current;
+  std::memset(to, 0xff, bytes);
+  self.copies.push_back({to, from, bytes, valid, self.groups});
+}
+
+void commit_copies() { ++block().current->groups; }
+
+void wait_copies(std::size_t left) {
+  Thread& self = *block().current;
+  std::erase_if(self.copies, [&](const Copy& c) {
+    if (c.group + left >= self.groups) return false;
+    if (c.valid)
+      std::memcpy(c.to, c.from, c.bytes);
+    else
+      std::memset(c.to, 0, c.bytes);
+    return true;
+  });
 }
 
 const void* left_by(int lane) {

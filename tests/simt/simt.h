@@ -44,6 +44,14 @@ void meet(std::uint32_t mask, const char* what, const void* data, std::size_t by
 const void* left_by(int lane);
 int lane();
 
+/// A thread's copy to shared memory (zeros where not `valid`) that takes place at the wait that covers its group; until
+/// then the destination is poisoned. Throws where source or destination is not aligned to `bytes`.
+void copy_later(void* to, const void* from, std::size_t bytes, bool valid);
+void commit_copies();
+/// Waits for all of the thread's groups but the last `left`.
+void wait_copies(std::size_t left);
+void require_aligned(const void* address, std::size_t bytes, const char* what);
+
 template <class T>
 T exchange(std::uint32_t mask, const char* what, T value, int from) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= kSlotBytes);
