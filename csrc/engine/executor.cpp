@@ -1,6 +1,7 @@
 #include "engine/executor.h"
 
 #include <algorithm>
+#include <functional>
 #include <numeric>
 #include <utility>
 
@@ -8,6 +9,7 @@
 #include "model/rotary.h"
 #include "ops/rows.h"
 #include "ops/scatter.h"
+#include "ops/transfer.h"
 
 namespace flexcore {
 
@@ -55,14 +57,15 @@ struct Executor::Layout {
   }
 };
 
-Executor::Executor(OpContext& context, Allocator& allocator, MemoryLedger& ledger, CompiledModel& model,
+Executor::Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledger, CompiledModel& model,
                    const WeightStore& weights, const ModelConfig& config, DType compute, const ExecutorLimits& limits)
     : context_(context),
       model_(model),
       shape_{config.hidden_size, config.num_kv_heads * config.head_dim},
       limits_(limits),
-      allocator_(allocator),
+      device_(device),
       ledger_(ledger) {
+  Allocator& allocator = device.allocator();
   for (const auto& param : model.base().params) {
     matrices_.push_back(param.in_features > 0 ? weights.matrix(param.name) : WeightView{});
     vectors_.push_back(param.in_features > 0 ? TensorView{} : weights.vector(param.name));
@@ -83,16 +86,25 @@ Executor::Executor(OpContext& context, Allocator& allocator, MemoryLedger& ledge
   rotary_ = Buffer(allocator, ledger, MemoryTag::kWorkspace, 2 * table_bytes);
   batch_.cos = rotary_.view(DType::kFloat32, {limits.max_positions, half_dim});
   batch_.sin = rotary_.view(DType::kFloat32, {limits.max_positions, half_dim}, table_bytes);
-  fill_rotary_tables(config, batch_.cos, batch_.sin);
+  std::vector<float> table(2 * static_cast<std::size_t>(limits.max_positions * half_dim));
+  float* sines = table.data() + limits.max_positions * half_dim;
+  fill_rotary_tables(config, TensorView(table.data(), DType::kFloat32, {limits.max_positions, half_dim}),
+                     TensorView(sines, DType::kFloat32, {limits.max_positions, half_dim}));
+  allocator.upload(rotary_.data(), table.data(), table.size() * sizeof(float));
   batch_.pages = pages_;
   lora_.resize(model.base().sites.size());
   batch_.lora = lora_;
   indices_ = Buffer(allocator, ledger, MemoryTag::kWorkspace, indices_bytes(limits));
   workspace_ = Buffer(allocator, ledger, MemoryTag::kWorkspace, model.workspace_bytes());
+  losses_ = Buffer(device.pinned(), ledger, MemoryTag::kWorkspace, losses_bytes(limits));
 }
 
 std::size_t Executor::indices_bytes(const ExecutorLimits& limits) {
   return kNumIndexArrays * aligned(static_cast<std::size_t>(std::max(limits.max_rows, limits.max_sampled_rows)) * 4);
+}
+
+std::size_t Executor::losses_bytes(const ExecutorLimits& limits) {
+  return aligned(static_cast<std::size_t>(limits.max_rows) * sizeof(float));
 }
 
 std::size_t Executor::workspace_bytes(const CompiledModel& model, const TrainingProgram& program,
@@ -107,12 +119,20 @@ void Executor::reserve(const TrainingProgram& program) {
   const std::size_t bytes = workspace_bytes(model_, program, limits_.max_rows);
   if (bytes <= workspace_.bytes()) return;
   workspace_.reset();
-  workspace_ = Buffer(allocator_, ledger_, MemoryTag::kWorkspace, bytes);
+  workspace_ = Buffer(device_.allocator(), ledger_, MemoryTag::kWorkspace, bytes);
 }
 
 TensorView Executor::index_array(IndexArray which, DType dtype, std::int64_t size) const {
   const std::size_t slot = indices_.bytes() / kNumIndexArrays;
   return indices_.view(dtype, {size}, static_cast<std::size_t>(which) * slot);
+}
+
+template <class T>
+TensorView Executor::staged(IndexArray which, DType dtype, const std::vector<T>& table) {
+  static_assert(sizeof(T) == 4);
+  const TensorView array = index_array(which, dtype, static_cast<std::int64_t>(table.size()));
+  run(context_, StageArgs{array.data(), table.data(), array.bytes()});
+  return array;
 }
 
 RunState Executor::state() const { return {&context_, &batch_, matrices_, vectors_}; }
@@ -142,17 +162,15 @@ Executor::Layout Executor::lay_out(std::span<const RowGroup> groups) {
   for (const auto& group : groups) layout.num_rows += static_cast<std::int64_t>(group.tokens.size());
   require<Error>(layout.num_rows <= limits_.max_rows, "forward: ", layout.num_rows, " rows, wanted at most ",
                  limits_.max_rows);
-  batch_.token_ids = index_array(IndexArray::kTokens, DType::kInt32, layout.num_rows);
-  batch_.positions = index_array(IndexArray::kPositions, DType::kInt32, layout.num_rows);
+  std::vector<std::int32_t> tokens, positions;
   clear_segments();
   std::int64_t row = 0, segment_begin = 0;
   for (std::size_t i = 0; i < layout.order.size(); ++i) {
     const auto& group = groups[layout.order[i]];
     layout.row_begin[layout.order[i]] = row;
     const std::int64_t end = row + static_cast<std::int64_t>(group.tokens.size());
-    std::copy(group.tokens.begin(), group.tokens.end(), batch_.token_ids.as<std::int32_t>() + row);
-    std::iota(batch_.positions.as<std::int32_t>() + row, batch_.positions.as<std::int32_t>() + end,
-              static_cast<std::int32_t>(group.position));
+    tokens.insert(tokens.end(), group.tokens.begin(), group.tokens.end());
+    for (std::int64_t i = row; i < end; ++i) positions.push_back(static_cast<std::int32_t>(group.position + i - row));
     layout.spans.push_back({row, end, group.position, group.block_table});
     row = end;
     const bool last = i + 1 == layout.order.size() || groups[layout.order[i + 1]].adapter != group.adapter;
@@ -161,11 +179,14 @@ Executor::Layout Executor::lay_out(std::span<const RowGroup> groups) {
       segment_begin = row;
     }
   }
+  batch_.token_ids = staged(IndexArray::kTokens, DType::kInt32, tokens);
+  batch_.positions = staged(IndexArray::kPositions, DType::kInt32, positions);
   batch_.spans = layout.spans;
   return layout;
 }
 
 TensorView Executor::forward(std::span<const RowGroup> groups) {
+  outcomes_.clear();
   const Layout layout = lay_out(groups);
   if (layout.num_rows == 0) return {};
   std::vector<Saver::Window> windows;
@@ -187,11 +208,11 @@ TensorView Executor::run_sample(const Layout& layout, const TensorView& hidden) 
   if (count == 0) return {};
   require<Error>(count <= limits_.max_sampled_rows, "forward: ", count, " sampled rows, wanted at most ",
                  limits_.max_sampled_rows);
-  batch_.sampled_rows = index_array(IndexArray::kRows, DType::kInt32, count);
-  auto* out = batch_.sampled_rows.as<std::int32_t>();
+  std::vector<std::int32_t> sampled;
   for (std::size_t g = 0; g < layout.groups.size(); ++g)
     for (std::int64_t i = layout.groups[g].sampled; i > 0; --i)
-      *out++ = static_cast<std::int32_t>(layout.row_end(g) - i);
+      sampled.push_back(static_cast<std::int32_t>(layout.row_end(g) - i));
+  batch_.sampled_rows = staged(IndexArray::kRows, DType::kInt32, sampled);
   const RowCounts rows = {layout.num_rows, count, 0};
   std::byte* workspace = head_workspace();
   model_.sample_head().run(state(), rows, workspace, {&hidden, 1});
@@ -201,11 +222,9 @@ TensorView Executor::run_sample(const Layout& layout, const TensorView& hidden) 
 std::byte* Executor::head_workspace() const { return workspace_.data() + model_.trunk().workspace_bytes(); }
 
 void Executor::run_loss(const Layout& layout, const TensorView& hidden) {
-  auto* rows = index_array(IndexArray::kRows, DType::kInt32, limits_.max_rows).as<std::int32_t>();
-  auto* labels = index_array(IndexArray::kLabels, DType::kInt32, limits_.max_rows).as<std::int32_t>();
-  auto* scale = index_array(IndexArray::kScale, DType::kFloat32, limits_.max_rows).as<float>();
-  // Where each window's rows with a target are in its sequence; the scatter's index.
-  std::vector<std::int32_t> offsets;
+  // offsets: where each window's rows with a target are in the window; the scatter's index.
+  std::vector<std::int32_t> rows, labels, offsets;
+  std::vector<float> scale;
   std::vector<std::pair<std::size_t, std::int64_t>> windows;  // group, targets
   const TrainingProgram* program = nullptr;
   for (std::size_t g = 0; g < layout.groups.size(); ++g) {
@@ -217,10 +236,9 @@ void Executor::run_loss(const Layout& layout, const TensorView& hidden) {
     for (std::size_t i = 0; i < group.tokens.size(); ++i) {
       const std::size_t next = static_cast<std::size_t>(group.position) + i + 1;
       if (next >= all.size() || all[next] == -100) continue;
-      const auto at = offsets.size();
-      rows[at] = static_cast<std::int32_t>(layout.row_begin[g] + static_cast<std::int64_t>(i));
-      labels[at] = all[next];
-      scale[at] = group.train->grad_scale;
+      rows.push_back(static_cast<std::int32_t>(layout.row_begin[g] + static_cast<std::int64_t>(i)));
+      labels.push_back(all[next]);
+      scale.push_back(group.train->grad_scale);
       offsets.push_back(static_cast<std::int32_t>(i));
       ++count;
     }
@@ -229,14 +247,16 @@ void Executor::run_loss(const Layout& layout, const TensorView& hidden) {
   if (windows.empty()) return;
   const auto total = static_cast<std::int64_t>(offsets.size());
   const RowCounts counts = {layout.num_rows, 0, total};
-  TensorView grads;
+  TensorView grads, index;
   if (total > 0) {
-    batch_.target_rows = index_array(IndexArray::kRows, DType::kInt32, total);
-    batch_.labels = index_array(IndexArray::kLabels, DType::kInt32, total);
-    batch_.grad_scale = index_array(IndexArray::kScale, DType::kFloat32, total);
+    batch_.target_rows = staged(IndexArray::kRows, DType::kInt32, rows);
+    batch_.labels = staged(IndexArray::kLabels, DType::kInt32, labels);
+    batch_.grad_scale = staged(IndexArray::kScale, DType::kFloat32, scale);
+    index = staged(IndexArray::kOffsets, DType::kInt32, offsets);
     batch_.loss = index_array(IndexArray::kLoss, DType::kFloat32, total);
     program->loss_head.run(state(), counts, head_workspace(), {&hidden, 1});
     grads = program->loss_head.value(program->target_grad, counts, head_workspace(), {&hidden, 1});
+    fetch_losses(total);
   }
   std::int64_t begin = 0;
   for (const auto& [g, count] : windows) {
@@ -245,32 +265,50 @@ void Executor::run_loss(const Layout& layout, const TensorView& hidden) {
     const TensorView store = group.train->grad_hidden(group.position, end);
     run(context_, ZeroArgs{store});
     if (count == 0) continue;
-    const TensorView index(offsets.data() + begin, DType::kInt32, {count});
-    run(context_, ScatterRowsArgs{grads.rows(begin, begin + count), index, store});
-    const auto* loss = batch_.loss.as<float>() + begin;
-    group.train->loss_sum += std::accumulate(loss, loss + count, 0.0);
+    run(context_, ScatterRowsArgs{grads.rows(begin, begin + count), index.rows(begin, begin + count), store});
+    outcomes_.push_back({group.train, nullptr, begin, begin + count});
     begin += count;
   }
 }
 
 void Executor::run_score(const Layout& layout, const TensorView& hidden) {
-  auto* rows = index_array(IndexArray::kRows, DType::kInt32, limits_.max_rows).as<std::int32_t>();
-  auto* labels = index_array(IndexArray::kLabels, DType::kInt32, limits_.max_rows).as<std::int32_t>();
-  std::int64_t total = 0;
+  std::vector<std::int32_t> rows, labels;
   for (std::size_t g = 0; g < layout.groups.size(); ++g)
     for (std::size_t i = 0; i < layout.groups[g].score_labels.size(); ++i) {
-      rows[total] = static_cast<std::int32_t>(layout.row_begin[g] + static_cast<std::int64_t>(i));
-      labels[total++] = layout.groups[g].score_labels[i];
+      rows.push_back(static_cast<std::int32_t>(layout.row_begin[g] + static_cast<std::int64_t>(i)));
+      labels.push_back(layout.groups[g].score_labels[i]);
     }
-  if (total == 0) return;
-  batch_.target_rows = index_array(IndexArray::kRows, DType::kInt32, total);
-  batch_.labels = index_array(IndexArray::kLabels, DType::kInt32, total);
+  if (rows.empty()) return;
+  require<Error>(outcomes_.empty(), "forward: a batch with losses and scores");
+  const auto total = static_cast<std::int64_t>(rows.size());
+  batch_.target_rows = staged(IndexArray::kRows, DType::kInt32, rows);
+  batch_.labels = staged(IndexArray::kLabels, DType::kInt32, labels);
   batch_.grad_scale = {};
   batch_.loss = index_array(IndexArray::kLoss, DType::kFloat32, total);
   model_.score_head().run(state(), {layout.num_rows, 0, total}, head_workspace(), {&hidden, 1});
-  const auto* loss = batch_.loss.as<float>();
-  for (const auto& group : layout.groups)
-    for (std::size_t i = 0; i < group.score_labels.size(); ++i) group.score[i] = -*loss++;
+  fetch_losses(total);
+  std::int64_t begin = 0;
+  for (const auto& group : layout.groups) {
+    const std::int64_t end = begin + static_cast<std::int64_t>(group.score_labels.size());
+    if (end > begin) outcomes_.push_back({nullptr, group.score, begin, end});
+    begin = end;
+  }
+}
+
+void Executor::fetch_losses(std::int64_t count) {
+  run(context_, FetchArgs{losses_.data(), batch_.loss.data(), static_cast<std::size_t>(count) * sizeof(float)});
+}
+
+void Executor::finish_forward() {
+  device_.synchronize();
+  const auto* losses = reinterpret_cast<const float*>(losses_.data());
+  for (const auto& outcome : outcomes_) {
+    if (outcome.train != nullptr)
+      outcome.train->loss_sum += std::accumulate(losses + outcome.begin, losses + outcome.end, 0.0);
+    else
+      std::transform(losses + outcome.begin, losses + outcome.end, outcome.score, std::negate<>());
+  }
+  outcomes_.clear();
 }
 
 void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
@@ -284,19 +322,16 @@ void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
   for (const auto& rows : all) total += rows.end - rows.begin;
   require<Error>(total <= limits_.max_rows, "backward: ", total, " rows, wanted at most ", limits_.max_rows);
 
-  batch_.token_ids = index_array(IndexArray::kTokens, DType::kInt32, total);
-  batch_.positions = index_array(IndexArray::kPositions, DType::kInt32, total);
   clear_segments();
+  std::vector<std::int32_t> tokens, positions;
   std::vector<AttentionBackwardSpan> spans;
   std::int64_t row = 0, segment_begin = 0;
   for (std::size_t i = 0; i < all.size(); ++i) {
     TrainState& train = *all[i].train;
     const auto [begin, end] = std::pair(all[i].begin, all[i].end);
     if (end == train.length()) run(context_, ZeroArgs{train.kv_gradients()});
-    std::copy(train.example->input_ids.begin() + begin, train.example->input_ids.begin() + end,
-              batch_.token_ids.as<std::int32_t>() + row);
-    std::iota(batch_.positions.as<std::int32_t>() + row, batch_.positions.as<std::int32_t>() + row + end - begin,
-              static_cast<std::int32_t>(begin));
+    tokens.insert(tokens.end(), train.example->input_ids.begin() + begin, train.example->input_ids.begin() + end);
+    for (std::int64_t i = begin; i < end; ++i) positions.push_back(static_cast<std::int32_t>(i));
     spans.push_back({{row, row + end - begin, begin, train.block_table->data()}, train.grad_k(), train.grad_v()});
     row += end - begin;
     if (i + 1 == all.size() || all[i + 1].train->adapter != train.adapter) {
@@ -304,6 +339,8 @@ void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
       segment_begin = row;
     }
   }
+  batch_.token_ids = staged(IndexArray::kTokens, DType::kInt32, tokens);
+  batch_.positions = staged(IndexArray::kPositions, DType::kInt32, positions);
   batch_.backward_spans = spans;
 
   // One window is read and written where it is stored; several are brought together.

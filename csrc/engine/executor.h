@@ -4,6 +4,7 @@
 #include <span>
 #include <vector>
 
+#include "backends/register.h"
 #include "compile/compiled_model.h"
 #include "model/config.h"
 #include "model/weight_store.h"
@@ -42,17 +43,20 @@ struct ExecutorLimits {
 /// no job.
 class Executor {
  public:
-  Executor(OpContext& context, Allocator& allocator, MemoryLedger& ledger, CompiledModel& model,
+  Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledger, CompiledModel& model,
            const WeightStore& weights, const ModelConfig& config, DType compute, const ExecutorLimits& limits);
 
   /// Grows the workspace for a training program, before its first use.
   void reserve(const TrainingProgram& program);
   static std::size_t workspace_bytes(const CompiledModel& model, const TrainingProgram& program, std::int64_t max_rows);
   static std::size_t indices_bytes(const ExecutorLimits& limits);
+  static std::size_t losses_bytes(const ExecutorLimits& limits);
 
-  /// Every row of every group in one pass. Logits of the sampled rows [sum of sampled, vocab_size], in the order of the
-  /// groups; valid until the next call.
+  /// Every row of every group in one pass. Logits of the sampled rows [sum of sampled, vocab_size] on the device, in the
+  /// order of the groups; valid until the next call.
   TensorView forward(std::span<const RowGroup> groups);
+  /// Waits for the device, then gives the last forward's losses and scores to its groups. The host need not wait before.
+  void finish_forward();
   /// One layer's backward for the rows; all sequences share one program.
   void backward(int layer, std::span<const BackwardRows> rows);
 
@@ -60,10 +64,14 @@ class Executor {
 
  private:
   struct Layout;  // of one forward batch
-  enum class IndexArray : std::size_t { kTokens, kPositions, kRows, kLabels, kScale, kLoss };
-  static constexpr std::size_t kNumIndexArrays = 6;
+  enum class IndexArray : std::size_t { kTokens, kPositions, kRows, kLabels, kScale, kOffsets, kLoss };
+  static constexpr std::size_t kNumIndexArrays = 7;
 
   TensorView index_array(IndexArray which, DType dtype, std::int64_t size) const;
+  /// The array on the device, with what is in the host's table.
+  template <class T>
+  TensorView staged(IndexArray which, DType dtype, const std::vector<T>& table);
+  void fetch_losses(std::int64_t count);
   RunState state() const;
   Layout lay_out(std::span<const RowGroup> groups);
   void run_loss(const Layout& layout, const TensorView& hidden);
@@ -77,7 +85,7 @@ class Executor {
   CompiledModel& model_;
   TrainShape shape_;
   ExecutorLimits limits_;
-  Allocator& allocator_;
+  DeviceRuntime& device_;
   MemoryLedger& ledger_;
   std::vector<WeightView> matrices_;  // by ParamId
   std::vector<TensorView> vectors_;
@@ -86,6 +94,13 @@ class Executor {
   std::vector<std::vector<LoraSegment>> lora_;  // by site
   std::vector<SiteId> sites_in_use_;
   BatchState batch_;
+  Buffer losses_;  // host memory that the device writes: [max_rows] of the last forward
+  struct Outcome {
+    TrainState* train;  // whose loss it is; null: a score
+    float* score;
+    std::int64_t begin, end;  // in losses_
+  };
+  std::vector<Outcome> outcomes_;
 };
 
 }  // namespace flexcore

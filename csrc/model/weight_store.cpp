@@ -102,7 +102,9 @@ void WeightStore::fill(const SafetensorsModel& model, const SafetensorsModel::En
                        std::byte* out) const {
   TensorView view = model.tensor(source.name);
   if (entry.spec.in_features == 0) {
-    to_float32(view, reinterpret_cast<float*>(out));
+    std::vector<float> values(static_cast<std::size_t>(entry.spec.out_features));
+    to_float32(view, values.data());
+    allocator_.upload(out, values.data(), values.size() * sizeof(float));
     return;
   }
   // Few writers leave tensors at odd bytes; those go through an aligned copy.
