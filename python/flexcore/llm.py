@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -54,6 +55,9 @@ class LLM:
         self.slo = chosen.slo
         self.engine = Engine(model, chosen, progress)
         self.tokenizer = Tokenizer(self.engine.model_directory, chat_template)
+        # Many chat models name their end of turn in the tokenizer's files only, and the engine does not read those.
+        vocab_size = self.engine.model().vocab_size
+        self._end_tokens = [token for token in self.tokenizer.eos_token_ids() if token < vocab_size]
         self._answers: dict[int, Answer] = {}  # by request
         self._events: dict[int, list[FinetuneEvent]] = {}  # by job
         self._lock = threading.RLock()
@@ -120,7 +124,7 @@ class LLM:
     ) -> list[tuple[int, Answer]]:
         """Queues a request; step() fills its answers. For callers that drive the loop themselves."""
         with self._lock:
-            first = self.engine.submit(ids, _without_stop(sampling), adapter)
+            first = self.engine.submit(ids, self._of_engine(sampling), adapter)
             pairs = [(first + k, Answer(k, self.tokenizer, sampling)) for k in range(sampling.n)]
             self._answers.update(pairs)
         return pairs
@@ -212,6 +216,18 @@ class LLM:
             for prompt, tokens, group in zip(prompts, ids, submitted, strict=True)
         ]
 
+    def _of_engine(self, sampling: SamplingParams) -> SamplingParams:
+        """`sampling` in tokens alone: stop strings are found here, the tokenizer's end of turn goes in."""
+        if not isinstance(sampling, SamplingParams):
+            raise InvalidArgument(
+                f"sampling: got {sampling!r} ({type(sampling).__name__}), wanted a flexcore.SamplingParams"
+            )
+        inner = copy.copy(sampling)
+        inner.stop = []
+        if not sampling.ignore_eos:
+            inner.stop_token_ids = [*sampling.stop_token_ids, *self._end_tokens]
+        return inner
+
     def _abandon(self, requests: Sequence[int]) -> None:
         """Cancels what is unfinished, so that an interrupted call leaves nothing running."""
         for request in requests:
@@ -243,14 +259,3 @@ def _for_each(value: Any, count: int, name: str) -> list[Any]:
             )
         return list(value)
     return [value] * count
-
-
-def _without_stop(sampling: SamplingParams) -> SamplingParams:
-    if not isinstance(sampling, SamplingParams):
-        raise InvalidArgument(
-            f"sampling: got {sampling!r} ({type(sampling).__name__}), wanted a flexcore.SamplingParams"
-        )
-    if not sampling.stop:
-        return sampling
-    fields = {name: getattr(sampling, name) for name in sampling._fields}
-    return SamplingParams(**{**fields, "stop": []})

@@ -76,6 +76,7 @@ class Answer:
         self.output = CompletionOutput(index)
         self._detokenizer = tokenizer.detokenizer()
         self._stop = StopStrings(sampling.stop)
+        self._min_tokens = sampling.min_tokens
         self._wants_logprobs = sampling.logprobs is not None
 
     @property
@@ -92,7 +93,9 @@ class Answer:
             self.output.cumulative_logprob += event.logprob
             if self._wants_logprobs:
                 self.output.logprobs.append(Logprob(event.token_id, event.logprob, event.top_logprobs))
-            piece = self._stop.push(self._detokenizer.push(event.token_id))
+            piece = self._detokenizer.push(event.token_id)
+            if len(self.output.token_ids) > self._min_tokens:  # as in vLLM, a stop string begins after min_tokens
+                piece = self._stop.push(piece)
         reason = event.finish_reason
         if reason is not None:
             piece += self._stop.push(self._detokenizer.finish()) + self._stop.finish()

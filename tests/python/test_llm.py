@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,34 @@ def test_stop_strings(llm: fc.LLM) -> None:
     while llm.engine.has_work():
         llm.step()
     assert "".join(llm.stream("hello", with_fields(stop=stop))) == output.text
+
+
+def test_stop_strings_wait_for_min_tokens(llm: fc.LLM) -> None:
+    letters = {token: 100.0 for token in map(llm.tokenizer.token_id, "abcxyz") if token is not None}
+    (whole,) = llm.generate("hello", with_fields(logit_bias=letters))
+    assert set(whole.text) <= set("abcxyz")
+    for count in (1, 5, 12):
+        (output,) = llm.generate("hello", with_fields(logit_bias=letters, stop=list("abcxyz"), min_tokens=count))
+        assert output.text == whole.text[:count]
+        assert output.finish_reason == ("length" if count == 12 else "stop")
+
+
+def test_the_tokenizers_end_of_turn_ends_an_answer(tmp_path: Path) -> None:
+    """config.json names another end of sequence, as in many chat models that were finetuned from a base model."""
+    directory = write_byte_tokenizer(write_tiny_model(tmp_path, vocab_size=272))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"eos_token_id": 0}))
+    llm = fc.LLM(directory, dtype="float32", max_model_len=64, max_num_seqs=2)
+    assert llm.engine.model().eos_token_ids == [0]
+    end = llm.tokenizer.eos_token_id
+    assert end is not None
+    messages = [{"role": "user", "content": "hi"}]
+    sampling = fc.SamplingParams(max_tokens=6, temperature=0.0, logit_bias={end: 1e4})
+    (output,) = llm.chat(messages, sampling)
+    assert (output.finish_reason, output.token_ids, output.text) == ("stop", [end], "")
+    assert sampling.stop_token_ids == []
+    sampling.ignore_eos = True
+    assert llm.chat(messages, sampling)[0].finish_reason == "length"
 
 
 def test_stream_chat_and_several_answers(llm: fc.LLM) -> None:
