@@ -59,7 +59,7 @@ class RequestOutput:
 
 @dataclass
 class FinetuneResult:
-    """A finished job: its state, and every optimizer step."""
+    """An ended job: its state, and its optimizer steps while it was waited for."""
 
     job: JobInfo
     events: Sequence[FinetuneEvent]

@@ -12,6 +12,7 @@ import flexcore as fc
 from flexcore.tiny import write_tiny_model
 
 GREEDY = fc.SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+ROWS = [{"prompt": "ab", "completion": "hello"}] * 8
 
 
 @pytest.fixture(scope="module")
@@ -94,19 +95,56 @@ def test_logprobs(llm: fc.LLM) -> None:
 
 
 def test_finetune(llm: fc.LLM) -> None:
-    rows = [{"prompt": "ab", "completion": "hello"}] * 8
     steps: list[int] = []
     config = fc.FinetuneConfig(num_epochs=4, batch_size=4, learning_rate=0.02)
-    result = llm.finetune("tutor", rows, config, fc.LoraConfig(r=4), progress=lambda event: steps.append(event.step))
+    result = llm.finetune("tutor", ROWS, config, fc.LoraConfig(r=4), progress=lambda event: steps.append(event.step))
     assert result.job.status == "succeeded"
     assert steps == list(range(1, 9))
     assert result.losses[-1] < result.losses[0]
     base, tuned = (llm.generate("ab", GREEDY, adapter)[0].token_ids for adapter in (None, "tutor"))
     assert base != tuned
     with pytest.warns(UserWarning, match="8 truncated"):
-        llm.finetune("tutor", rows, config, max_length=3)
+        llm.finetune("tutor", ROWS, config, max_length=3)
     with pytest.raises(fc.InvalidArgument, match="exists"):
-        llm.finetune("tutor", rows, config, fc.LoraConfig(r=4))
+        llm.finetune("tutor", ROWS, config, fc.LoraConfig(r=4))
+
+
+def test_an_interrupted_finetune_leaves_no_job(llm: fc.LLM) -> None:
+    def interrupt(event: fc.FinetuneEvent) -> None:
+        raise KeyboardInterrupt
+
+    config = fc.FinetuneConfig(batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        llm.finetune("interrupted", ROWS, config, progress=interrupt)
+    job = llm.engine.jobs()[-1]
+    assert (job.adapter, job.status, job.step) == ("interrupted", "cancelled", 1)
+    assert llm.finetune("interrupted", ROWS, config).job.status == "succeeded"
+
+
+def test_a_refused_finetune_leaves_no_adapter(llm: fc.LLM) -> None:
+    lora = fc.LoraConfig(r=2)
+    with pytest.raises(fc.InvalidArgument, match="num_epochs"):
+        llm.finetune("refused", ROWS, fc.FinetuneConfig(num_epochs=0), lora)
+    assert "refused" not in {adapter.name for adapter in llm.engine.adapters()}
+    assert llm.finetune("refused", ROWS, fc.FinetuneConfig(), lora).job.status == "succeeded"
+    with pytest.raises(fc.InvalidArgument, match="num_epochs"):
+        llm.finetune("refused", ROWS, fc.FinetuneConfig(num_epochs=0))
+    assert "refused" in {adapter.name for adapter in llm.engine.adapters()}  # it was there before
+
+
+def test_a_paused_job_is_not_waited_for(llm: fc.LLM) -> None:
+    def pause(event: fc.FinetuneEvent) -> None:
+        if event.step == 2:
+            llm.engine.pause_job(event.job_id)
+
+    with pytest.raises(fc.InvalidArgument, match=r"job: got \d+ on 'paused', which is paused.*resume_job") as raised:
+        llm.finetune("paused", ROWS, fc.FinetuneConfig(batch_size=2), progress=pause)
+    job = llm.engine.jobs()[-1]
+    assert (job.status, job.step) == ("paused", 2)
+    assert f"resume_job({job.id})" in str(raised.value)
+    llm.engine.resume_job(job.id)
+    result = llm.wait(job.id)
+    assert (result.job.status, [event.step for event in result.events if event.target_tokens]) == ("succeeded", [3, 4])
 
 
 def test_refusals(llm: fc.LLM, tmp_path: Path) -> None:
@@ -117,6 +155,7 @@ def test_refusals(llm: fc.LLM, tmp_path: Path) -> None:
         lambda: next(llm.stream("x", with_fields(n=2))),
         lambda: fc.LLM(tmp_path, fc.EngineConfig(), dtype="float32"),
         lambda: llm.finetune("other", tmp_path / "none.jsonl"),
+        lambda: llm.load_dataset(ROWS, max_length=0),
     ):
         with pytest.raises(fc.InvalidArgument):
             call()
