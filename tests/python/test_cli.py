@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from flexcore import cli, ui
 from flexcore.cli import options
 from flexcore.demo import stdlib
 from flexcore.demo.traffic import Latencies, Visit, arrivals
+from flexcore.outputs import CompletionOutput, RequestOutput
 from flexcore.tiny import write_tiny_model
 
 
@@ -145,6 +148,46 @@ def test_generate_and_train(model: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert (
         cli.main(["generate", model, "-p", "ab", "--lora-modules", f"tuned={out}", "--max-tokens", "6", *ENGINE]) == 0
     )
+
+
+SAID = "# :smile: [bold]x[/] [/INST]\n\tif x:  pass" + " and so on" * 20
+
+
+class Parrot:
+    """Stands for an LLM that says SAID, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[dict[str, str]]] = []
+
+    def generate(self, prompts: list[str], *_: object) -> list[RequestOutput]:
+        return [RequestOutput(prompt, [], [CompletionOutput(0, SAID)]) for prompt in prompts]
+
+    def stream(self, messages: list[dict[str, str]], *_: object) -> Iterator[str]:
+        self.asked.append(list(messages))
+        yield from (SAID[:9], SAID[9:])
+
+
+def test_answers_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    parrot = Parrot()
+    for verb in ("generate", "chat"):
+        monkeypatch.setattr(cli.load_verb(verb), "load_llm", lambda *_: parrot)
+    assert cli.main(["generate", "m", "-p", ":100: a", "-p", "b"]) == 0
+    assert capsys.readouterr().out == f"> :100: a\n{SAID}\n\n> b\n{SAID}\n\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("/systemic\n/system be brief\nhi\n/system\nho\n"))
+    assert cli.main(["chat", "m"]) == 0
+    assert capsys.readouterr().out == f"{SAID}\n" * 3
+    system, users = {"role": "system", "content": "be brief"}, [message[-1]["content"] for message in parrot.asked]
+    assert users == ["/systemic", "hi", "ho"]
+    assert [system in messages for messages in parrot.asked] == [False, True, False]
+
+
+def test_inspect_shows_patterns_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"peft_type": "LORA", "r": 4, "target_modules": r".*\.[qv]_proj", "base_model_name_or_path": "a[/b]:100:"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert r".*\.[qv]_proj" in out
+    assert "a[/b]:100:" in out
 
 
 def test_terminal_drawings() -> None:
