@@ -124,6 +124,8 @@ def test_inspect_and_plan(model: str, tmp_path: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "LlamaForCausalLM" in out
     assert "model.layers.1.mlp.down_proj.weight" in out
+    assert cli.main(["plan", model]) == 0  # whose positions are fewer than the default length
+    assert "256 tokens" in capsys.readouterr().out
     assert cli.main(["plan", model, "--explain", "--json", str(tmp_path / "p.json"), *ENGINE]) == 0
     assert "saved_activations" in capsys.readouterr().out
     plan = json.loads((tmp_path / "p.json").read_text())

@@ -98,6 +98,12 @@ def test_pages_as_asked(tiny_dir: Any, make_engine: MakeEngine) -> None:
     assert make_engine(kv_cache_memory_bytes=500_000).memory()["kv_pages"] == plan.kv_pages
 
 
+def test_default_length_fits_model_and_config(tiny_dir: Any) -> None:
+    """The model's 256 positions; fewer if the engine is to take fewer."""
+    assert fc.plan(tiny_dir("llama"), lora=fc.LoraConfig()).sequence_length == 256
+    assert fc.plan(tiny_dir("llama"), fc.EngineConfig(max_model_len=128), fc.LoraConfig()).sequence_length == 128
+
+
 def test_bad_arguments(tiny_dir: Any) -> None:
     for length in (0, 257):
         with pytest.raises(fc.InvalidArgument, match="sequence_length"):

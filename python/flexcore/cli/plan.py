@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sequence-length",
         type=int,
         metavar="TOKENS",
-        help="of the training sequence (1024, or max-model-len if less)",
+        help="of the training sequence (default: 1024, or what the model or --max-model-len allow)",
     )
     parser.add_argument("--no-finetune", action="store_true", help="serving only")
     parser.add_argument("--explain", action="store_true", help="what is kept, rebuilt and dropped, and why")
@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
     with bytes_progress("converting") as progress:
         directory = resolve_model(options.model_of(args), progress)
     lora = None if args.no_finetune else options.lora_config(args)
-    length = args.sequence_length if args.sequence_length is not None else min(1024, args.max_model_len)
-    plan = flexcore.plan(directory, options.engine_config(args), lora, length)
+    plan = flexcore.plan(directory, options.engine_config(args), lora, args.sequence_length)
     write_json(args.json, _as_dict(plan))
     if args.json == "-":
         return 0
