@@ -188,3 +188,30 @@ def test_threads_may_share_an_engine(engine: fc.Engine) -> None:
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def test_arguments_that_change_while_they_are_read(engine: fc.Engine) -> None:
+    ids: list[Any] = []
+
+    class Shrinks:
+        def __index__(self) -> int:
+            ids.clear()
+            return 3
+
+    ids.extend([Shrinks()] * 50)
+    engine.cancel(engine.submit(ids, fc.SamplingParams(max_tokens=1)))
+    bias: dict[Any, Any] = {}
+
+    class Clears:
+        def __float__(self) -> float:
+            bias.clear()
+            return 1.0
+
+    bias.update({i: Clears() for i in range(40)})
+    assert len(fc.SamplingParams(logit_bias=bias).logit_bias) == 40
+
+
+def test_ids_at_odd_addresses(engine: fc.Engine) -> None:
+    for dtype in (np.int64, np.int32):
+        ids = np.frombuffer(b"\0" + np.array([3, 4], dtype).tobytes(), dtype, 2, 1)
+        engine.cancel(engine.submit(ids, fc.SamplingParams(max_tokens=1)))
