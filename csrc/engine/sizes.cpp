@@ -1,6 +1,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "core/check.h"
 #include "engine/impl.h"
@@ -9,12 +10,23 @@ namespace flexcore {
 
 void check(const EngineConfig& c) {
   const auto positive = [](std::int64_t value, const char* name) {
+namespace {
+
+// Positions, rows and pages are numbered by 32 bits; products of two such sizes and a page's bytes fit 64.
+constexpr std::int64_t kMaxCount = std::numeric_limits<std::int32_t>::max();
+constexpr std::int64_t kMaxBlockSize = 1 << 16;
+
+}  // namespace
+
     require(value >= 1, name, ": ", value, ", wanted >= 1");
   };
-  positive(c.max_model_len, "max_model_len");
-  positive(c.max_num_seqs, "max_num_seqs");
-  positive(c.max_num_batched_tokens, "max_num_batched_tokens");
-  positive(c.block_size, "block_size");
+  const auto within = [](std::int64_t value, std::int64_t most, const char* name) {
+    require(value >= 1 && value <= most, name, ": ", value, ", wanted 1 to ", most);
+  };
+  within(c.max_model_len, kMaxCount, "max_model_len");
+  within(c.max_num_seqs, kMaxCount, "max_num_seqs");
+  within(c.max_num_batched_tokens, kMaxCount, "max_num_batched_tokens");
+  within(c.block_size, kMaxBlockSize, "block_size");
   require(c.dtype == "bfloat16" || c.dtype == "float32", "dtype: \"", c.dtype,
           "\", wanted \"bfloat16\" or \"float32\"");
   require(c.num_threads >= 0, "num_threads: ", c.num_threads, ", wanted >= 0");
@@ -33,8 +45,12 @@ EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config) {
   EngineSizes sizes;
   sizes.compute = config.dtype == "float32" ? DType::kFloat32 : DType::kBFloat16;
   sizes.max_model_len = std::min(config.max_model_len, model.max_position_embeddings);
-  sizes.block_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * config.block_size *
-                      static_cast<std::int64_t>(dtype_size(sizes.compute));
+  const double page = 2.0 * static_cast<double>(model.num_layers) * static_cast<double>(model.num_kv_heads) *
+                      static_cast<double>(model.head_dim) * static_cast<double>(config.block_size) *
+                      static_cast<double>(dtype_size(sizes.compute));
+  require(page <= static_cast<double>(kMaxCount), "block_size: ", config.block_size, " tokens are a page of ", page,
+          " bytes, wanted at most ", kMaxCount);
+  sizes.block_bytes = static_cast<std::int64_t>(page);
   const std::int64_t blocks_per_sequence = (sizes.max_model_len + config.block_size - 1) / config.block_size;
   std::int64_t num_blocks = config.max_num_seqs * blocks_per_sequence;
   if (config.kv_cache_memory_bytes) {
@@ -43,6 +59,8 @@ EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config) {
             sizes.block_bytes, " bytes");
   } else {
     const std::int64_t physical = static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE);
+    require(num_blocks <= kMaxCount, "kv_cache_memory_bytes: ", *config.kv_cache_memory_bytes, " is ", num_blocks,
+            " pages, wanted at most ", kMaxCount);
     num_blocks = std::max(std::min(num_blocks, physical / 4 / sizes.block_bytes), blocks_per_sequence);
   }
   // Every running sequence may need a row in one step.
