@@ -135,10 +135,7 @@ RequestId Engine::Impl::submit(const Request& request) {
     auto state = std::make_unique<RequestState>();
     state->sampling = request.sampling;
     state->seed = request_seed(id, request.sampling, index);
-    if (!request.adapter.empty()) {
-      state->adapter = adapters.get(request.adapter);
-      ++state->adapter->num_requests;
-    }
+    if (!request.adapter.empty()) state->adapter = adapters.get(request.adapter);
     for (const auto& [token, bias] : request.sampling.logit_bias)
       state->logit_bias.emplace_back(token, static_cast<float>(bias));
     state->end_tokens = request.sampling.stop_token_ids;
@@ -162,7 +159,6 @@ RequestId Engine::Impl::submit(const Request& request) {
 void Engine::Impl::finish(RequestId id) {
   const auto request = requests.find(id);
   scheduler.finish(&request->second->sequence);
-  if (request->second->adapter) --request->second->adapter->num_requests;
   requests.erase(request);
 }
 

@@ -79,7 +79,8 @@ struct Engine::Impl {
   void end_job(TrainingJob& job, JobStatus status, const std::string& error);
   std::int64_t program_id(const TrainingProgram& program);
   TrainState& state_of(const TrainSequence& sequence) const { return *in_flight.at(sequence.id)->state; }
-  void publish(const std::string& adapter, const std::shared_ptr<Adapter>& before);
+  JobId resume_finetune(const std::string& directory, std::vector<Example> examples);
+  JobId begin(std::unique_ptr<TrainingJob> job);
   bool is_training(const std::string& adapter) const;
 
   // measure.cpp
