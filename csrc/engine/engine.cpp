@@ -45,16 +45,8 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
       weights(context, host_allocator(), ledger, sizes.compute),
       adapters(compiled.base().sites, host_allocator(), ledger),
       blocks(sizes.limits.num_blocks, sizes.limits.block_size, config.enable_prefix_caching),
-      scheduler(
-          SchedulerConfig{
-              .max_num_seqs = sizes.limits.max_sampled_rows,
-              .max_num_batched_tokens = sizes.limits.max_rows,
-              .num_layers = model.num_layers,
-              .tpot_ms = config.slo.tpot_ms,
-              .ttft_ms = config.slo.ttft_ms,
-              .max_finetune_tokens_in_flight = finetune_tokens_in_flight(),
-          },
-          blocks, cost) {
+      scheduler(scheduler_config(model, config, sizes, compiled), blocks, cost) {
+  scratch.reserve(static_cast<std::size_t>(scratch_bytes(model, config, sizes)));
   std::vector<WeightSpec> specs;
   for (const auto& param : compiled.base().params) specs.push_back({param.name, param.out_features, param.in_features});
   weights.load(SafetensorsModel(model_path), specs);
@@ -64,20 +56,6 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
 }
 
 Engine::Impl::~Impl() = default;
-
-// Sequences in flight share finetune_memory_bytes; LoRA at every linear keeps the most.
-std::int64_t Engine::Impl::finetune_tokens_in_flight() {
-  if (!config.finetune_memory_bytes) return SchedulerConfig{}.max_finetune_tokens_in_flight;
-  std::set<SiteId> sites;
-  for (std::size_t i = 0; i < compiled.base().sites.size(); ++i) sites.insert(static_cast<SiteId>(i));
-  return std::max<std::int64_t>(1, *config.finetune_memory_bytes / finetune_bytes(compiled.training(sites), 1));
-}
-
-std::int64_t Engine::Impl::finetune_bytes(const TrainingProgram& program, std::int64_t length) const {
-  const TrainShape shape{model.hidden_size, model.num_kv_heads * model.head_dim};
-  return static_cast<std::int64_t>(TrainState::saved_bytes(program, length) +
-                                   TrainState::gradient_bytes(shape, length));
-}
 
 double Engine::Impl::now_ms() const {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();

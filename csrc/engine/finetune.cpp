@@ -36,7 +36,7 @@ void Engine::Impl::validate(const std::vector<Example>& examples, const Training
     const std::int64_t pages = (length + sizes.limits.block_size - 1) / sizes.limits.block_size;
     require(pages <= blocks.num_blocks(), where, ": ", length, " tokens need ", pages, " pages, but the pool has ",
             blocks.num_blocks(), "; raise kv_cache_memory_bytes");
-    const std::int64_t bytes = finetune_bytes(program, length);
+    const std::int64_t bytes = finetune_bytes(model, program, length);
     require(bytes <= config.finetune_memory_bytes.value_or(bytes), where, ": ", length, " tokens keep ", bytes,
             " bytes for the backward, more than finetune_memory_bytes (", config.finetune_memory_bytes.value_or(0),
             ")");

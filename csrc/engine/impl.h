@@ -32,7 +32,8 @@ struct RequestState {
   std::vector<std::int32_t> end_tokens;  // that end it
 };
 
-/// Sizes that follow from a model, a configuration and the machine, before anything is allocated.
+/// Sizes that follow from a model, a configuration and the machine, before anything is allocated; the engine and its
+/// plan take them from here.
 struct EngineSizes {
   DType compute = DType::kBFloat16;
   std::int64_t max_model_len = 0;
@@ -42,6 +43,12 @@ struct EngineSizes {
 };
 EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config);
 RowCounts row_capacity(const ExecutorLimits& limits);
+/// With the tokens in flight that finetune_memory_bytes allows.
+SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
+                                 CompiledModel& compiled);
+/// What one training sequence of `length` tokens keeps for its backward.
+std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& program, std::int64_t length);
+std::int64_t scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes);
 /// Throws InvalidArgument that names the field.
 void check(const EngineConfig& config);
 
@@ -51,8 +58,6 @@ struct Engine::Impl {
 
   // engine.cpp
   double now_ms() const;
-  std::int64_t finetune_tokens_in_flight();
-  std::int64_t finetune_bytes(const TrainingProgram& program, std::int64_t length) const;
   std::uint64_t request_seed(RequestId id, const SamplingParams& sampling, std::int64_t index) const;
   void check_tokens(std::span<const std::int32_t> tokens, const char* argument) const;
   RequestId submit(const Request& request);

@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <limits>
 
+#include "backends/cpu/scratch.h"
 #include "core/check.h"
 #include "engine/impl.h"
+#include "peft/lora_matcher.h"
 
 namespace flexcore {
 
-void check(const EngineConfig& c) {
-  const auto positive = [](std::int64_t value, const char* name) {
 namespace {
 
 // Positions, rows and pages are numbered by 32 bits; products of two such sizes and a page's bytes fit 64.
@@ -18,6 +18,8 @@ constexpr std::int64_t kMaxBlockSize = 1 << 16;
 
 }  // namespace
 
+void check(const EngineConfig& c) {
+  const auto positive = [](std::int64_t value, const char* name) {
     require(value >= 1, name, ": ", value, ", wanted >= 1");
   };
   const auto within = [](std::int64_t value, std::int64_t most, const char* name) {
@@ -57,16 +59,49 @@ EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config) {
     num_blocks = *config.kv_cache_memory_bytes / sizes.block_bytes;
     require(num_blocks >= 1, "kv_cache_memory_bytes: ", *config.kv_cache_memory_bytes, ", wanted at least one page of ",
             sizes.block_bytes, " bytes");
-  } else {
-    const std::int64_t physical = static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE);
     require(num_blocks <= kMaxCount, "kv_cache_memory_bytes: ", *config.kv_cache_memory_bytes, " is ", num_blocks,
             " pages, wanted at most ", kMaxCount);
+  } else {
+    const std::int64_t physical = static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE);
     num_blocks = std::max(std::min(num_blocks, physical / 4 / sizes.block_bytes), blocks_per_sequence);
   }
   // Every running sequence may need a row in one step.
   const std::int64_t max_seqs = std::min(config.max_num_seqs, config.max_num_batched_tokens);
   sizes.limits = {config.max_num_batched_tokens, max_seqs, sizes.max_model_len, num_blocks, config.block_size};
   return sizes;
+}
+
+std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& program, std::int64_t length) {
+  return static_cast<std::int64_t>(
+      TrainState::saved_bytes(program, length) +
+      TrainState::gradient_bytes({model.hidden_size, model.num_kv_heads * model.head_dim}, length));
+}
+
+SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
+                                 CompiledModel& compiled) {
+  SchedulerConfig scheduler{.max_num_seqs = sizes.limits.max_sampled_rows,
+                            .max_num_batched_tokens = sizes.limits.max_rows,
+                            .num_layers = model.num_layers,
+                            .tpot_ms = config.slo.tpot_ms,
+                            .ttft_ms = config.slo.ttft_ms};
+  if (config.finetune_memory_bytes)  // LoRA at every linear keeps the most
+    scheduler.max_finetune_tokens_in_flight = std::max<std::int64_t>(
+        1, *config.finetune_memory_bytes / finetune_bytes(model, compiled.training(compiled.all_sites()), 1));
+  return scheduler;
+}
+
+std::int64_t scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes) {
+  return cpu::scratch_bytes({.rows = sizes.limits.max_rows,
+                             .sampled_rows = sizes.limits.max_sampled_rows,
+                             .positions = sizes.max_model_len,
+                             .hidden_size = model.hidden_size,
+                             .intermediate_size = model.intermediate_size,
+                             .num_heads = model.num_heads,
+                             .num_kv_heads = model.num_kv_heads,
+                             .head_dim = model.head_dim,
+                             .vocab_size = model.vocab_size,
+                             .rank = LoraMatcher::kMaxRank,
+                             .num_threads = ThreadPool::size_for(config.num_threads)});
 }
 
 RowCounts row_capacity(const ExecutorLimits& limits) {

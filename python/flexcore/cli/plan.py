@@ -15,9 +15,9 @@ from flexcore.ui import format_bytes
 _POOLS = (
     ("weights", "the frozen model"),
     ("kv_pages", "keys and values, of requests and of training sequences"),
-    ("saved_activations", "what the backward reads of one training sequence"),
-    ("adapters", "LoRA parameters"),
-    ("gradients", "LoRA gradients"),
+    ("saved_activations", "what the backward reads of the training sequences in flight"),
+    ("adapters", "LoRA parameters, of a version and of the next in the making"),
+    ("gradients", "LoRA gradients, and those of the sequences in flight"),
     ("optimizer", "optimizer state"),
     ("workspace", "scratch of one step"),
 )
@@ -59,7 +59,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pools(plan: flexcore.MemoryPlan) -> Table:
-    table = Table(title=f"memory, finetuning sequences of {plan.sequence_length} tokens", title_justify="left")
+    title = "memory"
+    if plan.tokens_in_flight:
+        title += f", finetuning on sequences of {plan.sequence_length} tokens, {plan.tokens_in_flight} tokens in flight"
+    table = Table(title=title, title_justify="left")
     table.add_column("pool")
     table.add_column("bytes", justify="right")
     table.add_column("what for", style="dim")
