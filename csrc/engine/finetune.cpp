@@ -16,6 +16,11 @@ FinetuneEvent event_of(const TrainingJob& job) {
 
 }  // namespace
 
+void Engine::Impl::fail_job(TrainingJob& job, const std::string& error) {
+  end_job(job, JobStatus::kFailed, error);
+  job_events.push_back(event_of(job));
+}
+
 void Engine::Impl::validate(const std::vector<Example>& examples, const TrainingProgram& program) const {
   require(!examples.empty(), "examples: empty, wanted at least one");
   for (std::size_t i = 0; i < examples.size(); ++i) {
@@ -67,11 +72,6 @@ JobId Engine::Impl::begin(std::unique_ptr<TrainingJob> job) {
   return id;
 }
 
-TrainingJob& Engine::Impl::find_job(JobId id) const {
-  const auto job = jobs.find(id);
-  require(job != jobs.end(), "job: unknown id ", id);
-  return *job->second;
-}
 // The adapter of that name, if one is loaded, is replaced once nothing can go wrong any more.
 JobId Engine::Impl::resume_finetune(const std::string& directory, std::vector<Example> examples) {
   const Checkpoint checkpoint = read_checkpoint(directory);
@@ -95,6 +95,11 @@ JobId Engine::Impl::resume_finetune(const std::string& directory, std::vector<Ex
   return begin(std::move(job));
 }
 
+TrainingJob& Engine::Impl::find_job(JobId id) const {
+  const auto job = jobs.find(id);
+  require(job != jobs.end(), "job: unknown id ", id);
+  return *job->second;
+}
 
 bool Engine::Impl::is_training(const std::string& adapter) const {
   return std::any_of(jobs.begin(), jobs.end(),
@@ -135,7 +140,7 @@ void Engine::Impl::start_batch(TrainingJob& job) {
   if (job.status == JobStatus::kQueued) job.status = JobStatus::kRunning;
 }
 
-void Engine::Impl::finish_sequences(TrainingJob& job, StepReport& report) {
+void Engine::Impl::finish_sequences(TrainingJob& job) {
   for (auto& state : job.sequences) {
     if (!state || !in_flight.at(state->id)->sequence.done) continue;
     job.batch_loss += state->loss_sum;
@@ -165,10 +170,9 @@ void Engine::Impl::finish_sequences(TrainingJob& job, StepReport& report) {
     event.target_tokens = targets;
     event.learning_rate = rate;
     event.grad_norm = norm;
-    report.finetune.push_back(event);
-  } catch (const Error& error) {
-    end_job(job, JobStatus::kFailed, error.what());
-    report.finetune.push_back(event_of(job));
+    job_events.push_back(event);
+  } catch (const std::exception& error) {
+    fail_job(job, error.what());
   }
 }
 

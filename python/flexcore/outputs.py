@@ -26,10 +26,13 @@ class CompletionOutput:
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None  # "stop", "length" or "cancelled"; None while it runs
+    finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"; None while it runs
     stop_reason: str | None = None  # the stop string, if one ended it
     cumulative_logprob: float = 0.0
     logprobs: list[Logprob] = field(default_factory=list)  # filled if SamplingParams.logprobs is set
+    error: str = ""  # why, with the finish_reason "error"
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    ttft_ms: float = 0.0  # from arrival to the first token
 
 
 @dataclass
@@ -88,6 +91,8 @@ class Answer:
         if self.finished:
             return ""
         piece = ""
+        self.output.error = event.error
+        self.output.num_cached_tokens, self.output.ttft_ms = event.num_cached_tokens, event.ttft_ms
         if event.token_id >= 0:
             self.output.token_ids.append(event.token_id)
             self.output.cumulative_logprob += event.logprob

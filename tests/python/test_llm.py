@@ -45,6 +45,14 @@ def test_stop_strings(llm: fc.LLM) -> None:
     assert "".join(llm.stream("hello", with_fields(stop=stop))) == output.text
 
 
+def test_an_answer_that_fails_says_why(llm: fc.LLM) -> None:
+    barred = {token: -float("inf") for token in range(llm.engine.model().vocab_size)}
+    params = [fc.SamplingParams(max_tokens=4, logit_bias=barred), fc.SamplingParams(max_tokens=4, ignore_eos=True)]
+    failed, sound = (output.outputs[0] for output in llm.generate(["a", "b"], params))
+    assert failed.finish_reason == "error" and "no token left" in failed.error and failed.token_ids == []
+    assert sound.finish_reason == "length" and sound.error == "" and sound.ttft_ms > 0
+
+
 def test_stop_strings_wait_for_min_tokens(llm: fc.LLM) -> None:
     letters = {token: 100.0 for token in map(llm.tokenizer.token_id, "abcxyz") if token is not None}
     (whole,) = llm.generate("hello", with_fields(logit_bias=letters))
