@@ -17,7 +17,7 @@ class Engine(_core.Engine):
 
     `model` is a Hugging Face directory (config.json, *.safetensors, tokenizer.json), a .gguf file (converted once, kept
     in $FLEXCORE_CACHE) or a name on the Hugging Face hub. `progress(done, total)` follows a conversion. Raises
-    ModelLoadError, Unsupported, InvalidArgument, OutOfMemory. Calls from several threads queue up, cancel excepted.
+    ModelLoadError, Unsupported, InvalidArgument, OutOfMemory. Calls from several threads queue up.
     """
 
     def __init__(
