@@ -1,7 +1,6 @@
 #include "compile/compiled_model.h"
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #include "core/check.h"
@@ -15,12 +14,6 @@ std::vector<NodeId> nodes_in(const Graph& graph, Phase phase) {
   for (std::size_t i = 0; i < graph.nodes.size(); ++i)
     if (graph.nodes[i].phase == phase) nodes.push_back(static_cast<NodeId>(i));
   return nodes;
-}
-
-std::vector<SiteId> all_sites(const Graph& graph) {
-  std::vector<SiteId> sites(graph.sites.size());
-  std::iota(sites.begin(), sites.end(), 0);
-  return sites;
 }
 
 void save_kept(TrainingProgram& program, const Graph& graph, const KeepPlan& plan, const Graph& trunk) {
@@ -43,7 +36,8 @@ void save_kept(TrainingProgram& program, const Graph& graph, const KeepPlan& pla
 CompiledModel::CompiledModel(Graph base, AttachBypasses attach, const RowCounts& capacity)
     : base_(std::move(base)), attach_(std::move(attach)), capacity_(capacity) {
   auto graph = std::make_shared<Graph>(base_);
-  attach_(*graph, all_sites(*graph));
+  const auto sites = all_sites();
+  attach_(*graph, std::vector<SiteId>(sites.begin(), sites.end()));
   fuse_shared_inputs(*graph);
   const std::shared_ptr<const Graph> serving = graph;
   trunk_ = Program(serving, nodes_in(*serving, Phase::kTrunk), {}, {serving->hidden}, capacity);
@@ -51,6 +45,12 @@ CompiledModel::CompiledModel(Graph base, AttachBypasses attach, const RowCounts&
       Program(serving, nodes_in(*serving, Phase::kSampleHead), {serving->hidden}, {serving->logits}, capacity);
   score_head_ = Program(serving, nodes_in(*serving, Phase::kLossHead), {serving->hidden}, {}, capacity);
   workspace_bytes_ = trunk_.workspace_bytes() + std::max(sample_head_.workspace_bytes(), score_head_.workspace_bytes());
+}
+
+std::set<SiteId> CompiledModel::all_sites() const {
+  std::set<SiteId> sites;
+  for (std::size_t i = 0; i < base_.sites.size(); ++i) sites.insert(static_cast<SiteId>(i));
+  return sites;
 }
 
 TrainingProgram& CompiledModel::training(const std::set<SiteId>& sites) {

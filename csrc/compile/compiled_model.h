@@ -66,6 +66,7 @@ class CompiledModel {
   TensorId hidden() const { return trunk_.graph().hidden; }
   TensorId logits() const { return trunk_.graph().logits; }
   const Graph& base() const { return base_; }
+  std::set<SiteId> all_sites() const;
 
   /// Compiled at the first use of a set of sites and kept. The reference stays valid.
   TrainingProgram& training(const std::set<SiteId>& sites);

@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -50,6 +51,15 @@ struct ThreadPool::State {
   std::mutex mutex;
   std::condition_variable wake;
   std::exception_ptr error;
+
+  ~State() {
+    {
+      const std::lock_guard lock(mutex);
+      stop.store(true);
+    }
+    wake.notify_all();
+    for (auto& thread : threads) thread.join();
+  }
 
   bool has_part(std::uint64_t value) const { return (value & ((1u << kPartBits) - 1)) < num_parts; }
 
@@ -95,20 +105,22 @@ struct ThreadPool::State {
 };
 
 ThreadPool::ThreadPool(int num_threads) : state_(std::make_unique<State>()) {
-  require(num_threads >= 0 && num_threads <= 1024, "num_threads: ", num_threads, ", wanted 0 (all cores) to 1024");
-  const int count = num_threads == 0 ? usable_cores() : num_threads;
+  const int count = size_for(num_threads);
   state_->num_parts = static_cast<std::uint64_t>(count);
   state_->ticket.store(state_->num_parts);  // nothing to claim yet
-  for (int worker = 1; worker < count; ++worker) state_->threads.emplace_back([s = state_.get()] { s->loop(); });
+  state_->threads.reserve(static_cast<std::size_t>(count - 1));
+  try {
+    for (int worker = 1; worker < count; ++worker) state_->threads.emplace_back([s = state_.get()] { s->loop(); });
+  } catch (const std::system_error& error) {
+    throw DeviceError(str("num_threads: ", count, ", but the system gave ", size(), ": ", error.what()));
+  }
 }
 
-ThreadPool::~ThreadPool() {
-  {
-    const std::lock_guard lock(state_->mutex);
-    state_->stop.store(true);
-  }
-  state_->wake.notify_all();
-  for (auto& thread : state_->threads) thread.join();
+ThreadPool::~ThreadPool() = default;
+
+int ThreadPool::size_for(int num_threads) {
+  require(num_threads >= 0 && num_threads <= 1024, "num_threads: ", num_threads, ", wanted 0 (all cores) to 1024");
+  return num_threads == 0 ? usable_cores() : num_threads;
 }
 
 int ThreadPool::size() const { return static_cast<int>(state_->threads.size()) + 1; }

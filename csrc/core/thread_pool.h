@@ -12,13 +12,15 @@ namespace flexcore {
 /// after. One thread at a time may call into a pool. An exception in a worker is re-thrown to the caller.
 class ThreadPool {
  public:
-  /// `num_threads` 0: the number of cores this process may use.
+  /// `num_threads` 0: the number of cores this process may use. Throws DeviceError when the system gives fewer threads.
   explicit ThreadPool(int num_threads = 0);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const;
+  /// The size of a pool made with `num_threads`.
+  static int size_for(int num_threads);
 
   /// body(worker) once for every worker number in [0, size()). Each number has one thread at a time, but a thread may
   /// take several.

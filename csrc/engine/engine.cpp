@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "backends/register.h"
@@ -45,16 +46,8 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
       weights(context, host_allocator(), ledger, sizes.compute),
       adapters(compiled.base().sites, host_allocator(), ledger),
       blocks(sizes.limits.num_blocks, sizes.limits.block_size, config.enable_prefix_caching),
-      scheduler(
-          SchedulerConfig{
-              .max_num_seqs = sizes.limits.max_sampled_rows,
-              .max_num_batched_tokens = sizes.limits.max_rows,
-              .num_layers = model.num_layers,
-              .tpot_ms = config.slo.tpot_ms,
-              .ttft_ms = config.slo.ttft_ms,
-              .max_finetune_tokens_in_flight = finetune_tokens_in_flight(),
-          },
-          blocks, cost) {
+      scheduler(scheduler_config(model, config, sizes, compiled), blocks, cost) {
+  scratch.reserve(static_cast<std::size_t>(scratch_bytes(model, config, sizes)));
   std::vector<WeightSpec> specs;
   for (const auto& param : compiled.base().params) specs.push_back({param.name, param.out_features, param.in_features});
   weights.load(SafetensorsModel(model_path), specs);
@@ -64,20 +57,6 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
 }
 
 Engine::Impl::~Impl() = default;
-
-// Sequences in flight share finetune_memory_bytes; LoRA at every linear keeps the most.
-std::int64_t Engine::Impl::finetune_tokens_in_flight() {
-  if (!config.finetune_memory_bytes) return SchedulerConfig{}.max_finetune_tokens_in_flight;
-  std::set<SiteId> sites;
-  for (std::size_t i = 0; i < compiled.base().sites.size(); ++i) sites.insert(static_cast<SiteId>(i));
-  return std::max<std::int64_t>(1, *config.finetune_memory_bytes / finetune_bytes(compiled.training(sites), 1));
-}
-
-std::int64_t Engine::Impl::finetune_bytes(const TrainingProgram& program, std::int64_t length) const {
-  const TrainShape shape{model.hidden_size, model.num_kv_heads * model.head_dim};
-  return static_cast<std::int64_t>(TrainState::saved_bytes(program, length) +
-                                   TrainState::gradient_bytes(shape, length));
-}
 
 double Engine::Impl::now_ms() const {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
@@ -97,6 +76,8 @@ void Engine::Impl::check_tokens(std::span<const std::int32_t> tokens, const char
 
 void Engine::Impl::validate(const Request& request) const {
   const auto& s = request.sampling;
+  // Sampling takes floats, so that is what must be finite; NaN is not.
+  const auto finite = [](double value) { return std::abs(value) <= std::numeric_limits<float>::max(); };
   require(!request.prompt_token_ids.empty(), "prompt_token_ids: empty, wanted at least one token");
   check_tokens(request.prompt_token_ids, "prompt_token_ids");
   const auto length = static_cast<std::int64_t>(request.prompt_token_ids.size());
@@ -105,27 +86,35 @@ void Engine::Impl::validate(const Request& request) const {
   require(s.max_tokens >= 1, "max_tokens: ", s.max_tokens, ", wanted >= 1");
   require(s.min_tokens >= 0 && s.min_tokens <= s.max_tokens, "min_tokens: ", s.min_tokens, ", wanted 0 to max_tokens (",
           s.max_tokens, ")");
-  require(std::isfinite(s.temperature) && s.temperature >= 0, "temperature: ", s.temperature, ", wanted >= 0");
-  require(s.top_p > 0 && s.top_p <= 1, "top_p: ", s.top_p, ", wanted in (0, 1]");
+  require(finite(s.temperature) && s.temperature >= 0, "temperature: ", s.temperature,
+          ", wanted >= 0 and finite as float32");
+  require(static_cast<float>(s.top_p) > 0 && s.top_p <= 1, "top_p: ", s.top_p, ", wanted in (0, 1], as float32 too");
   require(s.top_k >= -1, "top_k: ", s.top_k, ", wanted -1 or 0 (off) or >= 1");
   require(s.min_p >= 0 && s.min_p <= 1, "min_p: ", s.min_p, ", wanted in [0, 1]");
-  require(std::isfinite(s.presence_penalty), "presence_penalty: ", s.presence_penalty, ", wanted a finite number");
-  require(std::isfinite(s.frequency_penalty), "frequency_penalty: ", s.frequency_penalty, ", wanted a finite number");
-  require(std::isfinite(s.repetition_penalty) && s.repetition_penalty > 0, "repetition_penalty: ", s.repetition_penalty,
-          ", wanted > 0");
+  require(finite(s.presence_penalty), "presence_penalty: ", s.presence_penalty, ", wanted finite as float32");
+  require(finite(s.frequency_penalty), "frequency_penalty: ", s.frequency_penalty, ", wanted finite as float32");
+  require(finite(s.repetition_penalty) && static_cast<float>(s.repetition_penalty) > 0,
+          "repetition_penalty: ", s.repetition_penalty, ", wanted > 0 and finite as float32");
   require(s.n >= 1 && s.n <= 1024, "n: ", s.n, ", wanted 1 to 1024");
   if (s.logprobs)
     require(*s.logprobs >= 0 && *s.logprobs <= model.vocab_size, "logprobs: ", *s.logprobs, ", wanted 0 to vocab_size");
   check_tokens(s.stop_token_ids, "stop_token_ids");
   for (const auto& [token, bias] : s.logit_bias) {
     check_tokens({&token, 1}, "logit_bias");
-    require(!std::isnan(bias), "logit_bias: NaN for token ", token);
+    require(bias <= 0 || finite(bias), "logit_bias: ", bias, " for token ", token,
+            ", wanted -infinity or finite as float32");
   }
   if (!request.adapter.empty()) adapters.get(request.adapter);
-  const std::int64_t tokens = std::min(length + s.max_tokens, sizes.max_model_len);
+  const std::int64_t tokens = max_total_tokens(request);
   const std::int64_t needed = (tokens + sizes.limits.block_size - 1) / sizes.limits.block_size;
   require(needed <= blocks.num_blocks(), "max_tokens: the request may grow to ", tokens, " tokens = ", needed,
           " pages, but the pool has ", blocks.num_blocks(), "; shorten it or raise kv_cache_memory_bytes");
+}
+
+// Prompt and answer. max_tokens may be as large as its type, for "no limit".
+std::int64_t Engine::Impl::max_total_tokens(const Request& request) const {
+  const auto length = static_cast<std::int64_t>(request.prompt_token_ids.size());
+  return length + std::min(request.sampling.max_tokens, sizes.max_model_len - length);
 }
 
 RequestId Engine::Impl::submit(const Request& request) {
@@ -135,10 +124,7 @@ RequestId Engine::Impl::submit(const Request& request) {
     auto state = std::make_unique<RequestState>();
     state->sampling = request.sampling;
     state->seed = request_seed(id, request.sampling, index);
-    if (!request.adapter.empty()) {
-      state->adapter = adapters.get(request.adapter);
-      ++state->adapter->num_requests;
-    }
+    if (!request.adapter.empty()) state->adapter = adapters.get(request.adapter);
     for (const auto& [token, bias] : request.sampling.logit_bias)
       state->logit_bias.emplace_back(token, static_cast<float>(bias));
     state->end_tokens = request.sampling.stop_token_ids;
@@ -148,7 +134,7 @@ RequestId Engine::Impl::submit(const Request& request) {
     sequence.id = id;
     sequence.tokens = request.prompt_token_ids;
     sequence.num_prompt_tokens = static_cast<std::int64_t>(sequence.tokens.size());
-    sequence.max_total_tokens = std::min(sequence.num_prompt_tokens + request.sampling.max_tokens, sizes.max_model_len);
+    sequence.max_total_tokens = max_total_tokens(request);
     sequence.cache_key = state->adapter ? state->adapter->cache_key() : 0;
     sequence.use_prefix_cache = config.enable_prefix_caching;
     sequence.arrival_ms = now_ms();
@@ -162,8 +148,17 @@ RequestId Engine::Impl::submit(const Request& request) {
 void Engine::Impl::finish(RequestId id) {
   const auto request = requests.find(id);
   scheduler.finish(&request->second->sequence);
-  if (request->second->adapter) --request->second->adapter->num_requests;
   requests.erase(request);
+}
+
+// Without a further token.
+void Engine::Impl::end_early(RequestId id, FinishReason reason, const std::string& error) {
+  const Sequence& sequence = requests.at(id)->sequence;
+  TokenEvent event{.request_id = id, .finish_reason = reason, .error = error};
+  event.num_cached_tokens = sequence.num_cached_tokens;
+  if (sequence.first_token_ms >= 0) event.ttft_ms = sequence.first_token_ms - sequence.arrival_ms;
+  token_events.push_back(std::move(event));
+  finish(id);
 }
 
 void Engine::Impl::unload(const std::string& name) {
@@ -204,15 +199,14 @@ StepReport Engine::step() {
 bool Engine::cancel(RequestId id) {
   const std::lock_guard lock(impl_->mutex);
   if (!impl_->requests.contains(id)) return false;
-  impl_->finish(id);
-  impl_->cancelled.push_back({.request_id = id, .finish_reason = FinishReason::kCancelled});
+  impl_->end_early(id, FinishReason::kCancelled);
   impl_->counters["requests_cancelled"] += 1;
   return true;
 }
 
 bool Engine::has_work() const {
   const std::lock_guard lock(impl_->mutex);
-  return impl_->scheduler.has_inference() || impl_->scheduler.has_training() || !impl_->cancelled.empty() ||
+  return impl_->scheduler.has_inference() || impl_->scheduler.has_training() || !impl_->token_events.empty() ||
          !impl_->job_events.empty();
 }
 
@@ -263,6 +257,7 @@ JobId Engine::finetune(const std::string& adapter, std::vector<Example> examples
 std::vector<float> Engine::score(const std::vector<std::int32_t>& token_ids, const std::string& adapter) {
   const std::lock_guard lock(impl_->mutex);
   require(!token_ids.empty(), "token_ids: empty, wanted at least one token");
+  impl_->check_tokens(token_ids, "token_ids");
   const auto held = adapter.empty() ? nullptr : impl_->adapters.get(adapter);
   std::vector<float> scores(token_ids.size() - 1);
   if (!scores.empty()) impl_->forward_alone(token_ids, held.get(), scores.data(), nullptr);

@@ -117,9 +117,15 @@ std::size_t Executor::workspace_bytes(const CompiledModel& model, const Training
 
 void Executor::reserve(const TrainingProgram& program) {
   const std::size_t bytes = workspace_bytes(model_, program, limits_.max_rows);
-  if (bytes <= workspace_.bytes()) return;
+  const std::size_t before = workspace_.bytes();
+  if (bytes <= before) return;
   workspace_.reset();
-  workspace_ = Buffer(device_.allocator(), ledger_, MemoryTag::kWorkspace, bytes);
+  try {
+    workspace_ = Buffer(device_.allocator(), ledger_, MemoryTag::kWorkspace, bytes);
+  } catch (const OutOfMemory&) {
+    workspace_ = Buffer(device_.allocator(), ledger_, MemoryTag::kWorkspace, before);  // serving goes on
+    throw;
+  }
 }
 
 TensorView Executor::index_array(IndexArray which, DType dtype, std::int64_t size) const {

@@ -16,6 +16,11 @@ FinetuneEvent event_of(const TrainingJob& job) {
 
 }  // namespace
 
+void Engine::Impl::fail_job(TrainingJob& job, const std::string& error) {
+  end_job(job, JobStatus::kFailed, error);
+  job_events.push_back(event_of(job));
+}
+
 void Engine::Impl::validate(const std::vector<Example>& examples, const TrainingProgram& program) const {
   require(!examples.empty(), "examples: empty, wanted at least one");
   for (std::size_t i = 0; i < examples.size(); ++i) {
@@ -36,7 +41,7 @@ void Engine::Impl::validate(const std::vector<Example>& examples, const Training
     const std::int64_t pages = (length + sizes.limits.block_size - 1) / sizes.limits.block_size;
     require(pages <= blocks.num_blocks(), where, ": ", length, " tokens need ", pages, " pages, but the pool has ",
             blocks.num_blocks(), "; raise kv_cache_memory_bytes");
-    const std::int64_t bytes = finetune_bytes(program, length);
+    const std::int64_t bytes = finetune_bytes(model, program, length);
     require(bytes <= config.finetune_memory_bytes.value_or(bytes), where, ": ", length, " tokens keep ", bytes,
             " bytes for the backward, more than finetune_memory_bytes (", config.finetune_memory_bytes.value_or(0),
             ")");
@@ -54,13 +59,40 @@ JobId Engine::Impl::start_job(const std::string& adapter, std::vector<Example> e
   TrainingProgram& program = compiled.training(target->sites());
   validate(examples, program);
   executor->reserve(program);
-  const JobId id = next_job++;
-  auto job = std::make_unique<TrainingJob>(id, adapter, std::move(examples), settings);
+  auto job = std::make_unique<TrainingJob>(next_job++, adapter, std::move(examples), settings);
   job->allocate(context, host_allocator(), ledger, target->num_parameters);
-  scheduler.add_job(id, settings.weight);
+  return begin(std::move(job));
+}
+
+JobId Engine::Impl::begin(std::unique_ptr<TrainingJob> job) {
+  const JobId id = job->id;
+  scheduler.add_job(id, job->config.weight);
   start_batch(*job);
   jobs.emplace(id, std::move(job));
   return id;
+}
+
+// The adapter of that name, if one is loaded, is replaced once nothing can go wrong any more.
+JobId Engine::Impl::resume_finetune(const std::string& directory, std::vector<Example> examples) {
+  const Checkpoint checkpoint = read_checkpoint(directory);
+  const std::string& name = checkpoint.adapter;
+  require(!is_training(name), "adapter \"", name, "\" is being trained by another job");
+  require(static_cast<std::int64_t>(examples.size()) == checkpoint.num_examples, "examples: ", examples.size(),
+          ", wanted those of the first call (", checkpoint.num_examples, ")");
+  const auto adapter = adapters.read(name, directory);
+  adapter->version = checkpoint.version;
+  TrainingProgram& program = compiled.training(adapter->sites());
+  validate(examples, program);
+  executor->reserve(program);
+  auto job = std::make_unique<TrainingJob>(next_job++, name, std::move(examples), checkpoint.config);
+  job->step = checkpoint.step;
+  job->loss = checkpoint.loss;
+  job->trained_tokens = checkpoint.trained_tokens;
+  job->allocate(context, host_allocator(), ledger, adapter->num_parameters);
+  read_optimizer_state(directory, *job, *adapter);
+  if (adapters.contains(name)) unload(name);
+  adapters.publish(adapter);
+  return begin(std::move(job));
 }
 
 TrainingJob& Engine::Impl::find_job(JobId id) const {
@@ -108,7 +140,7 @@ void Engine::Impl::start_batch(TrainingJob& job) {
   if (job.status == JobStatus::kQueued) job.status = JobStatus::kRunning;
 }
 
-void Engine::Impl::finish_sequences(TrainingJob& job, StepReport& report) {
+void Engine::Impl::finish_sequences(TrainingJob& job) {
   for (auto& state : job.sequences) {
     if (!state || !in_flight.at(state->id)->sequence.done) continue;
     job.batch_loss += state->loss_sum;
@@ -122,12 +154,12 @@ void Engine::Impl::finish_sequences(TrainingJob& job, StepReport& report) {
   job.sequences.clear();
   try {
     const auto before = adapters.get(job.adapter);
-    const std::uint64_t key = before->cache_key();
     const double rate = job.learning_rate();
     const std::int64_t targets = job.batch_targets;
-    const auto target = adapters.next_version(job.adapter);
-    blocks.forget(key);
-    const double norm = job.optimizer_step(context, *target);
+    const auto after = adapters.next_version(*before);
+    const double norm = job.optimizer_step(context, *after);
+    adapters.publish(after);
+    blocks.forget(before->cache_key());
     job.loss = job.batch_loss / static_cast<double>(targets);
     counters["finetune_steps"] += 1;
     if (job.step < job.total_steps())
@@ -138,10 +170,9 @@ void Engine::Impl::finish_sequences(TrainingJob& job, StepReport& report) {
     event.target_tokens = targets;
     event.learning_rate = rate;
     event.grad_norm = norm;
-    report.finetune.push_back(event);
-  } catch (const Error& error) {
-    end_job(job, JobStatus::kFailed, error.what());
-    report.finetune.push_back(event_of(job));
+    job_events.push_back(event);
+  } catch (const std::exception& error) {
+    fail_job(job, error.what());
   }
 }
 
@@ -209,28 +240,7 @@ void Engine::save_checkpoint(JobId id, const std::string& directory) const {
 
 JobId Engine::resume_finetune(const std::string& directory, std::vector<Example> examples) {
   const std::lock_guard lock(impl_->mutex);
-  const Checkpoint checkpoint = read_checkpoint(directory);
-  const std::string& name = checkpoint.adapter;
-  require(!impl_->is_training(name), "adapter \"", name, "\" is being trained by another job");
-  check(checkpoint.config);
-  require(static_cast<std::int64_t>(examples.size()) == checkpoint.num_examples, "examples: ", examples.size(),
-          ", wanted those of the first call (", checkpoint.num_examples, ")");
-  if (impl_->adapters.contains(name)) impl_->unload(name);
-  const auto adapter = impl_->adapters.load(name, directory);
-  TrainingProgram& program = impl_->compiled.training(adapter->sites());
-  impl_->validate(examples, program);
-  impl_->executor->reserve(program);
-  const JobId id = impl_->next_job++;
-  auto job = std::make_unique<TrainingJob>(id, name, std::move(examples), checkpoint.config);
-  job->step = checkpoint.step;
-  job->loss = checkpoint.loss;
-  job->trained_tokens = checkpoint.trained_tokens;
-  job->allocate(impl_->context, host_allocator(), impl_->ledger, adapter->num_parameters);
-  read_optimizer_state(directory, *job, *adapter);
-  impl_->scheduler.add_job(id, checkpoint.config.weight);
-  impl_->start_batch(*job);
-  impl_->jobs.emplace(id, std::move(job));
-  return id;
+  return impl_->resume_finetune(directory, std::move(examples));
 }
 
 }  // namespace flexcore

@@ -32,7 +32,8 @@ struct RequestState {
   std::vector<std::int32_t> end_tokens;  // that end it
 };
 
-/// Sizes that follow from a model, a configuration and the machine, before anything is allocated.
+/// Sizes that follow from a model, a configuration and the machine, before anything is allocated; the engine and its
+/// plan take them from here.
 struct EngineSizes {
   DType compute = DType::kBFloat16;
   std::int64_t max_model_len = 0;
@@ -42,6 +43,12 @@ struct EngineSizes {
 };
 EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config);
 RowCounts row_capacity(const ExecutorLimits& limits);
+/// With the tokens in flight that finetune_memory_bytes allows.
+SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
+                                 CompiledModel& compiled);
+/// What one training sequence of `length` tokens keeps for its backward.
+std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& program, std::int64_t length);
+std::int64_t scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes);
 /// Throws InvalidArgument that names the field.
 void check(const EngineConfig& config);
 
@@ -51,35 +58,38 @@ struct Engine::Impl {
 
   // engine.cpp
   double now_ms() const;
-  std::int64_t finetune_tokens_in_flight();
-  std::int64_t finetune_bytes(const TrainingProgram& program, std::int64_t length) const;
   std::uint64_t request_seed(RequestId id, const SamplingParams& sampling, std::int64_t index) const;
   void check_tokens(std::span<const std::int32_t> tokens, const char* argument) const;
   RequestId submit(const Request& request);
   void validate(const Request& request) const;
+  std::int64_t max_total_tokens(const Request& request) const;
   void finish(RequestId id);
+  void end_early(RequestId id, FinishReason reason, const std::string& error = {});
   void unload(const std::string& name);
 
   // step.cpp
   StepReport step();
   void run_plan(StepPlan& plan, StepReport& report);
+  void count(const StepPlan& plan, StepReport& report);
   bool drop_failed_training(StepPlan& plan);
-  void finish_plan(StepReport& report);
+  bool fail_training(const StepPlan& plan, const std::string& error);
   std::vector<SamplingResult> sample(const std::vector<RequestState*>& rows, const TensorView& logits,
                                      std::vector<std::vector<std::pair<std::int32_t, float>>>& top,
-                                     std::vector<bool>& failed);
-  void emit_token(RequestState& request, const SamplingResult& result, StepReport& report);
+                                     std::vector<std::string>& errors);
+  void emit_token(RequestState& request, const SamplingResult& result);
 
   // finetune.cpp
   JobId start_job(const std::string& adapter, std::vector<Example> examples, const FinetuneConfig& config);
+  JobId resume_finetune(const std::string& directory, std::vector<Example> examples);
+  JobId begin(std::unique_ptr<TrainingJob> job);
   void validate(const std::vector<Example>& examples, const TrainingProgram& program) const;
   TrainingJob& find_job(JobId id) const;
   void start_batch(TrainingJob& job);
-  void finish_sequences(TrainingJob& job, StepReport& report);
+  void finish_sequences(TrainingJob& job);
   void end_job(TrainingJob& job, JobStatus status, const std::string& error);
+  void fail_job(TrainingJob& job, const std::string& error);
   std::int64_t program_id(const TrainingProgram& program);
   TrainState& state_of(const TrainSequence& sequence) const { return *in_flight.at(sequence.id)->state; }
-  void publish(const std::string& adapter, const std::shared_ptr<Adapter>& before);
   bool is_training(const std::string& adapter) const;
 
   // measure.cpp
@@ -107,10 +117,10 @@ struct Engine::Impl {
   Scheduler scheduler;
 
   std::map<RequestId, std::unique_ptr<RequestState>> requests;
-  std::vector<TokenEvent> cancelled;  // to be reported by the next step
+  std::vector<TokenEvent> token_events;  // to be reported when a step ends
   RequestId next_request = 1;
   std::map<JobId, std::unique_ptr<TrainingJob>> jobs;
-  std::vector<FinetuneEvent> job_events;  // changes of status to be reported by the next step
+  std::vector<FinetuneEvent> job_events;  // to be reported when a step ends
   JobId next_job = 1;
   struct InFlight {
     TrainSequence sequence;  // the scheduler's view

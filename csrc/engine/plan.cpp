@@ -99,28 +99,30 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   plan.weights = weight_bytes(compiled.base(), sizes.compute);
   plan.kv_pages = sizes.block_bytes * sizes.limits.num_blocks;
   const std::int64_t rotary = sizes.limits.max_positions * model.head_dim * static_cast<std::int64_t>(sizeof(float));
-  plan.workspace = rotary + static_cast<std::int64_t>(Executor::indices_bytes(sizes.limits));
-  if (!lora) {
-    plan.workspace += static_cast<std::int64_t>(compiled.workspace_bytes());
-    return plan;
-  }
+  const auto programs_bytes = [&](const std::set<SiteId>& sites) {
+    return static_cast<std::int64_t>(
+        Executor::workspace_bytes(compiled, compiled.training(sites), sizes.limits.max_rows));
+  };
+  // An engine probes its speed with LoRA at every linear when it loads.
+  const std::int64_t programs = programs_bytes(compiled.all_sites());
+  plan.workspace = rotary + static_cast<std::int64_t>(Executor::indices_bytes(sizes.limits)) +
+                   scratch_bytes(model, config, sizes) + programs;
+  if (!lora) return plan;
+  const LoraMatcher matcher(*lora);
+  require_targets(matcher, compiled.base().sites);
+  const auto modules = lora_modules(matcher, compiled.base().sites);
   std::set<SiteId> sites;
-  std::int64_t parameters = 0;
-  const auto& all = compiled.base().sites;
-  for (std::size_t i = 0; i < all.size(); ++i)
-    if (const auto resolved = resolve_lora(*lora, all[i].path)) {
-      sites.insert(static_cast<SiteId>(i));
-      parameters += resolved->rank * (all[i].in_features + all[i].out_features);
-    }
-  require(!sites.empty(), "target_modules: no linear of the model matches");
+  for (const auto& module : modules) sites.insert(module.site);
   const TrainingProgram& program = compiled.training(sites);
-  const auto parameter_bytes = parameters * static_cast<std::int64_t>(sizeof(float));
-  plan.saved_activations = static_cast<std::int64_t>(TrainState::saved_bytes(program, sequence_length));
-  plan.adapters = parameter_bytes;
+  plan.workspace += std::max<std::int64_t>(0, programs_bytes(sites) - programs);
+  const std::int64_t tokens =
+      scheduler_config(model, config, sizes, compiled).finetune_tokens_in_flight(sequence_length);
+  plan.tokens_in_flight = tokens;
+  const std::int64_t parameter_bytes = num_parameters(modules) * static_cast<std::int64_t>(sizeof(float));
+  plan.saved_activations = static_cast<std::int64_t>(TrainState::saved_bytes(program, tokens));
+  plan.adapters = 2 * parameter_bytes;
   plan.optimizer = 2 * parameter_bytes;
-  plan.gradients = parameter_bytes + static_cast<std::int64_t>(TrainState::gradient_bytes(
-                                         {model.hidden_size, model.num_kv_heads * model.head_dim}, sequence_length));
-  plan.workspace += static_cast<std::int64_t>(Executor::workspace_bytes(compiled, program, sizes.limits.max_rows));
+  plan.gradients = parameter_bytes + finetune_bytes(model, program, tokens) - plan.saved_activations;
   explain(plan, program, model.num_layers);
   return plan;
 }

@@ -1,20 +1,34 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <limits>
 
+#include "backends/cpu/scratch.h"
 #include "core/check.h"
 #include "engine/impl.h"
+#include "peft/lora_matcher.h"
 
 namespace flexcore {
+
+namespace {
+
+// Positions, rows and pages are numbered by 32 bits; products of two such sizes and a page's bytes fit 64.
+constexpr std::int64_t kMaxCount = std::numeric_limits<std::int32_t>::max();
+constexpr std::int64_t kMaxBlockSize = 1 << 16;
+
+}  // namespace
 
 void check(const EngineConfig& c) {
   const auto positive = [](std::int64_t value, const char* name) {
     require(value >= 1, name, ": ", value, ", wanted >= 1");
   };
-  positive(c.max_model_len, "max_model_len");
-  positive(c.max_num_seqs, "max_num_seqs");
-  positive(c.max_num_batched_tokens, "max_num_batched_tokens");
-  positive(c.block_size, "block_size");
+  const auto within = [](std::int64_t value, std::int64_t most, const char* name) {
+    require(value >= 1 && value <= most, name, ": ", value, ", wanted 1 to ", most);
+  };
+  within(c.max_model_len, kMaxCount, "max_model_len");
+  within(c.max_num_seqs, kMaxCount, "max_num_seqs");
+  within(c.max_num_batched_tokens, kMaxCount, "max_num_batched_tokens");
+  within(c.block_size, kMaxBlockSize, "block_size");
   require(c.dtype == "bfloat16" || c.dtype == "float32", "dtype: \"", c.dtype,
           "\", wanted \"bfloat16\" or \"float32\"");
   require(c.num_threads >= 0, "num_threads: ", c.num_threads, ", wanted >= 0");
@@ -33,14 +47,20 @@ EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config) {
   EngineSizes sizes;
   sizes.compute = config.dtype == "float32" ? DType::kFloat32 : DType::kBFloat16;
   sizes.max_model_len = std::min(config.max_model_len, model.max_position_embeddings);
-  sizes.block_bytes = 2 * model.num_layers * model.num_kv_heads * model.head_dim * config.block_size *
-                      static_cast<std::int64_t>(dtype_size(sizes.compute));
+  const double page = 2.0 * static_cast<double>(model.num_layers) * static_cast<double>(model.num_kv_heads) *
+                      static_cast<double>(model.head_dim) * static_cast<double>(config.block_size) *
+                      static_cast<double>(dtype_size(sizes.compute));
+  require(page <= static_cast<double>(kMaxCount), "block_size: ", config.block_size, " tokens are a page of ", page,
+          " bytes, wanted at most ", kMaxCount);
+  sizes.block_bytes = static_cast<std::int64_t>(page);
   const std::int64_t blocks_per_sequence = (sizes.max_model_len + config.block_size - 1) / config.block_size;
   std::int64_t num_blocks = config.max_num_seqs * blocks_per_sequence;
   if (config.kv_cache_memory_bytes) {
     num_blocks = *config.kv_cache_memory_bytes / sizes.block_bytes;
     require(num_blocks >= 1, "kv_cache_memory_bytes: ", *config.kv_cache_memory_bytes, ", wanted at least one page of ",
             sizes.block_bytes, " bytes");
+    require(num_blocks <= kMaxCount, "kv_cache_memory_bytes: ", *config.kv_cache_memory_bytes, " is ", num_blocks,
+            " pages, wanted at most ", kMaxCount);
   } else {
     const std::int64_t physical = static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE);
     num_blocks = std::max(std::min(num_blocks, physical / 4 / sizes.block_bytes), blocks_per_sequence);
@@ -49,6 +69,39 @@ EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config) {
   const std::int64_t max_seqs = std::min(config.max_num_seqs, config.max_num_batched_tokens);
   sizes.limits = {config.max_num_batched_tokens, max_seqs, sizes.max_model_len, num_blocks, config.block_size};
   return sizes;
+}
+
+std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& program, std::int64_t length) {
+  return static_cast<std::int64_t>(
+      TrainState::saved_bytes(program, length) +
+      TrainState::gradient_bytes({model.hidden_size, model.num_kv_heads * model.head_dim}, length));
+}
+
+SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
+                                 CompiledModel& compiled) {
+  SchedulerConfig scheduler{.max_num_seqs = sizes.limits.max_sampled_rows,
+                            .max_num_batched_tokens = sizes.limits.max_rows,
+                            .num_layers = model.num_layers,
+                            .tpot_ms = config.slo.tpot_ms,
+                            .ttft_ms = config.slo.ttft_ms};
+  if (config.finetune_memory_bytes)  // LoRA at every linear keeps the most
+    scheduler.max_finetune_tokens_in_flight = std::max<std::int64_t>(
+        1, *config.finetune_memory_bytes / finetune_bytes(model, compiled.training(compiled.all_sites()), 1));
+  return scheduler;
+}
+
+std::int64_t scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes) {
+  return cpu::scratch_bytes({.rows = sizes.limits.max_rows,
+                             .sampled_rows = sizes.limits.max_sampled_rows,
+                             .positions = sizes.max_model_len,
+                             .hidden_size = model.hidden_size,
+                             .intermediate_size = model.intermediate_size,
+                             .num_heads = model.num_heads,
+                             .num_kv_heads = model.num_kv_heads,
+                             .head_dim = model.head_dim,
+                             .vocab_size = model.vocab_size,
+                             .rank = LoraMatcher::kMaxRank,
+                             .num_threads = ThreadPool::size_for(config.num_threads)});
 }
 
 RowCounts row_capacity(const ExecutorLimits& limits) {

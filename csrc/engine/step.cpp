@@ -1,4 +1,7 @@
 #include <algorithm>
+#include <exception>
+#include <set>
+#include <string>
 #include <utility>
 
 #include "core/check.h"
@@ -6,24 +9,32 @@
 
 namespace flexcore {
 
+// Events wait in token_events and job_events until a step ends well, so that no error loses one.
 StepReport Engine::Impl::step() {
   const double begin = now_ms();
   StepReport report;
-  report.outputs = std::exchange(cancelled, {});
-  report.finetune = std::exchange(job_events, {});
   StepPlan plan = scheduler.plan(begin);
   for (auto* sequence : plan.restarted) state_of(*sequence).restart();
   const bool dropped = drop_failed_training(plan);
   counters["preemptions"] += static_cast<double>(plan.preempted.size());
   counters["finetune_restarts"] += static_cast<double>(plan.restarted.size());
   if (!plan.empty()) {
-    run_plan(plan, report);
-    // Optimizer steps come after and are no part of the model's time; a plan that lost work says nothing about it.
-    if (!dropped) cost.observe(plan.features, now_ms() - begin);
-    finish_plan(report);
+    try {
+      run_plan(plan, report);
+      // Optimizer steps come after and are no part of the model's time; a plan that lost work says nothing about it.
+      if (!dropped) cost.observe(plan.features, now_ms() - begin);
+    } catch (const std::exception& error) {
+      // Requests are as they were, and what was planned for them is planned again. Without training, nothing would
+      // change then.
+      if (!fail_training(plan, error.what())) throw;
+    }
+    for (auto& [id, job] : jobs)
+      if (job->active()) finish_sequences(*job);
     counters["steps"] += 1;
   }
 
+  report.outputs = std::exchange(token_events, {});
+  report.finetune = std::exchange(job_events, {});
   report.predicted_ms = plan.predicted_ms;
   report.explain = plan.explain;
   report.elapsed_ms = now_ms() - begin;
@@ -41,18 +52,27 @@ bool Engine::Impl::drop_failed_training(StepPlan& plan) {
       if (!state.allocated()) state.allocate(host_allocator(), ledger, executor->shape());
       ++i;
     } catch (const OutOfMemory& error) {
-      const auto id = job.id;
-      const auto of_job = [id](const TrainWindow& window) { return window.sequence->job_id == id; };
+      const auto of_job = [id = job.id](const TrainWindow& window) { return window.sequence->job_id == id; };
       std::erase_if(plan.forward, of_job);
       for (auto& unit : plan.backward) std::erase_if(unit.windows, of_job);
       std::erase_if(plan.backward, [](const BackwardUnit& unit) { return unit.windows.empty(); });
-      end_job(job, JobStatus::kFailed, error.what());
-      job_events.push_back({.job_id = id, .step = job.step, .loss = job.loss, .status = job.status});
+      fail_job(job, error.what());
       dropped = true;
       i = 0;
     }
   }
   return dropped;
+}
+
+// After an error in the middle of a plan, losses and gradients hold part of its sums: their jobs cannot go on. False:
+// no job had work in it.
+bool Engine::Impl::fail_training(const StepPlan& plan, const std::string& error) {
+  std::set<JobId> ids;
+  for (const auto& window : plan.forward) ids.insert(window.sequence->job_id);
+  for (const auto& unit : plan.backward)
+    for (const auto& window : unit.windows) ids.insert(window.sequence->job_id);
+  for (const auto id : ids) fail_job(find_job(id), error);
+  return !ids.empty();
 }
 
 void Engine::Impl::run_plan(StepPlan& plan, StepReport& report) {
@@ -68,7 +88,6 @@ void Engine::Impl::run_plan(StepPlan& plan, StepReport& report) {
                       .adapter = request.adapter.get(),
                       .sampled = work.sample ? 1 : 0});
     if (work.sample) sampled.push_back(&request);
-    (work.decode ? report.num_decode_tokens : report.num_prefill_tokens) += work.end - work.begin;
   }
   for (const auto& window : plan.forward) {
     TrainState& state = state_of(*window.sequence);
@@ -79,54 +98,52 @@ void Engine::Impl::run_plan(StepPlan& plan, StepReport& report) {
                       .block_table = window.sequence->block_table.data(),
                       .adapter = state.adapter.get(),
                       .train = &state});
-    report.num_finetune_forward_tokens += window.end - window.begin;
   }
   const TensorView logits = executor->forward(groups);
 
   std::vector<std::vector<std::pair<std::int32_t, float>>> top;
-  std::vector<bool> failed;
-  const auto results = sample(sampled, logits, top, failed);
+  std::vector<std::string> errors;
+  const auto results = sample(sampled, logits, top, errors);
 
-  std::int64_t layer_tokens = 0;
   for (const auto& unit : plan.backward) {
     std::vector<BackwardRows> rows;
-    for (const auto& window : unit.windows) {
-      rows.push_back({&state_of(*window.sequence), window.begin, window.end});
-      layer_tokens += window.end - window.begin;
-    }
+    for (const auto& window : unit.windows) rows.push_back({&state_of(*window.sequence), window.begin, window.end});
     executor->backward(static_cast<int>(unit.layer), rows);
   }
+
+  scheduler.commit(plan);
+  count(plan, report);
+  for (std::size_t i = 0; i < sampled.size(); ++i) {
+    if (errors[i].empty()) {
+      emit_token(*sampled[i], results[i]);
+    } else {
+      end_early(sampled[i]->sequence.id, FinishReason::kError, errors[i]);
+      counters["requests_failed"] += 1;
+    }
+  }
+}
+
+void Engine::Impl::count(const StepPlan& plan, StepReport& report) {
+  for (const auto& work : plan.inference)
+    (work.decode ? report.num_decode_tokens : report.num_prefill_tokens) += work.end - work.begin;
+  for (const auto& window : plan.forward) report.num_finetune_forward_tokens += window.end - window.begin;
+  std::int64_t layer_tokens = 0;
+  for (const auto& unit : plan.backward)
+    for (const auto& window : unit.windows) layer_tokens += window.end - window.begin;
   report.num_backward_units = static_cast<std::int64_t>(plan.backward.size());
   report.num_finetune_backward_tokens = layer_tokens / model.num_layers;
   counters["backward_layer_tokens"] += static_cast<double>(layer_tokens);
   counters["prompt_tokens"] += static_cast<double>(report.num_prefill_tokens);
   counters["finetune_forward_tokens"] += static_cast<double>(report.num_finetune_forward_tokens);
-
-  scheduler.commit(plan);
-  for (std::size_t i = 0; i < sampled.size(); ++i) {
-    if (failed[i]) {
-      const RequestId id = sampled[i]->sequence.id;
-      report.outputs.push_back({.request_id = id, .finish_reason = FinishReason::kCancelled});
-      finish(id);
-      counters["requests_failed"] += 1;
-    } else {
-      emit_token(*sampled[i], results[i], report);
-    }
-  }
 }
 
-void Engine::Impl::finish_plan(StepReport& report) {
-  for (auto& [id, job] : jobs)
-    if (job->active()) finish_sequences(*job, report);
-}
-
-// A row that cannot be sampled (NaN logits of a broken adapter) fails its own request only.
+// A row that cannot be sampled (NaN logits of a broken adapter) fails its own request only; errors[i] says why.
 std::vector<SamplingResult> Engine::Impl::sample(const std::vector<RequestState*>& rows, const TensorView& logits,
                                                  std::vector<std::vector<std::pair<std::int32_t, float>>>& top,
-                                                 std::vector<bool>& failed) {
+                                                 std::vector<std::string>& errors) {
   std::vector<SamplingRow> params;
   std::vector<SamplingResult> results(rows.size());
-  failed.assign(rows.size(), false);
+  errors.assign(rows.size(), {});
   top.resize(rows.size());
   for (std::size_t i = 0; i < rows.size(); ++i) {
     const RequestState& request = *rows[i];
@@ -138,7 +155,7 @@ std::vector<SamplingResult> Engine::Impl::sample(const std::vector<RequestState*
         {.temperature = static_cast<float>(s.temperature),
          .top_p = static_cast<float>(s.top_p),
          .min_p = static_cast<float>(s.min_p),
-         .top_k = static_cast<std::int32_t>(std::max<std::int64_t>(s.top_k, 0)),
+         .top_k = static_cast<std::int32_t>(std::clamp<std::int64_t>(s.top_k, 0, model.vocab_size)),
          .presence_penalty = static_cast<float>(s.presence_penalty),
          .frequency_penalty = static_cast<float>(s.frequency_penalty),
          .repetition_penalty = static_cast<float>(s.repetition_penalty),
@@ -160,19 +177,23 @@ std::vector<SamplingResult> Engine::Impl::sample(const std::vector<RequestState*
       const auto row = static_cast<std::int64_t>(i);
       try {
         run(context, SampleArgs{logits.rows(row, row + 1), {&params[i], 1}, {&results[i], 1}});
-      } catch (const Error&) {
-        failed[i] = true;
+      } catch (const Error& error) {
+        errors[i] = error.what();
       }
     }
   }
   return results;
 }
 
-void Engine::Impl::emit_token(RequestState& request, const SamplingResult& result, StepReport& report) {
+void Engine::Impl::emit_token(RequestState& request, const SamplingResult& result) {
   Sequence& sequence = request.sequence;
   sequence.tokens.push_back(result.token);
   if (sequence.first_token_ms < 0) sequence.first_token_ms = now_ms();
-  TokenEvent event{.request_id = sequence.id, .token_id = result.token, .logprob = result.logprob};
+  TokenEvent event{.request_id = sequence.id,
+                   .token_id = result.token,
+                   .logprob = result.logprob,
+                   .num_cached_tokens = sequence.num_cached_tokens,
+                   .ttft_ms = sequence.first_token_ms - sequence.arrival_ms};
   event.top_logprobs.assign(result.top.begin(), result.top.end());
   const bool ends =
       std::find(request.end_tokens.begin(), request.end_tokens.end(), result.token) != request.end_tokens.end();
@@ -182,7 +203,7 @@ void Engine::Impl::emit_token(RequestState& request, const SamplingResult& resul
     event.finish_reason = FinishReason::kLength;
   counters["generation_tokens"] += 1;
   const bool done = event.finish_reason != FinishReason::kNone;
-  report.outputs.push_back(std::move(event));
+  token_events.push_back(std::move(event));
   if (done) {
     finish(sequence.id);
     counters["requests_finished"] += 1;

@@ -2,7 +2,15 @@
 
 #include <algorithm>
 
+#include "core/check.h"
+
 namespace flexcore {
+
+void Arena::reserve(std::size_t bytes) {
+  require<Error>(chunk_ == 0 && used_ == 0, "arena: reserved while in use");
+  chunks_.clear();
+  chunks_.emplace_back(*allocator_, *ledger_, MemoryTag::kWorkspace, bytes);
+}
 
 void* Arena::allocate(std::size_t bytes) {
   constexpr std::size_t kAlignment = 64, kMinChunk = 1 << 20;

@@ -8,12 +8,14 @@
 
 namespace flexcore {
 
-/// Stack of temporary tensors, for kernels' scratch. Grows by whole buffers, which it keeps; all of it counts as
-/// workspace. Not thread-safe: take scratch for all workers before a parallel region.
+/// Stack of temporary tensors, for kernels' scratch. Grows by whole buffers, which it keeps, when what was reserved is
+/// not enough; all of it counts as workspace. Not thread-safe: take scratch for all workers before a parallel region.
 class Arena {
  public:
   Arena(Allocator& allocator, MemoryLedger& ledger) : allocator_(&allocator), ledger_(&ledger) {}
 
+  /// One buffer of at least `bytes`, in place of what there is; for before the first use.
+  void reserve(std::size_t bytes);
   /// 64-byte aligned, uninitialised, valid until the enclosing Scope ends.
   void* allocate(std::size_t bytes);
   template <class T>

@@ -1,6 +1,7 @@
 #include "ops/attention.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace flexcore {
 
@@ -62,7 +63,8 @@ Heads check_query(std::string_view op, const TensorView& q, const KvPages& pages
   check_heads(op, "q", q, heads.tokens, heads.query, heads.dim);
   require(heads.query >= 1 && heads.query % pages.keys.shape(1) == 0, op, ": ", heads.query,
           " query heads, wanted a multiple of the ", pages.keys.shape(1), " kv heads");
-  require(sliding_window >= 0, op, ": sliding_window ", sliding_window, ", wanted >= 0");
+  require(sliding_window >= 0 && sliding_window <= std::numeric_limits<std::int32_t>::max(), op, ": sliding_window ",
+          sliding_window, ", wanted 0 to 2147483647");
   return heads;
 }
 

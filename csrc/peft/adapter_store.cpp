@@ -47,21 +47,13 @@ std::vector<LoraWeights> lora_weights(const Adapter& adapter, const float* array
 AdapterStore::AdapterStore(const std::vector<LinearSite>& sites, Allocator& allocator, MemoryLedger& ledger)
     : sites_(sites), allocator_(allocator), ledger_(ledger) {}
 
-// Parameters of all modules in one buffer, A then B of each, site by site.
-std::shared_ptr<Adapter> AdapterStore::layout(const std::string& name, const LoraConfig& config) {
-  require(!name.empty(), "adapter name: empty, wanted at least one character");
-  require(!newest_.contains(name), "adapter \"", name, "\" is loaded already; unload it first");
-  const LoraMatcher matcher(config);
-  auto adapter = std::make_shared<Adapter>();
-  adapter->name = name;
-  adapter->config = config;
+std::vector<LoraModule> lora_modules(const LoraMatcher& matcher, const std::vector<LinearSite>& sites) {
+  std::vector<LoraModule> modules;
   std::int64_t offset = 0;
-  for (std::size_t i = 0; i < sites_.size(); ++i) {
-    const auto& site = sites_[i];
+  for (std::size_t i = 0; i < sites.size(); ++i) {
+    const auto& site = sites[i];
     const auto resolved = matcher.resolve(site.path);
     if (!resolved) continue;
-    constexpr std::int64_t kMaxRank = 256;
-    require(resolved->rank <= kMaxRank, "r: ", resolved->rank, " for ", site.path, ", wanted 1 to ", kMaxRank);
     LoraModule module{.site = static_cast<SiteId>(i),
                       .rank = resolved->rank,
                       .scaling = static_cast<float>(resolved->scaling),
@@ -71,23 +63,45 @@ std::shared_ptr<Adapter> AdapterStore::layout(const std::string& name, const Lor
                       .path = site.path};
     module.b_offset = offset + module.rank * module.in_features;
     offset = module.b_offset + module.out_features * module.rank;
-    adapter->modules.push_back(std::move(module));
+    modules.push_back(std::move(module));
   }
-  if (adapter->modules.empty()) {
-    std::string wanted;
-    for (const auto& target : config.target_modules) wanted += (wanted.empty() ? "\"" : ", \"") + target + "\"";
-    throw InvalidArgument(str("target_modules: ", wanted, " matches no linear of the model, wanted for example \"",
-                              sites_.empty() ? "" : sites_[0].path, "\""));
-  }
-  adapter->num_parameters = offset;
-  adapter->params_ =
-      Buffer(allocator_, ledger_, MemoryTag::kAdapters, static_cast<std::size_t>(offset) * sizeof(float));
+  return modules;
+}
+
+std::int64_t num_parameters(const std::vector<LoraModule>& modules) {
+  return modules.empty() ? 0 : modules.back().b_offset + modules.back().out_features * modules.back().rank;
+}
+
+void require_targets(const LoraMatcher& matcher, const std::vector<LinearSite>& sites) {
+  std::vector<std::string> paths;
+  for (const auto& site : sites) paths.push_back(site.path);
+  matcher.require_targets(paths);
+}
+
+void AdapterStore::require_free(const std::string& name) const {
+  require(!newest_.contains(name), "adapter \"", name, "\" is loaded already; unload it first");
+}
+
+// Parameters of all modules in one buffer, A then B of each, site by site.
+std::shared_ptr<Adapter> AdapterStore::layout(const std::string& name, const LoraConfig& config,
+                                              const LoraMatcher& matcher) {
+  require(!name.empty(), "adapter name: empty, wanted at least one character");
+  auto adapter = std::make_shared<Adapter>();
+  adapter->name = name;
+  adapter->config = config;
+  adapter->modules = lora_modules(matcher, sites_);
+  adapter->num_parameters = num_parameters(adapter->modules);
+  adapter->params_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters,
+                            static_cast<std::size_t>(adapter->num_parameters) * sizeof(float));
   adapter->uid = next_uid_++;
   return adapter;
 }
 
 std::shared_ptr<Adapter> AdapterStore::create(const std::string& name, const LoraConfig& config, std::uint64_t seed) {
-  auto adapter = layout(name, config);
+  require_free(name);
+  const LoraMatcher matcher(config);
+  require_targets(matcher, sites_);
+  auto adapter = layout(name, config, matcher);
   for (const auto& m : adapter->modules) {
     const float bound = 1.0f / std::sqrt(static_cast<float>(m.in_features));
     float* a = adapter->parameters() + m.a_offset;
@@ -98,13 +112,20 @@ std::shared_ptr<Adapter> AdapterStore::create(const std::string& name, const Lor
     }
     std::fill_n(adapter->parameters() + m.b_offset, m.out_features * m.rank, 0.0f);
   }
-  newest_[name] = adapter;
+  publish(adapter);
   return adapter;
 }
 
 std::shared_ptr<Adapter> AdapterStore::load(const std::string& name, const std::string& directory) {
+  require_free(name);
+  auto adapter = read(name, directory);
+  publish(adapter);
+  return adapter;
+}
+
+std::shared_ptr<Adapter> AdapterStore::read(const std::string& name, const std::string& directory) {
   const PeftAdapter file = read_peft(directory);
-  auto adapter = layout(name, file.config);
+  auto adapter = layout(name, file.config, LoraMatcher(file.config));
   require(adapter->modules.size() == file.modules.size(), directory, ": adapter has ", file.modules.size(),
           " modules, this model ", adapter->modules.size(), " for its target_modules; is it for another base model (",
           file.base_model.empty() ? "not named" : file.base_model, ")?");
@@ -122,7 +143,6 @@ std::shared_ptr<Adapter> AdapterStore::load(const std::string& name, const std::
     std::copy(weights.lora_b.begin(), weights.lora_b.end(), adapter->parameters() + module->b_offset);
   }
   adapter->lora_dropout = file.lora_dropout;
-  newest_[name] = adapter;
   return adapter;
 }
 
@@ -151,24 +171,23 @@ std::vector<std::shared_ptr<Adapter>> AdapterStore::all() const {
   return adapters;
 }
 
-std::shared_ptr<Adapter> AdapterStore::next_version(const std::string& name) {
-  const auto newest = get(name);
-  if (newest->num_requests == 0) {
-    ++newest->version;
-    return newest;
-  }
+std::shared_ptr<Adapter> AdapterStore::next_version(const Adapter& newest) const {
   auto copy = std::make_shared<Adapter>();
-  copy->name = newest->name;
-  copy->uid = newest->uid;
-  copy->version = newest->version + 1;
-  copy->config = newest->config;
-  copy->modules = newest->modules;
-  copy->num_parameters = newest->num_parameters;
-  copy->lora_dropout = newest->lora_dropout;
-  copy->params_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters, newest->bytes());
-  std::copy_n(newest->parameters(), newest->num_parameters, copy->parameters());
-  newest_[name] = copy;
+  copy->name = newest.name;
+  copy->uid = newest.uid;
+  copy->version = newest.version + 1;
+  copy->config = newest.config;
+  copy->modules = newest.modules;
+  copy->num_parameters = newest.num_parameters;
+  copy->lora_dropout = newest.lora_dropout;
+  copy->params_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters, newest.bytes());
+  std::copy_n(newest.parameters(), newest.num_parameters, copy->parameters());
   return copy;
+}
+
+void AdapterStore::publish(std::shared_ptr<Adapter> adapter) {
+  auto& newest = newest_[adapter->name];
+  newest = std::move(adapter);
 }
 
 }  // namespace flexcore

@@ -13,6 +13,7 @@
 #include "graph/graph.h"
 #include "memory/buffer.h"
 #include "ops/lora.h"
+#include "peft/lora_matcher.h"
 #include "peft/peft_files.h"
 
 namespace flexcore {
@@ -36,8 +37,7 @@ class Adapter {
   LoraConfig config;
   std::vector<LoraModule> modules;  // by site
   std::int64_t num_parameters = 0;
-  double lora_dropout = 0.0;      // of the files it came from; training with it is refused
-  std::int64_t num_requests = 0;  // running or waiting requests on this version
+  double lora_dropout = 0.0;  // of the files it came from; training with it is refused
 
   float* parameters() const { return reinterpret_cast<float*>(params_.data()); }
   std::size_t bytes() const { return params_.bytes(); }
@@ -52,14 +52,23 @@ class Adapter {
   Buffer params_;
 };
 
+/// The modules that `config` puts at `sites`, site by site, parameters one after the other.
+std::vector<LoraModule> lora_modules(const LoraMatcher& matcher, const std::vector<LinearSite>& sites);
+std::int64_t num_parameters(const std::vector<LoraModule>& modules);
+/// LoraMatcher::require_targets for the linears of a model.
+void require_targets(const LoraMatcher& matcher, const std::vector<LinearSite>& sites);
+
 /// Adapters by name, newest version each.
 class AdapterStore {
  public:
   AdapterStore(const std::vector<LinearSite>& sites, Allocator& allocator, MemoryLedger& ledger);
 
-  /// A ~ U(-1/sqrt(in), 1/sqrt(in)) (PEFT's default, kaiming with a = sqrt(5)), B = 0.
+  /// A ~ U(-1/sqrt(in), 1/sqrt(in)) (PEFT's default, kaiming with a = sqrt(5)), B = 0. The name is not in use.
   std::shared_ptr<Adapter> create(const std::string& name, const LoraConfig& config, std::uint64_t seed);
+  /// From PEFT's files, under a name that is not in use.
   std::shared_ptr<Adapter> load(const std::string& name, const std::string& directory);
+  /// As load, but nothing here knows of it until it is published.
+  std::shared_ptr<Adapter> read(const std::string& name, const std::string& directory);
   void save(const std::string& name, const std::string& directory) const;
   void remove(const std::string& name);
 
@@ -68,12 +77,15 @@ class AdapterStore {
   std::shared_ptr<Adapter> get(const std::string& name) const;
   std::vector<std::shared_ptr<Adapter>> all() const;
 
-  /// A version whose parameters may be changed, and which is the newest from now on: a copy when requests still use the
-  /// newest one.
-  std::shared_ptr<Adapter> next_version(const std::string& name);
+  /// A copy with the next version number, to be changed and then published. Until then, and if it never is, the newest
+  /// version is as it was.
+  std::shared_ptr<Adapter> next_version(const Adapter& newest) const;
+  /// Makes it the newest version of its name.
+  void publish(std::shared_ptr<Adapter> adapter);
 
  private:
-  std::shared_ptr<Adapter> layout(const std::string& name, const LoraConfig& config);
+  void require_free(const std::string& name) const;
+  std::shared_ptr<Adapter> layout(const std::string& name, const LoraConfig& config, const LoraMatcher& matcher);
 
   const std::vector<LinearSite>& sites_;
   Allocator& allocator_;

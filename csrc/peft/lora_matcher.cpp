@@ -58,6 +58,18 @@ bool is_suffix(std::string_view path, std::string_view name) {
          (path.size() > name.size() && path.ends_with(name) && path[path.size() - name.size() - 1] == '.');
 }
 
+/// The last parts of the paths, each once: "q_proj", "k_proj", ...
+std::string names_of(std::span<const std::string> paths) {
+  std::vector<std::string> names;
+  for (const auto& path : paths) {
+    const std::string name = path.substr(path.rfind('.') + 1);
+    if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
+  }
+  std::string text;
+  for (const auto& name : names) text += (text.empty() ? "\"" : ", \"") + name + "\"";
+  return text;
+}
+
 template <class Value>
 using Patterns = std::vector<std::pair<std::regex, Value>>;
 
@@ -79,10 +91,10 @@ Value first_match(const Patterns<Value>& patterns, std::string_view path, Value 
 
 struct LoraMatcher::Impl {
   explicit Impl(const LoraConfig& c) : config(c) {
-    require(c.r >= 1, "r: ", c.r, ", wanted at least 1");
+    require(c.r >= 1 && c.r <= kMaxRank, "r: ", c.r, ", wanted 1 to ", kMaxRank);
     require(std::isfinite(c.lora_alpha), "lora_alpha: ", c.lora_alpha, ", wanted a finite number");
     for (const auto& [pattern, rank] : c.rank_pattern)
-      require(rank >= 1, "rank_pattern: ", pattern, ": ", rank, ", wanted at least 1");
+      require(rank >= 1 && rank <= kMaxRank, "rank_pattern: ", pattern, ": ", rank, ", wanted 1 to ", kMaxRank);
     for (const auto& [pattern, alpha] : c.alpha_pattern)
       require(std::isfinite(alpha), "alpha_pattern: ", pattern, ": ", alpha, ", wanted a finite number");
     ranks = compile_all("rank_pattern", c.rank_pattern);
@@ -125,6 +137,23 @@ std::optional<ResolvedLora> LoraMatcher::resolve(std::string_view module_path) c
   const auto rank = static_cast<double>(lora.rank);
   lora.scaling = lora.alpha / (config.use_rslora ? std::sqrt(rank) : rank);
   return lora;
+}
+
+void LoraMatcher::require_targets(std::span<const std::string> module_paths) const {
+  const auto any = [&](auto&& test) { return std::any_of(module_paths.begin(), module_paths.end(), test); };
+  if (impl_->config.target_modules_is_regex || impl_->all_linear) {
+    require(any([&](const std::string& path) { return impl_->targets(path); }), "target_modules: \"",
+            impl_->config.target_modules[0], "\" matches no linear of the model");
+    return;
+  }
+  require(!impl_->config.target_modules.empty(), "target_modules: empty, wanted at least one name");
+  for (const auto& name : impl_->config.target_modules) {
+    if (any([&](const std::string& path) { return is_suffix(path, name); })) continue;
+    require<Unsupported>(!is_suffix(name, "lm_head") && !is_suffix(name, "embed_tokens"), "target_modules: \"", name,
+                         "\": only linears of the layers take an adapter, not the embedding or the output layer");
+    throw InvalidArgument(
+        str("target_modules: \"", name, "\" matches no linear of the model, wanted ", names_of(module_paths)));
+  }
 }
 
 std::optional<ResolvedLora> resolve_lora(const LoraConfig& config, std::string_view module_path) {

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
+#include <string>
 #include <string_view>
 
 #include "flexcore/config.h"
@@ -21,8 +23,10 @@ struct ResolvedLora {
 /// alphas come from the first pattern that matches the end of the path at a dot.
 class LoraMatcher {
  public:
-  /// Throws InvalidArgument for ranks below 1, numbers that are not finite, and regular expressions that cannot be
-  /// used, by name.
+  static constexpr std::int64_t kMaxRank = 256;
+
+  /// Throws InvalidArgument for ranks that are not 1 to kMaxRank, numbers that are not finite, and regular expressions
+  /// that cannot be used, by name.
   explicit LoraMatcher(const LoraConfig& config);
   LoraMatcher(LoraMatcher&&) noexcept;
   LoraMatcher& operator=(LoraMatcher&&) noexcept;
@@ -30,6 +34,10 @@ class LoraMatcher {
 
   /// `module_path` names a linear, as "model.layers.0.self_attn.q_proj". Empty: not targeted.
   std::optional<ResolvedLora> resolve(std::string_view module_path) const;
+
+  /// Whether each name of target_modules matches one of `module_paths`, all linears there are. Throws Unsupported for
+  /// the embedding and the output layer, InvalidArgument for any other name that does not.
+  void require_targets(std::span<const std::string> module_paths) const;
 
  private:
   struct Impl;

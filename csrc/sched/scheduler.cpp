@@ -171,7 +171,6 @@ void Scheduler::preempt(StepPlan& plan, Sequence* sequence) {
   blocks_.release(sequence->block_table);
   sequence->num_computed_tokens = 0;
   sequence->state = Sequence::State::kWaiting;
-  ++sequence->num_preemptions;
   std::erase(running_, sequence);
   waiting_.push_front(sequence);
   plan.preempted.push_back(sequence);
@@ -264,7 +263,8 @@ void Scheduler::plan_prefill(Step& step) {
     if (count == 0) return;
     if (!make_room(step, blocks_.blocks_for(num_tokens(sequence)) - prefix.blocks_in_use)) return;
     if (sequence.use_prefix_cache) blocks_.match_prefix(sequence.cache_key, sequence.tokens, sequence.block_table);
-    sequence.num_computed_tokens = sequence.num_cached_tokens = prefix.num_tokens;
+    sequence.num_computed_tokens = prefix.num_tokens;
+    if (sequence.num_generated() == 0) sequence.num_cached_tokens = prefix.num_tokens;
     require<Error>(blocks_.reserve(sequence.block_table, num_tokens(sequence)),
                    "Scheduler.plan: counted pages wrongly");
     sequence.state = Sequence::State::kRunning;

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <deque>
 #include <vector>
@@ -22,6 +23,12 @@ struct SchedulerConfig {
   std::int64_t min_finetune_tokens = 16;        // no window is cut below this: each costs a pass over weights
   std::int64_t max_steps_without_finetune = 8;  // after so many in a row, one minimal piece runs whatever the time
   double max_idle_step_ms = 500.0;              // longest step while no request is there
+
+  std::int64_t max_training_seqs() const { return std::max<std::int64_t>(1, max_num_seqs / 2); }
+  /// The most tokens in flight when every training sequence has at most `length`.
+  std::int64_t finetune_tokens_in_flight(std::int64_t length) const {
+    return std::max(length, std::min(max_finetune_tokens_in_flight, length * max_training_seqs()));
+  }
 };
 
 /// Decides what one iteration does. Inference first: decode rows, then prefill chunks; then finetuning, forward windows
@@ -51,8 +58,9 @@ class Scheduler {
   /// Sequences of one optimizer step, in order. They start when there is room in flight and in the pool. Throws as add.
   void add_training(TrainSequence* sequence);
 
-  /// Allocates pages, so a plan must be carried out or its engine closed. Sets state, started and cached tokens of what
-  /// it admits, starts, preempts or restarts; the rest is updated by commit. At most one forward window a sequence.
+  /// Allocates pages and sets state, started and cached tokens of what it admits, starts, preempts or restarts; the
+  /// rest is updated by commit. At most one forward window a sequence. Without its commit, the next plan asks for the
+  /// same work again.
   StepPlan plan(double now_ms);
   /// The plan was executed: advances num_computed_tokens, forward_done, layer, rows_left; registers full blocks in the
   /// prefix cache; gives back pages of training sequences that are done (done is set). Call before sampled tokens are

@@ -164,7 +164,7 @@ Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
 bool Scheduler::room_to_start(Step& step, const TrainSequence& sequence, bool force) {
   if (step.short_of_pages || step.blocked || (!waiting_.empty() && !force)) return false;
   const std::int64_t pages = blocks_.blocks_for(sequence.length) + growth_blocks(force ? 1 : kGrowthTokens);
-  const std::int64_t slots = std::max<std::int64_t>(1, config_.max_num_seqs / 2);
+  const std::int64_t slots = config_.max_training_seqs();
   const auto room = [&] {
     const auto started = static_cast<std::int64_t>(started_.size());
     std::int64_t in_flight = 0;

@@ -13,7 +13,7 @@ struct Sequence {
   std::vector<std::int32_t> tokens;  // prompt, then generated
   std::int64_t num_prompt_tokens = 0;
   std::int64_t num_computed_tokens = 0;  // keys and values of tokens[0, num_computed) are in pages
-  std::int64_t num_cached_tokens = 0;    // of those, found in the prefix cache at admission
+  std::int64_t num_cached_tokens = 0;    // of the prompt, found in the prefix cache
   std::int64_t max_total_tokens = 0;     // prompt + max_tokens, clipped to the model
   std::vector<std::int32_t> block_table;
   std::uint64_t cache_key = 0;  // (adapter, version): prefixes are shared only within one key
@@ -21,7 +21,6 @@ struct Sequence {
   State state = State::kWaiting;
   double arrival_ms = 0.0;
   double first_token_ms = -1.0;  // time of the first generated token; < 0: none yet
-  std::int64_t num_preemptions = 0;
 
   std::int64_t num_generated() const { return static_cast<std::int64_t>(tokens.size()) - num_prompt_tokens; }
 };

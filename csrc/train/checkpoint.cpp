@@ -1,6 +1,7 @@
 #include "train/checkpoint.h"
 
 #include <algorithm>
+#include <limits>
 #include <utility>
 
 #include "core/check.h"
@@ -15,6 +16,7 @@ namespace {
 
 constexpr const char* kStateFile = "trainer_state.json";
 constexpr const char* kOptimizerFile = "optimizer.safetensors";
+constexpr std::int64_t kMaxCount = std::numeric_limits<std::int32_t>::max();
 
 Json optional_int(const std::optional<std::int64_t>& value) { return value ? Json(*value) : Json(); }
 
@@ -43,6 +45,12 @@ class Fields {
     const Json* value = object_.find(key);
     require<ModelLoadError>(value != nullptr, path_, ": no field \"", key, "\"");
     return *value;
+  }
+  std::int64_t integer(std::string_view key, std::int64_t low, std::int64_t high) const {
+    const std::int64_t value = at(key).as_int();
+    require<ModelLoadError>(low <= value && value <= high, path_, ": ", key, ": ", value, ", wanted ", low, " to ",
+                            high);
+    return value;
   }
   std::optional<std::int64_t> optional(std::string_view key) const {
     const Json& value = at(key);
@@ -89,7 +97,7 @@ void write_checkpoint(const std::string& directory, const TrainingJob& job, cons
                                   {"total_steps", job.total_steps()},
                                   {"loss", job.loss},
                                   {"trained_tokens", job.trained_tokens},
-                                  {"num_examples", static_cast<std::int64_t>(job.examples.size())},
+                                  {"num_examples", job.num_examples},
                                   {"version", adapter.version},
                                   {"config", config_json(job.config)}};
   write_file(target.file(kStateFile), state.dump(2) + "\n");
@@ -103,12 +111,16 @@ Checkpoint read_checkpoint(const std::string& directory) {
     const Fields fields(state, path);
     require<ModelLoadError>(fields.at("format").as_int() == 1, path, ": format ", fields.at("format").describe(),
                             ", wanted 1");
-    return {.adapter = fields.at("adapter").as_string(),
-            .config = parse_config(Fields(fields.at("config"), path)),
-            .step = fields.at("step").as_int(),
-            .loss = fields.at("loss").as_double(),
-            .trained_tokens = fields.at("trained_tokens").as_int(),
-            .num_examples = fields.at("num_examples").as_int()};
+    Checkpoint checkpoint{.adapter = fields.at("adapter").as_string(),
+                          .config = parse_config(Fields(fields.at("config"), path)),
+                          .loss = fields.at("loss").as_double()};
+    check(checkpoint.config);
+    checkpoint.num_examples = fields.integer("num_examples", 1, kMaxCount);
+    const std::int64_t steps = steps_per_epoch(checkpoint.config, checkpoint.num_examples);
+    checkpoint.step = fields.integer("step", 0, steps * checkpoint.config.num_epochs - 1);
+    checkpoint.trained_tokens = fields.integer("trained_tokens", 0, std::int64_t{1} << 62);
+    checkpoint.version = fields.integer("version", 0, kMaxCount);
+    return checkpoint;
   } catch (const InvalidArgument& error) {
     throw ModelLoadError(str(path, ": ", error.what()));
   }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numbers>
 #include <numeric>
 #include <utility>
@@ -24,20 +25,37 @@ double learning_rate_at(const FinetuneConfig& config, std::int64_t step, std::in
   return peak * std::max(0.0, 0.5 * (1.0 + std::cos(std::numbers::pi * progress)));
 }
 
+namespace {
+
+// A float again, and finite; NaN is not.
+bool fits_float(double value) { return std::abs(value) <= std::numeric_limits<float>::max(); }
+
+double sum_squares(OpContext& context, const TensorView& tensor) {
+  double squares = 0.0;
+  run(context, SumSquaresArgs{{&tensor, 1}, &squares});
+  return squares;
+}
+
+}  // namespace
+
 void check(const FinetuneConfig& c) {
+  constexpr std::int64_t kMaxEpochs = std::numeric_limits<std::int32_t>::max();  // times any examples fits 64 bits
   const auto positive = [](std::int64_t value, const char* name) {
     require(value >= 1, name, ": ", value, ", wanted >= 1");
   };
-  positive(c.num_epochs, "num_epochs");
+  require(c.num_epochs >= 1 && c.num_epochs <= kMaxEpochs, "num_epochs: ", c.num_epochs, ", wanted 1 to ", kMaxEpochs);
   positive(c.batch_size, "batch_size");
-  require(std::isfinite(c.learning_rate) && c.learning_rate >= 0, "learning_rate: ", c.learning_rate, ", wanted >= 0");
+  require(fits_float(c.learning_rate) && c.learning_rate >= 0, "learning_rate: ", c.learning_rate,
+          ", wanted >= 0 and finite as float32");
   require(c.optimizer == "adamw" || c.optimizer == "sgd", "optimizer: \"", c.optimizer,
           "\", wanted \"adamw\" or \"sgd\"");
   require(c.lr_scheduler == "constant" || c.lr_scheduler == "linear" || c.lr_scheduler == "cosine", "lr_scheduler: \"",
           c.lr_scheduler, "\", wanted \"constant\", \"linear\" or \"cosine\"");
-  require(std::isfinite(c.weight_decay) && c.weight_decay >= 0, "weight_decay: ", c.weight_decay, ", wanted >= 0");
-  for (const double beta : c.betas) require(beta >= 0 && beta < 1, "betas: ", beta, ", wanted in [0, 1)");
-  require(std::isfinite(c.eps) && c.eps > 0, "eps: ", c.eps, ", wanted > 0");
+  require(fits_float(c.weight_decay) && c.weight_decay >= 0, "weight_decay: ", c.weight_decay,
+          ", wanted >= 0 and finite as float32");
+  for (const double beta : c.betas)
+    require(beta >= 0 && static_cast<float>(beta) < 1, "betas: ", beta, ", wanted in [0, 1), as float32 too");
+  require(fits_float(c.eps) && static_cast<float>(c.eps) > 0, "eps: ", c.eps, ", wanted > 0 and finite as float32");
   require(c.max_grad_norm >= 0, "max_grad_norm: ", c.max_grad_norm, ", wanted >= 0 (0: no clipping)");
   require(c.warmup_ratio >= 0 && c.warmup_ratio <= 1, "warmup_ratio: ", c.warmup_ratio, ", wanted in [0, 1]");
   require(std::isfinite(c.weight) && c.weight > 0, "weight: ", c.weight, ", wanted > 0");
@@ -45,29 +63,33 @@ void check(const FinetuneConfig& c) {
   if (c.backward_window_tokens) positive(*c.backward_window_tokens, "backward_window_tokens");
 }
 
-TrainingJob::TrainingJob(JobId id_, std::string adapter_, std::vector<Example> examples_, const FinetuneConfig& config_)
-    : id(id_), adapter(std::move(adapter_)), examples(std::move(examples_)), config(config_) {}
+std::int64_t steps_per_epoch(const FinetuneConfig& config, std::int64_t num_examples) {
+  return 1 + (num_examples - 1) / config.batch_size;
+}
 
-std::int64_t TrainingJob::steps_per_epoch() const {
-  const auto count = static_cast<std::int64_t>(examples.size());
-  return (count + config.batch_size - 1) / config.batch_size;
+TrainingJob::TrainingJob(JobId id_, std::string adapter_, std::vector<Example> examples_, const FinetuneConfig& config_)
+    : id(id_),
+      adapter(std::move(adapter_)),
+      num_examples(static_cast<std::int64_t>(examples_.size())),
+      examples(std::move(examples_)),
+      config(config_) {
+  require(num_examples > 0, "examples: empty, wanted at least one");
 }
 
 std::vector<std::int64_t> TrainingJob::batch() const {
-  const auto count = static_cast<std::int64_t>(examples.size());
-  std::vector<std::int64_t> order(static_cast<std::size_t>(count));
+  std::vector<std::int64_t> order(static_cast<std::size_t>(num_examples));
   std::iota(order.begin(), order.end(), 0);
   if (config.shuffle) {
     // Fisher-Yates from (seed, epoch) alone, so that a resumed job sees the same order.
-    for (std::int64_t i = count - 1; i > 0; --i) {
+    for (std::int64_t i = num_examples - 1; i > 0; --i) {
       const auto counter = (static_cast<std::uint64_t>(epoch()) << 32) | static_cast<std::uint64_t>(i);
       const auto other = random_bits(config.seed, counter) % static_cast<std::uint64_t>(i + 1);
       std::swap(order[static_cast<std::size_t>(i)], order[other]);
     }
   }
   const std::int64_t begin = step % steps_per_epoch() * config.batch_size;
-  const std::int64_t end = std::min(count, begin + config.batch_size);
-  return {order.begin() + begin, order.begin() + end};
+  const std::int64_t count = std::min(config.batch_size, num_examples - begin);
+  return {order.begin() + begin, order.begin() + begin + count};
 }
 
 void TrainingJob::allocate(OpContext& context, Allocator& allocator, MemoryLedger& ledger,
@@ -91,14 +113,13 @@ void TrainingJob::release() {
   sequences.clear();
   gradients_.reset();
   optimizer_.reset();
+  examples = std::vector<Example>();
   num_parameters_ = 0;
 }
 
 double TrainingJob::optimizer_step(OpContext& context, const Adapter& target) {
   const TensorView all = gradient_view();
-  double squares = 0.0;
-  run(context, SumSquaresArgs{{&all, 1}, &squares});
-  const double norm = std::sqrt(squares);
+  const double norm = std::sqrt(sum_squares(context, all));
   require<Error>(std::isfinite(norm), "gradient norm is ", norm, " at optimizer step ", step);
   // torch.nn.utils.clip_grad_norm_: the coefficient is max_norm / (norm + 1e-6), at most 1.
   const double clip = config.max_grad_norm > 0 ? std::min(1.0, config.max_grad_norm / (norm + 1e-6)) : 1.0;
@@ -120,6 +141,9 @@ double TrainingJob::optimizer_step(OpContext& context, const Adapter& target) {
     const SgdArgs::Tensor tensor{target.parameters(), gradients(), num_parameters_};
     run(context, SgdArgs{{&tensor, 1}, rate, decay, static_cast<float>(clip)});
   }
+  const double size = sum_squares(context, TensorView(target.parameters(), DType::kFloat32, {num_parameters_}));
+  require<Error>(std::isfinite(size), "the parameters are not finite after optimizer step ", step,
+                 "; a smaller learning_rate or max_grad_norm may help");
   run(context, ZeroArgs{all});
   ++step;
   return norm;

@@ -17,8 +17,10 @@ namespace flexcore {
 /// up), then constant, linear to 0, or half a cosine to 0, as transformers' get_scheduler.
 double learning_rate_at(const FinetuneConfig& config, std::int64_t step, std::int64_t total);
 
-/// Throws InvalidArgument that names the field.
+/// Throws InvalidArgument that names the field. Numbers that the optimizer takes as floats are judged as floats.
 void check(const FinetuneConfig& config);
+
+std::int64_t steps_per_epoch(const FinetuneConfig& config, std::int64_t num_examples);
 
 /// One finetuning job: which examples come when, gradients, optimizer state. Position is the number of optimizer steps
 /// done.
@@ -28,7 +30,8 @@ class TrainingJob {
 
   const JobId id;
   const std::string adapter;
-  const std::vector<Example> examples;
+  const std::int64_t num_examples;
+  std::vector<Example> examples;  // until release()
   const FinetuneConfig config;
   JobStatus status = JobStatus::kQueued;
   std::int64_t step = 0;
@@ -36,9 +39,9 @@ class TrainingJob {
   std::int64_t trained_tokens = 0;
   std::string error;
 
-  std::int64_t steps_per_epoch() const;
+  std::int64_t steps_per_epoch() const { return flexcore::steps_per_epoch(config, num_examples); }
   std::int64_t total_steps() const { return steps_per_epoch() * config.num_epochs; }
-  std::int64_t epoch() const { return steps_per_epoch() > 0 ? step / steps_per_epoch() : 0; }
+  std::int64_t epoch() const { return step / steps_per_epoch(); }
   bool active() const { return status == JobStatus::kQueued || status == JobStatus::kRunning; }
   bool ended() const { return status >= JobStatus::kSucceeded; }
 
@@ -51,9 +54,11 @@ class TrainingJob {
   TensorView gradient_view() const;
   /// [exp_avg, exp_avg_sq], each num_parameters; empty for SGD.
   TensorView optimizer_view() const;
+  /// Gives the memory of a job that has ended back, that of its examples included.
   void release();
 
   /// Clips, updates the parameters, clears the gradients. Returns the gradient norm before clipping. Advances `step`.
+  /// Throws Error when the gradients or the new parameters are not finite; the parameters may have changed by then.
   double optimizer_step(OpContext& context, const Adapter& adapter);
   double learning_rate() const { return learning_rate_at(config, step, total_steps()); }
 

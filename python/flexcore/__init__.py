@@ -29,6 +29,7 @@ from flexcore._core import (
     __version__,
 )
 from flexcore.engine import Engine, plan
+from flexcore.records import refuse_unknown_fields
 
 if TYPE_CHECKING:
     from flexcore import datasets
@@ -65,6 +66,9 @@ __all__ = [
     "ops",
     "plan",
 ]
+
+for _record in (SLO, EngineConfig, Example, FinetuneConfig, LoraConfig, SamplingParams):
+    refuse_unknown_fields(_record)
 
 # Imported on first use: tokenizers, jinja2 and the array module are not everybody's business.
 _LAZY = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ class Engine(_core.Engine):
 
     `model` is a Hugging Face directory (config.json, *.safetensors, tokenizer.json), a .gguf file (converted once, kept
     in $FLEXCORE_CACHE) or a name on the Hugging Face hub. `progress(done, total)` follows a conversion. Raises
-    ModelLoadError, Unsupported, InvalidArgument, OutOfMemory. Calls from several threads queue up, cancel excepted.
+    ModelLoadError, Unsupported, InvalidArgument, OutOfMemory. Calls from several threads queue up.
     """
 
     def __init__(
@@ -35,7 +37,21 @@ def plan(
     model: ModelPath,
     config: EngineConfig | None = None,
     lora: LoraConfig | None = None,
-    sequence_length: int = 1024,
+    sequence_length: int | None = None,
 ) -> MemoryPlan:
-    """The memory table of an engine on `model` finetuning one sequence with `lora`, without loading weights."""
-    return _core.plan(resolve_model(model), config, lora, sequence_length)
+    """The memory table of an engine on `model` finetuning with `lora`, without loading weights.
+
+    `sequence_length` is by default 1,024, or the engine's longest sequence if that is shorter.
+    """
+    directory = resolve_model(model)
+    if sequence_length is None:
+        sequence_length = min(1024, _longest_sequence(directory, config if config is not None else EngineConfig()))
+    return _core.plan(directory, config, lora, sequence_length)
+
+
+def _longest_sequence(directory: Path, config: EngineConfig) -> int:
+    """What the engine makes of max_model_len; a config.json that is not one is for _core.plan to refuse."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        model = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return min(config.max_model_len, int(model["max_position_embeddings"]))
+    return config.max_model_len

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ __all__ = ["LLM", "CompletionOutput", "FinetuneResult", "RequestOutput"]
 
 Rows = str | Path | Iterable[Mapping[str, Any]]
 Prompt = str | Sequence[int]
+_ACTIVE = ("queued", "running")  # states of a job that stepping moves on
 
 
 class LLM:
@@ -54,6 +56,9 @@ class LLM:
         self.slo = chosen.slo
         self.engine = Engine(model, chosen, progress)
         self.tokenizer = Tokenizer(self.engine.model_directory, chat_template)
+        # Many chat models name their end of turn in the tokenizer's files only, and the engine does not read those.
+        vocab_size = self.engine.model().vocab_size
+        self._end_tokens = [token for token in self.tokenizer.eos_token_ids() if token < vocab_size]
         self._answers: dict[int, Answer] = {}  # by request
         self._events: dict[int, list[FinetuneEvent]] = {}  # by job
         self._lock = threading.RLock()
@@ -120,7 +125,7 @@ class LLM:
     ) -> list[tuple[int, Answer]]:
         """Queues a request; step() fills its answers. For callers that drive the loop themselves."""
         with self._lock:
-            first = self.engine.submit(ids, _without_stop(sampling), adapter)
+            first = self.engine.submit(ids, self._of_engine(sampling), adapter)
             pairs = [(first + k, Answer(k, self.tokenizer, sampling)) for k in range(sampling.n)]
             self._answers.update(pairs)
         return pairs
@@ -156,31 +161,47 @@ class LLM:
         """Trains the adapter `name` (made if there is none) on a file or rows, and serves it when done.
 
         Chat, prompt/completion, Alpaca, ShareGPT, text or token rows (see flexcore.datasets). Rows longer than
-        `max_length` (default: the engine's max_model_len) are cut, with a warning. Raises Error if the job fails.
+        `max_length` (default: the engine's max_model_len) are cut, with a warning. Raises what wait() raises.
+        Any other exception on the way, Ctrl-C included, cancels the job; the adapter keeps the steps made.
         """
         dataset = self.load_dataset(data, max_length)
         if dataset.truncated or dataset.dropped:
             warnings.warn(f"finetune: {dataset.summary()}", stacklevel=2)
-        if name not in {adapter.name for adapter in self.engine.adapters()}:
+        is_new = name not in {adapter.name for adapter in self.engine.adapters()}
+        if is_new:
             self.engine.create_adapter(name, lora, seed=config.seed if config is not None else 0)
         elif lora is not None:
             raise InvalidArgument(f"finetune: lora: the adapter {name!r} exists; unload it, or leave lora out")
-        with self._lock:
-            job = self.engine.finetune(name, dataset.examples, config)
-            self._events[job] = []
-        return self.wait(job, progress)
+        try:
+            with self._lock:
+                job = self.engine.finetune(name, dataset.examples, config)
+                self._events[job] = []
+        except BaseException:
+            if is_new:  # so that the corrected call finds what this one found
+                self.engine.unload_adapter(name)
+            raise
+        try:
+            return self.wait(job, progress)
+        except BaseException:
+            if self.engine.job(job).status in _ACTIVE:
+                self.engine.cancel_job(job)
+            raise
 
     def load_dataset(self, data: Rows, max_length: int | None = None) -> datasets.Dataset:
         """Rows as examples for engine.finetune."""
-        return datasets.load(data, self.tokenizer, max_length or self.engine.model().max_model_len)
+        longest = self.engine.model().max_model_len if max_length is None else max_length
+        return datasets.load(data, self.tokenizer, longest)
 
     def wait(self, job: int, progress: Callable[[FinetuneEvent], None] | None = None) -> FinetuneResult:
-        """Steps until a finetuning job has ended. Raises Error if it failed."""
+        """Steps until a finetuning job has ended.
 
+        Raises Error if it failed, and InvalidArgument if it is paused, which nobody but the caller of
+        engine.resume_job() can end.
+        """
         events = self._events.setdefault(job, [])
         seen = 0
         try:
-            while (info := self.engine.job(job)).status in ("queued", "running"):
+            while (info := self.engine.job(job)).status in _ACTIVE:
                 self.step()
                 for event in events[seen:]:
                     if progress:
@@ -188,6 +209,10 @@ class LLM:
                 seen = len(events)
         finally:
             self._events.pop(job, None)
+        if info.status == "paused":
+            raise InvalidArgument(
+                f"wait: job: got {job} on {info.adapter!r}, which is paused; engine.resume_job({job}) lets it go on"
+            )
         if info.status == "failed":
             raise Error(f"finetune: job {job} on {info.adapter!r} failed: {info.error}")
         return FinetuneResult(info, events)
@@ -211,6 +236,18 @@ class LLM:
             RequestOutput(prompt if isinstance(prompt, str) else "", tokens, [answer.output for _, answer in group])
             for prompt, tokens, group in zip(prompts, ids, submitted, strict=True)
         ]
+
+    def _of_engine(self, sampling: SamplingParams) -> SamplingParams:
+        """`sampling` in tokens alone: stop strings are found here, the tokenizer's end of turn goes in."""
+        if not isinstance(sampling, SamplingParams):
+            raise InvalidArgument(
+                f"sampling: got {sampling!r} ({type(sampling).__name__}), wanted a flexcore.SamplingParams"
+            )
+        inner = copy.copy(sampling)
+        inner.stop = []
+        if not sampling.ignore_eos:
+            inner.stop_token_ids = [*sampling.stop_token_ids, *self._end_tokens]
+        return inner
 
     def _abandon(self, requests: Sequence[int]) -> None:
         """Cancels what is unfinished, so that an interrupted call leaves nothing running."""
@@ -243,14 +280,3 @@ def _for_each(value: Any, count: int, name: str) -> list[Any]:
             )
         return list(value)
     return [value] * count
-
-
-def _without_stop(sampling: SamplingParams) -> SamplingParams:
-    if not isinstance(sampling, SamplingParams):
-        raise InvalidArgument(
-            f"sampling: got {sampling!r} ({type(sampling).__name__}), wanted a flexcore.SamplingParams"
-        )
-    if not sampling.stop:
-        return sampling
-    fields = {name: getattr(sampling, name) for name in sampling._fields}
-    return SamplingParams(**{**fields, "stop": []})

@@ -26,10 +26,13 @@ class CompletionOutput:
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None  # "stop", "length" or "cancelled"; None while it runs
+    finish_reason: str | None = None  # "stop", "length", "cancelled" or "error"; None while it runs
     stop_reason: str | None = None  # the stop string, if one ended it
     cumulative_logprob: float = 0.0
     logprobs: list[Logprob] = field(default_factory=list)  # filled if SamplingParams.logprobs is set
+    error: str = ""  # why, with the finish_reason "error"
+    num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    ttft_ms: float = 0.0  # from arrival to the first token
 
 
 @dataclass
@@ -59,7 +62,7 @@ class RequestOutput:
 
 @dataclass
 class FinetuneResult:
-    """A finished job: its state, and every optimizer step."""
+    """An ended job: its state, and its optimizer steps while it was waited for."""
 
     job: JobInfo
     events: Sequence[FinetuneEvent]
@@ -76,6 +79,7 @@ class Answer:
         self.output = CompletionOutput(index)
         self._detokenizer = tokenizer.detokenizer()
         self._stop = StopStrings(sampling.stop)
+        self._min_tokens = sampling.min_tokens
         self._wants_logprobs = sampling.logprobs is not None
 
     @property
@@ -87,12 +91,16 @@ class Answer:
         if self.finished:
             return ""
         piece = ""
+        self.output.error = event.error
+        self.output.num_cached_tokens, self.output.ttft_ms = event.num_cached_tokens, event.ttft_ms
         if event.token_id >= 0:
             self.output.token_ids.append(event.token_id)
             self.output.cumulative_logprob += event.logprob
             if self._wants_logprobs:
                 self.output.logprobs.append(Logprob(event.token_id, event.logprob, event.top_logprobs))
-            piece = self._stop.push(self._detokenizer.push(event.token_id))
+            piece = self._detokenizer.push(event.token_id)
+            if len(self.output.token_ids) > self._min_tokens:  # as in vLLM, a stop string begins after min_tokens
+                piece = self._stop.push(piece)
         reason = event.finish_reason
         if reason is not None:
             piece += self._stop.push(self._detokenizer.finish()) + self._stop.finish()

@@ -51,16 +51,25 @@ class Tokenizer:
         return None if value is None else int(value)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        if not isinstance(text, str):
-            raise InvalidArgument(f"encode: text: got {text!r} ({type(text).__name__}), wanted a str")
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self._encode(text, add_special_tokens).ids)
 
     def encode_with_offsets(
         self, text: str, add_special_tokens: bool = True
     ) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and for each the characters [begin, end) that it covers."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        encoding = self._encode(text, add_special_tokens)
         return list(encoding.ids), [(begin, end) for begin, end in encoding.offsets]
+
+    def _encode(self, text: str, add_special_tokens: bool) -> Any:
+        if not isinstance(text, str):
+            raise InvalidArgument(f"encode: text: got {text!r} ({type(text).__name__}), wanted a str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair
+            raise InvalidArgument(
+                f"encode: text: got {text[error.start]!r} at character {error.start}, wanted text that UTF-8 can hold"
+            ) from None
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))

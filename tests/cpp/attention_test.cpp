@@ -274,6 +274,8 @@ TEST(Attention, BadArgumentsAreNamed) {
     args.lse = args.lse.reshape({20, 4}), args.lse = TensorView(b.lse.floats(), kF32, {20, 8});
   });
   expect("attention: sliding_window -2", [](Batch&, auto& args) { args.sliding_window = -2; });
+  expect("attention: sliding_window 9223372036854775807, wanted 0 to 2147483647",
+         [](Batch&, auto& args) { args.sliding_window = std::numeric_limits<std::int64_t>::max(); });
   expect("attention: pages.values is bfloat16", [](Batch&, auto& args) {
     auto& v = args.pages.values;
     v = TensorView(v.data(), kBF16, {v.shape(0), v.shape(1), v.shape(2), v.shape(3)});

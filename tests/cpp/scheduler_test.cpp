@@ -103,7 +103,7 @@ TEST(Scheduler, SlotsLimitAdmission) {
 
 TEST(Scheduler, TheYoungestIsPreemptedAndBothFinish) {
   World world(small(), 5, 16, false);
-  Sequence& old = world.request(30, 40);
+  world.request(30, 40);
   Sequence& young = world.request(30, 40);
   bool preempted = false;
   while (world.scheduler.has_inference()) {
@@ -112,8 +112,6 @@ TEST(Scheduler, TheYoungestIsPreemptedAndBothFinish) {
     for (const Sequence* s : plan.preempted) EXPECT_EQ(s, &young);
   }
   EXPECT_TRUE(preempted);
-  EXPECT_EQ(old.num_preemptions, 0);
-  EXPECT_GE(young.num_preemptions, 1);
   EXPECT_EQ(young.num_generated(), 40);
 }
 

@@ -1,8 +1,11 @@
 #include "core/thread_pool.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <atomic>
+#include <fstream>
 #include <numeric>
 #include <stdexcept>
 #include <vector>
@@ -49,6 +52,24 @@ TEST(ThreadPool, ExceptionReachesTheCallerAndThePoolGoesOn) {
     EXPECT_EQ(calls, 2);
   }
 }
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)  // which need address space of their own
+TEST(ThreadPool, GivesUpWhenTheSystemHasNoMoreThreads) {
+  std::int64_t pages = 0;
+  std::ifstream("/proc/self/statm") >> pages;
+  rlimit limit{};
+  ASSERT_EQ(getrlimit(RLIMIT_AS, &limit), 0);
+  rlimit tight = limit;
+  tight.rlim_cur = static_cast<rlim_t>(pages * sysconf(_SC_PAGESIZE)) + (rlim_t{256} << 20);  // a few stacks
+  ASSERT_EQ(setrlimit(RLIMIT_AS, &tight), 0);
+  EXPECT_THROW(ThreadPool(1024), DeviceError);
+  ASSERT_EQ(setrlimit(RLIMIT_AS, &limit), 0);
+  ThreadPool pool(3);
+  std::atomic<int> calls{0};
+  pool.run([&](int) { ++calls; });
+  EXPECT_EQ(calls, 3);
+}
+#endif
 
 TEST(ThreadPool, RefusesNegativeCounts) { EXPECT_THROW(ThreadPool(-1), InvalidArgument); }
 

@@ -77,9 +77,34 @@ def test_wrong_types_name_the_argument(call: Any, message: str) -> None:
     assert isinstance(info.value, ValueError)
 
 
-def test_unknown_fields_are_type_errors() -> None:
-    with pytest.raises(TypeError, match=r"max_modellen.*it has device"):
-        fc.EngineConfig(max_modellen=3)  # type: ignore[call-arg]
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: fc.EngineConfig(max_modellen=3),
+            "EngineConfig: got a field 'max_modellen', wanted one of max_model_len,",
+        ),
+        (lambda: fc.SamplingParams(temprature=1), "wanted one of temperature, max_tokens"),
+        (lambda: fc.LoraConfig(rank=8, task_type="CAUSAL_LM"), "'rank', wanted one of"),
+        (lambda: fc.FinetuneConfig(lr=1), "one of num_epochs, batch_size"),
+        (lambda: fc.Example(ids=[1]), "wanted one of input_ids"),
+        (lambda: fc.SLO(tpot=3), "wanted one of tpot_ms, ttft_ms"),
+    ],
+)
+def test_unknown_fields_name_what_there_is(call: Any, message: str) -> None:
+    with pytest.raises(fc.InvalidArgument) as info:
+        call()
+    assert message in str(info.value)
+
+
+def test_fields_of_peft_that_are_not_here(numpy_model: Path) -> None:
+    with pytest.raises(fc.Unsupported, match=r"LoraConfig.lora_dropout: flexcore trains without dropout"):
+        fc.LoraConfig(r=8, lora_dropout=0.1)  # type: ignore[call-arg]
+    with pytest.raises(fc.InvalidArgument, match="got a field 'dtypo', wanted one of dtype"):
+        fc.LLM(numpy_model, dtypo="float32")
+
+
+def test_calls_that_python_refuses() -> None:
     with pytest.raises(TypeError, match="twice"):
         fc.SLO(1, tpot_ms=2)  # type: ignore[misc]
 
@@ -163,3 +188,30 @@ def test_threads_may_share_an_engine(engine: fc.Engine) -> None:
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def test_arguments_that_change_while_they_are_read(engine: fc.Engine) -> None:
+    ids: list[Any] = []
+
+    class Shrinks:
+        def __index__(self) -> int:
+            ids.clear()
+            return 3
+
+    ids.extend([Shrinks()] * 50)
+    engine.cancel(engine.submit(ids, fc.SamplingParams(max_tokens=1)))
+    bias: dict[Any, Any] = {}
+
+    class Clears:
+        def __float__(self) -> float:
+            bias.clear()
+            return 1.0
+
+    bias.update({i: Clears() for i in range(40)})
+    assert len(fc.SamplingParams(logit_bias=bias).logit_bias) == 40
+
+
+def test_ids_at_odd_addresses(engine: fc.Engine) -> None:
+    for dtype in (np.int64, np.int32):
+        ids = np.frombuffer(b"\0" + np.array([3, 4], dtype).tobytes(), dtype, 2, 1)
+        engine.cancel(engine.submit(ids, fc.SamplingParams(max_tokens=1)))

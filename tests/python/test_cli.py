@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from flexcore import cli, ui
 from flexcore.cli import options
 from flexcore.demo import stdlib
 from flexcore.demo.traffic import Latencies, Visit, arrivals
+from flexcore.outputs import CompletionOutput, RequestOutput
 from flexcore.tiny import write_tiny_model
 
 
@@ -121,6 +124,8 @@ def test_inspect_and_plan(model: str, tmp_path: Path, capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "LlamaForCausalLM" in out
     assert "model.layers.1.mlp.down_proj.weight" in out
+    assert cli.main(["plan", model]) == 0  # whose positions are fewer than the default length
+    assert "256 tokens" in capsys.readouterr().out
     assert cli.main(["plan", model, "--explain", "--json", str(tmp_path / "p.json"), *ENGINE]) == 0
     assert "saved_activations" in capsys.readouterr().out
     plan = json.loads((tmp_path / "p.json").read_text())
@@ -141,10 +146,119 @@ def test_generate_and_train(model: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert [entry["step"] for entry in log] == list(range(1, 9))
     assert log[-1]["loss"] < log[0]["loss"]
     assert (out / "adapter_model.safetensors").is_file()
-    assert (out / "checkpoint").is_dir()
+    assert not (out / "checkpoint").exists()  # nothing to resume
     assert (
         cli.main(["generate", model, "-p", "ab", "--lora-modules", f"tuned={out}", "--max-tokens", "6", *ENGINE]) == 0
     )
+
+
+SAID = "# :smile: [bold]x[/] [/INST]\n\tif x:  pass" + " and so on" * 20
+
+
+class Interrupted:
+    """A `flexcore train` of 8 steps that Ctrl-C ends after step 3; the last checkpoint is that of the end."""
+
+    def __init__(self, model: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = directory / "d.jsonl"
+        data.write_text("".join(json.dumps({"prompt": "ab", "completion": "hello"}) + "\n" for _ in range(8)))
+        self.out = directory / "out"
+        self.words = ["train", str(data), "--model", model, "--output-dir", str(self.out), "--batch-size", "2", *ENGINE]
+        self.words += ["--num-train-epochs", "2", "--lora-r", "4", "--lora-target-modules", "v_proj", "q_proj"]
+        step = fc.LLM.step
+
+        def interrupted(llm: fc.LLM) -> fc.StepReport:
+            if any(job.step == 3 for job in llm.engine.jobs()):
+                raise KeyboardInterrupt
+            return step(llm)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(fc.LLM, "step", interrupted)
+            assert cli.main(self.words) == 130
+
+    def logged(self) -> list[int]:
+        return [json.loads(line)["step"] for line in (self.out / "training_log.jsonl").read_text().splitlines()]
+
+
+def test_resume_goes_on(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Interrupted(model, tmp_path, monkeypatch)
+    assert run.logged() == [1, 2, 3]
+    with (run.out / "training_log.jsonl").open("a") as log:  # the run went on, and was killed in the middle of a line
+        log.write('{"step": 4}\n{"step": 5}\n{"st')
+    assert cli.main([*run.words, "--resume", "--lora-target-modules", "q_proj", "v_proj"]) == 0  # in any order
+    assert run.logged() == list(range(1, 9))
+    assert not (run.out / "checkpoint").exists()
+
+
+def test_resume_refuses_other_options(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Interrupted(model, tmp_path, monkeypatch)
+    capsys.readouterr()
+    other = ["--num-train-epochs", "5", "--batch-size", "1", "--learning-rate", "1", "--no-shuffle", "--seed", "3"]
+    other += ["--lora-r", "8", "--lora-target-modules", "all-linear", "--use-rslora", "--adapter-name", "x"]
+    assert cli.main([*run.words, "--resume", *other]) == 1
+    error = capsys.readouterr().err
+    for difference in (
+        "--num-train-epochs: got 5, the run has 2",
+        "--per-device-train-batch-size: got 1, the run has 2",
+        "--learning-rate: got 1.0, the run has 0.0002",
+        "--shuffle: got False, the run has True",
+        "--seed: got 3, the run has 0",
+        "--lora-r: got 8, the run has 4",
+        "--lora-target-modules: got 'all-linear', the run has [",
+        "--use-rslora: got True, the run has False",
+        "--adapter-name: got 'x', the run has 'out'",
+    ):
+        assert difference in error
+    assert run.logged() == [1, 2, 3]
+    (run.out / "checkpoint" / "trainer_state.json").write_text("{")
+    assert cli.main([*run.words, "--resume"]) == 1
+    assert "trainer_state.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--max-samples", "--batch-size", "--gradient-accumulation-steps"])
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_counts_are_positive(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("train", "d", "--output-dir", "o", option, value)
+    assert f"got '{value}', wanted an integer of at least 1" in capsys.readouterr().err
+
+
+class Parrot:
+    """Stands for an LLM that says SAID, and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[dict[str, str]]] = []
+
+    def generate(self, prompts: list[str], *_: object) -> list[RequestOutput]:
+        return [RequestOutput(prompt, [], [CompletionOutput(0, SAID)]) for prompt in prompts]
+
+    def stream(self, messages: list[dict[str, str]], *_: object) -> Iterator[str]:
+        self.asked.append(list(messages))
+        yield from (SAID[:9], SAID[9:])
+
+
+def test_answers_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    parrot = Parrot()
+    for verb in ("generate", "chat"):
+        monkeypatch.setattr(cli.load_verb(verb), "load_llm", lambda *_: parrot)
+    assert cli.main(["generate", "m", "-p", ":100: a", "-p", "b"]) == 0
+    assert capsys.readouterr().out == f"> :100: a\n{SAID}\n\n> b\n{SAID}\n\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO("/systemic\n/system be brief\nhi\n/system\nho\n"))
+    assert cli.main(["chat", "m"]) == 0
+    assert capsys.readouterr().out == f"{SAID}\n" * 3
+    system, users = {"role": "system", "content": "be brief"}, [message[-1]["content"] for message in parrot.asked]
+    assert users == ["/systemic", "hi", "ho"]
+    assert [system in messages for messages in parrot.asked] == [False, True, False]
+
+
+def test_inspect_shows_patterns_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = {"peft_type": "LORA", "r": 4, "target_modules": r".*\.[qv]_proj", "base_model_name_or_path": "a[/b]:100:"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert r".*\.[qv]_proj" in out
+    assert "a[/b]:100:" in out
 
 
 def test_terminal_drawings() -> None:

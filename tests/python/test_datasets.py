@@ -162,6 +162,9 @@ def test_templates_without_a_stable_prompt_are_refused(tmp_path: Path) -> None:
         ({"input_ids": [1, "a"]}, "input_ids"),
         ({"input_ids": [1, 2], "labels": [1]}, "labels: got 1 for 2"),
         ({"chosen": "x", "rejected": "y"}, "preference data"),
+        ({"text": "ab\ud83d"}, "text: encode: text: got '\\ud83d' at character 2"),
+        ({"prompt": "ab", "completion": "\udc00"}, "prompt, completion: encode: text: got '\\udc00'"),
+        (chat("q", "a\ud800"), "messages: encode: text: got '\\ud800'"),
     ],
 )
 def test_errors_name_row_and_field(tokenizer: fc.Tokenizer, row: dict[str, Any], message: str) -> None:
@@ -196,6 +199,9 @@ def test_file_errors_name_the_line(tokenizer: fc.Tokenizer, tmp_path: Path) -> N
         datasets.load(path, tokenizer)
     path.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps({"prompt": "x", "completion": "y"}))
     with pytest.raises(fc.InvalidArgument, match=r"d\.jsonl:2: messages"):
+        datasets.load(path, tokenizer)
+    path.write_text('{"text": "a"}\n{"text": "\\ud83d"}\n')
+    with pytest.raises(fc.InvalidArgument, match=r"d\.jsonl:2: text: .*UTF-8"):
         datasets.load(path, tokenizer)
     path.write_text("[1]\n")
     with pytest.raises(fc.InvalidArgument, match=r"d\.jsonl:1: got list"):

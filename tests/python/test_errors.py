@@ -76,6 +76,15 @@ def test_prompts(prompt: Any, message: str, engine: fc.Engine) -> None:
         ("stop_token_ids", [500]),
         ("logit_bias", {500: 1.0}),
         ("logit_bias", {5: float("nan")}),
+        ("logit_bias", {5: float("inf")}),
+        # Sampling takes floats: these are no numbers, or none above 0, there.
+        ("temperature", 1e300),
+        ("top_p", 1e-300),
+        ("presence_penalty", 1e300),
+        ("frequency_penalty", -1e300),
+        ("repetition_penalty", 1e300),
+        ("repetition_penalty", 1e-300),
+        ("logit_bias", {5: 1e300}),
     ],
 )
 def test_sampling(field: str, value: Any, engine: fc.Engine) -> None:
@@ -85,14 +94,43 @@ def test_sampling(field: str, value: Any, engine: fc.Engine) -> None:
 
 
 def test_impossible_choice_fails_its_request_only(engine: fc.Engine) -> None:
-    """Every token forbidden: nothing can be drawn."""
+    """Every token forbidden: nothing can be drawn. The event says so, and is no cancellation."""
     barred = fc.SamplingParams(max_tokens=4, logit_bias={token: -float("inf") for token in range(160)})
-    ids = engine.submit_batch([PROMPT, PROMPT], [barred, greedy(4)])
+    never = fc.SamplingParams(max_tokens=4, min_tokens=3, stop_token_ids=list(range(160)))
+    failed = engine.stats().get("requests_failed", 0)
+    ids = engine.submit_batch([PROMPT] * 3, [barred, greedy(4), never])
     events: dict[int, list[fc.TokenEvent]] = {request: [] for request in ids}
     while engine.has_work():
         for event in engine.step().outputs:
             events[event.request_id].append(event)
-    assert events[ids[0]][-1].finish_reason == "cancelled" and len(events[ids[1]]) == 4
+    for request in (ids[0], ids[2]):
+        (event,) = events[request]
+        assert (event.token_id, event.finish_reason) == (-1, "error") and "no token left" in event.error
+    assert len(events[ids[1]]) == 4 and all(event.error == "" for event in events[ids[1]])
+    assert engine.stats()["requests_failed"] == failed + 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("max_model_len", 2**62),
+        ("max_num_seqs", 2**62),
+        ("max_num_batched_tokens", 2**62),
+        ("block_size", 2**60),
+        ("block_size", 2**40),
+        ("kv_cache_memory_bytes", 2**62),
+        ("num_threads", 5000),
+    ],
+)
+def test_engine_settings(field: str, value: int, make_engine: MakeEngine) -> None:
+    with pytest.raises(fc.InvalidArgument, match=field):
+        make_engine(**{field: value})
+
+
+def test_tokens_to_score(engine: fc.Engine) -> None:
+    for tokens in ([160], [5, 160]):
+        with pytest.raises(fc.InvalidArgument, match="token_ids: unknown token id 160"):
+            engine.score(tokens)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +173,11 @@ def test_examples(example: Any, message: str, engine: fc.Engine) -> None:
         ("window_tokens", 0),
         ("backward_window_tokens", -3),
         ("weight", 0.0),
+        ("num_epochs", 2**62),
+        ("learning_rate", 1e39),
+        ("weight_decay", 1e39),
+        ("betas", (0.9, 1.0 - 1e-12)),
+        ("eps", 1e-50),
     ],
 )
 def test_finetune_settings(field: str, value: Any, engine: fc.Engine) -> None:
@@ -152,12 +195,21 @@ def test_finetune_settings(field: str, value: Any, engine: fc.Engine) -> None:
         ({"lora_alpha": float("nan")}, "lora_alpha"),
         ({"target_modules": ["nothing"]}, 'target_modules.*"nothing"'),
         ({"target_modules": []}, "target_modules"),
+        ({"target_modules": ["q_proj", "v_prj"]}, 'target_modules.*"v_prj".*wanted.*"v_proj"'),
+        ({"target_modules": "nothing.*"}, "target_modules.*nothing"),
+        ({"rank_pattern": {"q_proj": 257}}, "rank_pattern: q_proj: 257, wanted 1 to 256"),
         ({"rank_pattern": {"(": 3}}, "rank_pattern"),
     ],
 )
 def test_lora_settings(config: dict[str, Any], message: str, engine: fc.Engine) -> None:
     with pytest.raises(fc.InvalidArgument, match=message):
         engine.create_adapter("b", fc.LoraConfig(**config))
+
+
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "model.embed_tokens"])
+def test_no_lora_outside_the_layers(name: str, engine: fc.Engine) -> None:
+    with pytest.raises(fc.Unsupported, match=f'target_modules: "{name}"'):
+        engine.create_adapter("b", fc.LoraConfig(target_modules=["q_proj", name]))
 
 
 def test_unknown_adapter(engine: fc.Engine, tmp_path: Path) -> None:

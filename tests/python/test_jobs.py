@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,65 @@ def test_checkpoint_of_other_examples(engine: fc.Engine, tmp_path: Path) -> None
         engine.save_checkpoint(job, tmp_path / "c")
 
 
+def test_a_checkpoint_that_cannot_go_on_changes_nothing(engine: fc.Engine, tmp_path: Path) -> None:
+    job = start(engine)
+    run(engine, until=after(job, 2))
+    engine.save_checkpoint(job, tmp_path / "c")
+    run(engine)
+    before, scores = engine.adapters(), engine.score(PROMPT, "a")
+    others = [fc.Example([500] * 4, [5] * 4)] * len(EXAMPLES)
+    with pytest.raises(fc.InvalidArgument, match="unknown token id 500"):
+        engine.resume_finetune(tmp_path / "c", others)
+    for name in ("adapter_model.safetensors", "optimizer.safetensors"):
+        kept = (tmp_path / "c" / name).read_bytes()
+        (tmp_path / "c" / name).unlink()
+        with pytest.raises(fc.ModelLoadError, match=name):
+            engine.resume_finetune(tmp_path / "c", EXAMPLES)
+        (tmp_path / "c" / name).write_bytes(kept)
+    assert repr(engine.adapters()) == repr(before) and before[0].version == 12
+    assert np.array_equal(engine.score(PROMPT, "a"), scores)
+    assert is_idle(engine)
+    engine.resume_finetune(tmp_path / "c", EXAMPLES)
+    assert engine.adapters()[0].version == 2  # that of the checkpoint
+    run(engine)
+    assert engine.adapters()[0].version == 12
+    assert np.array_equal(engine.score(PROMPT, "a"), scores)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("step", -5),
+        ("step", 12),
+        ("step", 2**63 - 1),
+        ("trained_tokens", -1),
+        ("num_examples", 0),
+        ("version", -1),
+        ("config.batch_size", 0),
+        ("config.num_epochs", 2**62),
+    ],
+)
+def test_a_checkpoint_with_numbers_that_cannot_be(field: str, value: int, engine: fc.Engine, tmp_path: Path) -> None:
+    job = start(engine)
+    run(engine, until=after(job, 2))
+    engine.save_checkpoint(job, tmp_path / "c")
+    engine.cancel_job(job)
+    path = tmp_path / "c" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    *above, name = field.split(".")
+    (state[above[0]] if above else state)[name] = value
+    path.write_text(json.dumps(state))
+    with pytest.raises(fc.ModelLoadError, match=rf"trainer_state\.json.*{name}: {value}, wanted"):
+        engine.resume_finetune(tmp_path / "c", EXAMPLES)
+    assert engine.adapters()[0].version == 2
+
+
+def test_a_batch_larger_than_the_examples(engine: fc.Engine) -> None:
+    job = start(engine, settings(batch_size=2**63 - 1))
+    log = run(engine)
+    assert len(log.steps(job)) == 3 and engine.job(job).status == "succeeded"
+
+
 def test_full_disk(engine: fc.Engine, tmp_path: Path) -> None:
     """A checkpoint that does not fit leaves nothing half-written, and an older one stays whole."""
     job = start(engine)
@@ -199,6 +259,17 @@ def test_a_job_that_diverges_fails_alone(engine: fc.Engine, losses: list[float])
     assert log.finetune[diverging][-1].status == "failed"
     assert len(log.tokens(request)) == 20
     assert log.losses(job) == pytest.approx(losses, rel=1e-4)
+    assert is_idle(engine)
+
+
+def test_parameters_that_are_not_finite_are_not_published(engine: fc.Engine) -> None:
+    job = start(engine, settings(learning_rate=3e38))
+    before = engine.score(PROMPT, "a")
+    run(engine)
+    info = engine.job(job)
+    assert info.status == "failed" and info.step == 0 and "parameters are not finite" in info.error
+    assert engine.adapters()[0].version == 0
+    assert np.array_equal(engine.score(PROMPT, "a"), before)
     assert is_idle(engine)
 
 

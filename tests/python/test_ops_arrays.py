@@ -56,6 +56,16 @@ def test_no_array_is_copied(made: Callable[..., Any], monkeypatch: pytest.Monkey
     np.testing.assert_allclose(np.asarray(y), np.asarray(x) @ np.asarray(weight).T, rtol=1e-5, atol=1e-6)
 
 
+def test_no_rows_are_legal(made: Callable[..., Any]) -> None:
+    x, weight, a, b = made(randn(0, 8)), made(randn(5, 8)), made(randn(2, 8)), made(randn(5, 2))
+    assert fc.ops.linear(x, weight).shape == (0, 5)
+    assert fc.ops.lora_forward(x, weight, a, b, 1.0).shape == (0, 5)
+    grads = fc.ops.lora_backward(made(randn(0, 5)), x, weight, a, b, 1.0)
+    assert [tuple(grad.shape) for grad in grads] == [(0, 8), (2, 8), (5, 2)]
+    assert fc.ops.rms_norm(x, made(randn(8)), 1e-5).shape == (0, 8)
+    assert fc.ops.silu_mul(x, made(randn(0, 8))).shape == (0, 8)
+
+
 def test_in_place_means_the_callers_own_memory(made: Callable[..., Any]) -> None:
     param, grad, first, second = (made(randn(4, 6)) for _ in range(4))
     second[...] = 0

@@ -29,29 +29,62 @@ def planned(directory: Any, lora: fc.LoraConfig | None, length: int, **changes: 
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
 def test_against_the_ledger(name: str, targets: str, dtype: str, make_engine: MakeEngine, tiny_dir: Any) -> None:
+    """A batch that fills what may be in flight takes just what was planned."""
     lora, length = fc.LoraConfig(r=5, target_modules=TARGETS[targets]), 100
     plan = planned(tiny_dir(name), lora, length, dtype=dtype)
+    assert plan.tokens_in_flight == 8 * length
     engine = make_engine(name, dtype=dtype)
     engine.create_adapter("a", lora)
-    job = engine.finetune("a", random_examples((length,), seed=1), fc.FinetuneConfig(num_epochs=2))
+    job = engine.finetune("a", random_examples((length,) * 8, seed=1), fc.FinetuneConfig(num_epochs=2))
     engine.step()
     held = engine.memory()
     run(engine)
     assert engine.job(job).status == "succeeded"
     peak = engine.memory_peak()
-    for tag in ("weights", "kv_pages", "adapters", "optimizer", "saved_activations"):
+    for tag in ("weights", "kv_pages", "adapters", "gradients", "optimizer", "saved_activations"):
         assert peak[tag] == getattr(plan, tag), tag
-    assert held["adapters"] == plan.adapters and held["optimizer"] == plan.optimizer
-    assert peak["gradients"] == plan.gradients
+    assert 2 * held["adapters"] == plan.adapters and held["optimizer"] == plan.optimizer
+    assert peak["workspace"] <= plan.workspace
     assert is_idle(engine)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_threads": 1, "max_num_batched_tokens": 512, "max_num_seqs": 64},
+        {"num_threads": 5, "max_num_batched_tokens": 37, "block_size": 5, "dtype": "bfloat16"},
+        {"finetune_memory_bytes": 2_000_000, "max_num_seqs": 5},
+    ],
+)
+@pytest.mark.parametrize("rank", [3, 256])
+def test_nothing_takes_more_than_planned(
+    rank: int, changes: dict[str, Any], make_engine: MakeEngine, tiny_dir: Any
+) -> None:
+    """Requests of every kind beside a job with more sequences than may be in flight."""
+    lora = fc.LoraConfig(r=rank)
+    plan = planned(tiny_dir("llama"), lora, 64, **changes)
+    engine = make_engine(**changes)
+    engine.create_adapter("a", lora)
+    engine.finetune("a", random_examples((64,) * 20 + (9, 30), seed=1), fc.FinetuneConfig(batch_size=22))
+    kinds = [{}, {"logprobs": 5}, {"temperature": 0.9, "top_p": 0.8, "presence_penalty": 1.0}]
+    for i in range(12):
+        params = greedy(20, **kinds[i % 3])
+        engine.submit(random_tokens(10 + 19 * i, seed=i), params, "a" if i % 2 else None)
+    run(engine)
+    engine.score(random_tokens(256, seed=3), "a")
+    assert [job.status for job in engine.jobs()] == ["succeeded"]
+    peak = engine.memory_peak()
+    assert {tag: peak[tag] for tag in peak if peak[tag] > getattr(plan, tag)} == {}
 
 
 def test_saved_by_the_token(tiny_dir: Any) -> None:
     lora = fc.LoraConfig(r=5)
-    plans = [planned(tiny_dir("llama"), lora, length) for length in (1, 100, 200)]
+    plans = [planned(tiny_dir("llama"), lora, length) for length in (1, 50, 100, 200)]
+    assert [plan.tokens_in_flight for plan in plans] == [8, 400, 800, 1024]
     assert plans[2].saved_activations == pytest.approx(2 * plans[1].saved_activations, rel=0.02)
     for plan in plans[1:]:
-        per_token = plan.saved_activations / plan.sequence_length
+        per_token = plan.saved_activations / plan.tokens_in_flight
         assert per_token <= 1.02 * (plan.num_layers + 1) * plan.saved_bytes_per_token_per_layer
     assert 0 < plans[0].saved_bytes_per_token_per_layer < plans[0].unpruned_bytes_per_token_per_layer
 
@@ -80,7 +113,7 @@ def test_what_is_kept(tiny_dir: Any) -> None:
     assert [t.name for t in plans["q+v"].tensors if t.choice == "rebuilt"] == ["attention_norm"]
     assert plans["down"].saved_activations < plans["q+v"].saved_activations  # nothing of the first attention
     assert plans["top"].saved_activations < plans["down"].saved_activations  # nothing below its layer
-    assert plans["top"].optimizer == 2 * plans["top"].adapters < plans["q+v"].optimizer
+    assert plans["top"].optimizer == plans["top"].adapters < plans["q+v"].optimizer
 
 
 def test_without_finetuning(tiny_dir: Any, make_engine: MakeEngine) -> None:
@@ -98,12 +131,21 @@ def test_pages_as_asked(tiny_dir: Any, make_engine: MakeEngine) -> None:
     assert make_engine(kv_cache_memory_bytes=500_000).memory()["kv_pages"] == plan.kv_pages
 
 
+def test_default_length_fits_model_and_config(tiny_dir: Any) -> None:
+    """The model's 256 positions; fewer if the engine is to take fewer."""
+    assert fc.plan(tiny_dir("llama"), lora=fc.LoraConfig()).sequence_length == 256
+    assert fc.plan(tiny_dir("llama"), fc.EngineConfig(max_model_len=128), fc.LoraConfig()).sequence_length == 128
+
+
 def test_bad_arguments(tiny_dir: Any) -> None:
     for length in (0, 257):
         with pytest.raises(fc.InvalidArgument, match="sequence_length"):
             planned(tiny_dir("llama"), None, length)
     with pytest.raises(fc.InvalidArgument, match="target_modules"):
         planned(tiny_dir("llama"), fc.LoraConfig(target_modules=["nothing"]), 100)
+    for rank in (257, 2**61):
+        with pytest.raises(fc.InvalidArgument, match=f"r: {rank}, wanted 1 to 256"):
+            planned(tiny_dir("llama"), fc.LoraConfig(r=rank), 100)
     with pytest.raises(fc.ModelLoadError, match="does not exist"):
         fc.plan("/nowhere/at-all.gguf")
 

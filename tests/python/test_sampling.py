@@ -60,6 +60,13 @@ def test_top_k(engine: fc.Engine, logits: np.ndarray) -> None:
     assert_drawn_from(draw(engine, top_k=-1), softmax(logits))
 
 
+def test_numbers_as_large_as_their_type(engine: fc.Engine, logits: np.ndarray) -> None:
+    for top_k in (2**31, 2**32 + 1, 2**63 - 1):
+        assert_drawn_from(draw(engine, top_k=top_k), softmax(logits))
+    tokens = generate(engine, [PROMPT], greedy(2**63 - 1))[0]
+    assert len(PROMPT) + len(tokens) == engine.model().max_model_len
+
+
 def test_top_p(engine: fc.Engine, logits: np.ndarray) -> None:
     probabilities = softmax(logits / 1.5)
     order = np.argsort(-probabilities)

@@ -128,6 +128,21 @@ def test_prefix_caching(make_engine: MakeEngine) -> None:
     assert is_idle(cached)
 
 
+def test_events_tell_what_was_cached_and_when_the_first_token_came(make_engine: MakeEngine) -> None:
+    engine = make_engine()
+    prompt = random_tokens(40, seed=8)
+    first = engine.submit(prompt, greedy(4))
+    assert [event.num_cached_tokens for event in run(engine).events[first]] == [0] * 4
+    again = engine.submit(prompt, greedy(4))
+    events = run(engine).events[again]
+    assert [event.num_cached_tokens for event in events] == [32] * 4  # blocks of 8, the last token left out
+    assert events[0].ttft_ms > 0 and len({event.ttft_ms for event in events}) == 1
+    request = engine.submit(prompt, greedy(4))
+    engine.cancel(request)
+    (cancelled,) = engine.step().outputs
+    assert (cancelled.finish_reason, cancelled.ttft_ms, cancelled.error) == ("cancelled", 0.0, "")
+
+
 def test_no_stale_prefix(make_engine: MakeEngine, adapter_dirs: dict[str, Path], tmp_path: Path) -> None:
     """The same prompt under the base model, two adapters, a new version, and a new adapter of the old name."""
     engine, plain = make_engine(), make_engine(enable_prefix_caching=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import CHATML, write_byte_tokenizer
@@ -26,6 +27,13 @@ def test_text_goes_round(tokenizer: fc.Tokenizer) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.eos_token_ids() == [2]
     assert tokenizer.bos_token_id == 1
+
+
+@pytest.mark.parametrize("text", ["\ud800", "ab\udc80", 3, None])
+def test_what_is_no_text_is_refused(tokenizer: fc.Tokenizer, text: Any) -> None:
+    for encode in (tokenizer.encode, tokenizer.encode_with_offsets):
+        with pytest.raises(fc.InvalidArgument, match=r"encode: text: got"):
+            encode(text)
 
 
 @pytest.mark.parametrize(

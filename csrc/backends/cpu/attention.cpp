@@ -4,6 +4,7 @@
 
 #include "backends/cpu/families.h"
 #include "backends/cpu/kernels/attention.h"
+#include "backends/cpu/scratch.h"
 
 namespace flexcore::cpu {
 
@@ -120,12 +121,24 @@ void for_each_tile(const AttentionArgs& args, const AttentionProblem& p, std::in
   }
 }
 
-ForwardPlan plan_forward(const AttentionArgs& args, const AttentionProblem& p, int num_threads, std::int64_t padded) {
-  // Queries, scores and two outputs of a tile: about 200 KiB at head_dim 64. Each tile gathers its keys anew, 3 % of
-  // its work.
+// Queries, scores and two outputs of a tile: about 200 KiB at head_dim 64. Each tile gathers its keys anew, 3 % of
+// its work.
+std::int64_t largest_tile(const AttentionProblem& p) {
   const std::int64_t most_rows = p.head_dim <= 64 ? 192 : p.head_dim <= 128 ? 96 : 48;
-  const std::int64_t wanted = num_threads == 1 ? 1 : 4 * num_threads;
-  ForwardPlan plan{.tile_tokens = std::max<std::int64_t>(most_rows / p.group, 1)};
+  return std::max<std::int64_t>(most_rows / p.group, 1);
+}
+
+// Below so many, keys are split too.
+std::int64_t wanted_tiles(std::int64_t num_threads) { return num_threads == 1 ? 1 : 4 * num_threads; }
+
+// Pieces of the keys for each of `num_windows` windows of the backward, at most.
+std::int64_t wanted_pieces(std::int64_t num_windows, std::int64_t num_kv_heads) {
+  return std::clamp<std::int64_t>(12 / (num_windows * num_kv_heads), 1, 8);
+}
+
+ForwardPlan plan_forward(const AttentionArgs& args, const AttentionProblem& p, int num_threads, std::int64_t padded) {
+  const std::int64_t wanted = wanted_tiles(num_threads);
+  ForwardPlan plan{.tile_tokens = largest_tile(p)};
   while (true) {
     plan.num_tiles = 0;
     for_each_tile(args, p, plan.tile_tokens, [&](const AttentionTile&) { ++plan.num_tiles; });
@@ -210,7 +223,7 @@ KeyPieces cut_keys(const AttentionProblem& p, const AttentionSpan& span, std::in
   // number.
   const auto bytes = tokens * p.group * p.num_kv_heads * padded * static_cast<std::int64_t>(sizeof(float));
   const std::int64_t room = static_cast<std::int64_t>(kMaxPartialBytes) / bytes;
-  const std::int64_t count = std::clamp<std::int64_t>(std::min(12 / (num_windows * p.num_kv_heads), room), 1, 8);
+  const std::int64_t count = std::clamp<std::int64_t>(room, 1, wanted_pieces(num_windows, p.num_kv_heads));
   const std::int64_t blocks = (end - first + kKeyBlock - 1) / kKeyBlock;
   return {first, end, (blocks + count - 1) / count * kKeyBlock};
 }
@@ -272,6 +285,31 @@ void attention_backward(OpContext& context, const AttentionBackwardArgs& args) {
 }
 
 }  // namespace
+
+std::int64_t attention_scratch(const ScratchShape& s) {
+  AttentionProblem p;
+  p.group = s.num_heads / s.num_kv_heads;
+  p.num_kv_heads = s.num_kv_heads;
+  p.head_dim = s.head_dim;
+  const AttentionKernels& kernels = attention_kernels();
+  const std::int64_t padded = kernels.padded_dim(p.head_dim), most_partial = kMaxPartialBytes;
+  constexpr std::int64_t kPadding = 256;
+
+  const std::int64_t tile_rows = largest_tile(p) * p.group, splits = s.positions / kKeySplit + 2;
+  const std::int64_t tiles = s.rows * s.num_kv_heads, split_tiles = std::min(tiles, wanted_tiles(s.num_threads));
+  const std::int64_t partial = std::min(split_tiles * splits * tile_rows * (padded + 2) * 4, most_partial);
+  const std::int64_t forward = s.num_threads * kernels.forward_scratch(p, tile_rows) * 4 + partial +
+                               std::max<std::int64_t>(tiles * sizeof(ForwardItem),
+                                                      split_tiles * (splits * sizeof(ForwardItem) + sizeof(MergeItem)));
+
+  const std::int64_t grad_q = s.rows * s.num_heads * padded * 4;
+  const std::int64_t most_pieces = (8 + s.rows) * s.num_kv_heads;
+  const std::int64_t backward =
+      s.num_threads * kernels.backward_scratch(p) * 4 +
+      std::max(grad_q, std::min(grad_q * wanted_pieces(1, s.num_kv_heads), most_partial)) +
+      most_pieces * (sizeof(AttentionBackwardPiece) + sizeof(BackwardItem) + sizeof(ReduceItem));
+  return std::max(forward, backward) + kPadding * 4;
+}
 
 void register_attention(OpRegistry& registry) {
   registry.add<KvWriteArgs>(DeviceKind::kCpu, kv_write);

@@ -6,6 +6,7 @@
 #include "backends/cpu/families.h"
 #include "backends/cpu/kernels/softmax.h"
 #include "backends/cpu/packed_weight.h"
+#include "backends/cpu/scratch.h"
 #include "ops/linear.h"
 #include "ops/rows.h"
 
@@ -102,6 +103,13 @@ void linear_cross_entropy(OpContext& context, const LinearCrossEntropyArgs& args
 }
 
 }  // namespace
+
+std::int64_t cross_entropy_scratch(const ScratchShape& s) {
+  const std::int64_t rows = std::min(s.rows, kRowBlock), columns = std::min(s.vocab_size, kVocabChunk);
+  const std::int64_t block = rows * (s.hidden_size * 4 + static_cast<std::int64_t>(sizeof(SoftmaxState)) + 4);
+  const std::int64_t chunk = rows * columns * 8 + linear_scratch(rows, s.hidden_size, columns, s.num_threads);
+  return block + std::max(chunk, rows * s.hidden_size * 4) + 1024;
+}
 
 void register_cross_entropy(OpRegistry& registry) {
   registry.add<LinearCrossEntropyArgs>(DeviceKind::kCpu, linear_cross_entropy);

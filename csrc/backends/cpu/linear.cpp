@@ -6,6 +6,7 @@
 
 #include "backends/cpu/families.h"
 #include "backends/cpu/packed_weight.h"
+#include "backends/cpu/scratch.h"
 
 namespace flexcore::cpu {
 
@@ -285,6 +286,17 @@ void linear_backward(OpContext& context, const LinearBackwardArgs& args) {
 }
 
 }  // namespace
+
+std::int64_t linear_scratch(std::int64_t rows, std::int64_t in_features, std::int64_t outputs,
+                            std::int64_t num_threads) {
+  // A converted copy of x, or of every grad_y; no more than so many columns pad a row.
+  constexpr std::int64_t kMembers = 3, kPadding = 34;
+  const std::int64_t operands = rows * std::max(in_features + kPadding, outputs + kMembers * kPadding) * 4;
+  // Accumulators, and a range of widened or transposed panels.
+  const std::int64_t row_chunk = std::min<std::int64_t>(rows, kRowsAtOnce + gemm_kernels().tile_rows);
+  const std::int64_t worker = kPanelsAtOnce * kPanelRows * (row_chunk + kRange) * 4;
+  return operands + num_threads * (worker + 256) + 1024;
+}
 
 void register_linear(OpRegistry& registry) {
   register_packed_weight(registry);

@@ -6,6 +6,7 @@
 #include "backends/cpu/families.h"
 #include "backends/cpu/kernels/elementwise.h"
 #include "backends/cpu/kernels/lora.h"
+#include "backends/cpu/scratch.h"
 #include "core/bfloat16.h"
 
 namespace flexcore::cpu {
@@ -345,6 +346,14 @@ void lora_backward(OpContext& context, const LoraBackwardArgs& args) {
 }
 
 }  // namespace
+
+std::int64_t lora_scratch(const ScratchShape& s) {
+  // At worst every row is a segment of its own. Of each piece: itself, u and grad_u with their padding, a tile, a task.
+  constexpr std::int64_t kMembers = 3, kPadding = 64;
+  const std::int64_t piece = sizeof(Piece) + 2 * (s.rank * 4 + kPadding) + 2 * (sizeof(ShrinkGroup) + 8) + 3 * 8;
+  const std::int64_t tiles = 2 * s.num_threads * kTileRows * kTileDepth * 4;
+  return kMembers * s.rows * piece + s.rank * widest_outputs(s) * 4 + tiles + 4096;
+}
 
 void register_lora(OpRegistry& registry) {
   registry.add<LoraArgs>(DeviceKind::kCpu, lora_forward);

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "backends/cpu/families.h"
+#include "backends/cpu/scratch.h"
 #include "backends/cpu/token_draw.h"
 
 namespace flexcore::cpu {
@@ -90,6 +91,12 @@ void sample(OpContext& context, const SampleArgs& args) {
 }
 
 }  // namespace
+
+std::int64_t sampling_scratch(const ScratchShape& s) {
+  constexpr std::int64_t kArrays = 6;  // of DrawScratch
+  const std::int64_t worker = kArrays * (s.vocab_size * 4 + 64) + static_cast<std::int64_t>(sizeof(DrawScratch));
+  return s.num_threads * worker + s.sampled_rows * (static_cast<std::int64_t>(sizeof(RowPeak)) + 4) + 1024;
+}
 
 void register_sampling(OpRegistry& registry) { registry.add<SampleArgs>(DeviceKind::kCpu, sample); }
 

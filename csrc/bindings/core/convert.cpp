@@ -1,5 +1,6 @@
 #include "convert.h"
 
+#include <cstring>
 #include <limits>
 #include <memory>
 
@@ -19,12 +20,16 @@ std::vector<std::int32_t> ids_of_array(const py::array& array, const std::string
                           " with " + std::to_string(array.ndim()) + " dimensions, wanted integers in one dimension");
   if (array.dtype().is(py::dtype::of<std::int32_t>())) {
     const auto view = py::array_t<std::int32_t, py::array::c_style | py::array::forcecast>(array);
-    return {view.data(), view.data() + view.size()};
+    std::vector<std::int32_t> out(view.size());
+    if (!out.empty()) std::memcpy(out.data(), view.data(), out.size() * sizeof(std::int32_t));
+    return out;
   }
   const auto view = py::array_t<std::int64_t, py::array::c_style | py::array::forcecast>(array);
+  const auto* bytes = static_cast<const char*>(static_cast<const void*>(view.data()));
   std::vector<std::int32_t> out(view.size());
   for (std::size_t i = 0; i < out.size(); ++i) {
-    const std::int64_t id = view.data()[i];
+    std::int64_t id;
+    std::memcpy(&id, bytes + i * sizeof id, sizeof id);  // a view of somebody's bytes may lie anywhere
     if (id < std::numeric_limits<std::int32_t>::min() || id > std::numeric_limits<std::int32_t>::max())
       throw InvalidArgument(where + "[" + std::to_string(i) + "]: got " + std::to_string(id) + ", wanted a token id");
     out[i] = static_cast<std::int32_t>(id);
@@ -124,16 +129,17 @@ std::vector<std::int32_t> to_ids(py::handle value, const std::string& where) {
     refuse(where, value, "token ids; flexcore.LLM takes text");
   if (py::isinstance<py::array>(value)) return ids_of_array(py::reinterpret_borrow<py::array>(value), where);
   if (PyDict_Check(value.ptr()) || PyAnySet_Check(value.ptr())) refuse(where, value, "a sequence of token ids");
-  const auto fast = py::reinterpret_steal<py::object>(PySequence_Fast(value.ptr(), ""));
+  // A tuple: an element's own __index__ may change the list that it came in.
+  const auto fast = py::reinterpret_steal<py::object>(PySequence_Tuple(value.ptr()));
   if (!fast) {
     PyErr_Clear();
     refuse(where, value, "a sequence of token ids");
   }
-  const Py_ssize_t size = PySequence_Fast_GET_SIZE(fast.ptr());
+  const Py_ssize_t size = PyTuple_GET_SIZE(fast.ptr());
   std::vector<std::int32_t> out;
   out.reserve(static_cast<std::size_t>(size));
   for (Py_ssize_t i = 0; i < size; ++i) {
-    PyObject* item = PySequence_Fast_GET_ITEM(fast.ptr(), i);
+    PyObject* item = PyTuple_GET_ITEM(fast.ptr(), i);
     int overflow = 0;
     const long long id = PyLong_CheckExact(item) ? PyLong_AsLongLongAndOverflow(item, &overflow)
                                                  : to_int64(item, where + "[" + std::to_string(i) + "]");

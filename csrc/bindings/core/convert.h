@@ -40,7 +40,9 @@ auto to_vector(py::handle value, const std::string& where, const char* wanted, F
   std::vector<decltype(item(value, where))> out;
   if (!py::isinstance<py::list>(value) && !py::isinstance<py::tuple>(value) && !py::isinstance<py::anyset>(value))
     refuse(where, value, wanted);
-  for (const py::handle entry : value) out.push_back(item(entry, where + "[" + std::to_string(out.size()) + "]"));
+  const auto copy = py::reinterpret_steal<py::tuple>(PySequence_Tuple(value.ptr()));  // as in to_pairs
+  if (!copy) throw py::error_already_set();
+  for (const py::handle entry : copy) out.push_back(item(entry, where + "[" + std::to_string(out.size()) + "]"));
   return out;
 }
 
@@ -51,7 +53,9 @@ template <class K, class V>
 auto to_pairs(py::handle value, const std::string& where, const char* wanted, K&& key, V&& item) {
   if (!py::isinstance<py::dict>(value)) refuse(where, value, wanted);
   std::vector<std::pair<decltype(key(value, where)), decltype(item(value, where))>> out;
-  for (const auto& [k, v] : py::reinterpret_borrow<py::dict>(value))
+  // A copy: a conversion runs code of the value's own, which may change the dict.
+  const auto copy = py::reinterpret_steal<py::dict>(PyDict_Copy(value.ptr()));
+  for (const auto& [k, v] : copy)
     out.emplace_back(key(k, where), item(v, where + "[" + py::repr(k).template cast<std::string>() + "]"));
   return out;
 }

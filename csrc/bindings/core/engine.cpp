@@ -2,7 +2,7 @@
 
 #include <pybind11/stl.h>
 
-#include <mutex>
+#include <memory>
 
 #include "convert.h"
 #include "flexcore/error.h"
@@ -11,28 +11,14 @@
 namespace flexcore::python {
 namespace {
 
-// The C++ engine wants one caller at a time; Python threads may come as they like, so calls queue here, without the
-// GIL.
-class SharedEngine {
- public:
-  SharedEngine(const std::string& model, const EngineConfig& config) : engine_(Engine::load(model, config)) {}
+// Calls wait and work without the GIL; the engine itself makes them queue up.
+using Released = py::call_guard<py::gil_scoped_release>;
 
-  template <class F>
-  auto locked(F&& work) {
-    const py::gil_scoped_release release;
-    const std::lock_guard lock(mutex_);
-    return work(engine_);
-  }
-
-  bool cancel(RequestId request) {  // from any thread, while a step runs
-    const py::gil_scoped_release release;
-    return engine_.cancel(request);
-  }
-
- private:
-  std::mutex mutex_;
-  Engine engine_;
-};
+template <class F>
+auto released(F&& work) {
+  const py::gil_scoped_release release;
+  return work();
+}
 
 SamplingParams to_sampling(py::handle value, const std::string& where) {
   if (value.is_none()) return {};
@@ -56,13 +42,13 @@ std::vector<T> broadcast(const py::object& value, std::size_t count, const std::
   return out;
 }
 
-RequestId submit(SharedEngine& self, const py::object& prompt, const py::object& sampling, const py::object& adapter) {
+RequestId submit(Engine& self, const py::object& prompt, const py::object& sampling, const py::object& adapter) {
   const Request request{to_ids(prompt, "submit: prompt_token_ids"), to_sampling(sampling, "submit: sampling"),
                         to_adapter(adapter, "submit: adapter")};
-  return self.locked([&](Engine& engine) { return engine.submit(request); });
+  return released([&] { return self.submit(request); });
 }
 
-std::vector<RequestId> submit_batch(SharedEngine& self, const py::object& prompts, const py::object& sampling,
+std::vector<RequestId> submit_batch(Engine& self, const py::object& prompts, const py::object& sampling,
                                     const py::object& adapter) {
   auto ids = to_vector(prompts, "submit_batch: prompts", "a list of token id lists", to_ids);
   auto params = broadcast<SamplingParams>(sampling, ids.size(), "submit_batch: sampling", to_sampling);
@@ -71,31 +57,31 @@ std::vector<RequestId> submit_batch(SharedEngine& self, const py::object& prompt
   requests.reserve(ids.size());
   for (std::size_t i = 0; i < ids.size(); ++i)
     requests.push_back({std::move(ids[i]), std::move(params[i]), std::move(names[i])});
-  return self.locked([&](Engine& engine) { return engine.submit_batch(requests); });
+  return released([&] { return self.submit_batch(requests); });
 }
 
-py::dict loss_and_gradients(SharedEngine& self, const py::object& adapter, const py::object& examples,
+py::dict loss_and_gradients(Engine& self, const py::object& adapter, const py::object& examples,
                             const py::object& window, const py::object& backward_window) {
   const std::string name = to_string(adapter, "loss_and_gradients: adapter");
   const auto rows = to_examples(examples, "loss_and_gradients: examples");
   const auto forward = convert<std::optional<std::int64_t>>(window, "loss_and_gradients: window_tokens").value_or(0);
   const auto backward =
       convert<std::optional<std::int64_t>>(backward_window, "loss_and_gradients: backward_window_tokens").value_or(0);
-  auto result = self.locked([&](Engine& engine) { return engine.loss_and_gradients(name, rows, forward, backward); });
+  auto result = released([&] { return self.loss_and_gradients(name, rows, forward, backward); });
   py::dict out;
   out["loss"] = result.loss;
   for (auto& array : result.gradients) out[py::str(array.name)] = to_array(std::move(array.data), array.shape);
   return out;
 }
 
-using Bound = py::class_<SharedEngine>;
+using Bound = py::class_<Engine>;
 
 void register_serving(Bound& cls) {
   cls.def(py::init([](const py::object& model, const py::object& config) {
             const std::string path = to_path(model, "Engine: model");
             const auto chosen = convert<std::optional<EngineConfig>>(config, "Engine: config").value_or(EngineConfig{});
             const py::gil_scoped_release release;
-            return std::make_unique<SharedEngine>(path, chosen);
+            return std::make_unique<Engine>(Engine::load(path, chosen));
           }),
           py::arg("model"), py::arg("config") = py::none());
   cls.def("submit", submit, py::arg("prompt_token_ids"), py::arg("sampling") = py::none(),
@@ -103,22 +89,22 @@ void register_serving(Bound& cls) {
           "Queues a request; with n > 1 the ids are consecutive from the one returned.");
   cls.def("submit_batch", submit_batch, py::arg("prompts"), py::arg("sampling") = py::none(),
           py::arg("adapter") = py::none(), "Queues all or none; sampling and adapter are for all, or one for each.");
-  cls.def(
-      "step", [](SharedEngine& self) { return self.locked([](Engine& engine) { return engine.step(); }); },
-      "One iteration: inference first, then as much finetuning as the objective leaves room for.");
+  cls.def("step", &Engine::step, Released(),
+          "One iteration: inference first, then as much finetuning as the objective leaves room for.");
   cls.def(
       "cancel",
-      [](SharedEngine& self, const py::object& id) { return self.cancel(to_int64(id, "cancel: request_id")); },
+      [](Engine& self, const py::object& request) {
+        const RequestId id = to_int64(request, "cancel: request_id");
+        return released([&] { return self.cancel(id); });
+      },
       py::arg("request_id"), "False: no such running request. May be called while another thread steps.");
-  cls.def(
-      "has_work", [](SharedEngine& self) { return self.locked([](Engine& engine) { return engine.has_work(); }); },
-      "Anything to serve, or a job that runs.");
+  cls.def("has_work", &Engine::has_work, Released(), "Anything to serve, or a job that runs.");
   cls.def(
       "score",
-      [](SharedEngine& self, const py::object& tokens, const py::object& adapter) {
+      [](Engine& self, const py::object& tokens, const py::object& adapter) {
         const auto ids = to_ids(tokens, "score: token_ids");
         const std::string name = to_adapter(adapter, "score: adapter");
-        auto out = self.locked([&](Engine& engine) { return engine.score(ids, name); });
+        auto out = released([&] { return self.score(ids, name); });
         const auto size = static_cast<std::int64_t>(out.size());
         return to_array(std::move(out), {size});
       },
@@ -126,10 +112,10 @@ void register_serving(Bound& cls) {
       "float32 [len - 1]: log p(token i+1 | tokens <= i), by the serving path.");
   cls.def(
       "logits",
-      [](SharedEngine& self, const py::object& tokens, const py::object& adapter) {
+      [](Engine& self, const py::object& tokens, const py::object& adapter) {
         const auto ids = to_ids(tokens, "logits: token_ids");
         const std::string name = to_adapter(adapter, "logits: adapter");
-        auto out = self.locked([&](Engine& engine) { return engine.logits(ids, name); });
+        auto out = released([&] { return self.logits(ids, name); });
         const auto rows = static_cast<std::int64_t>(ids.size());
         const auto size = static_cast<std::int64_t>(out.size());
         return to_array(std::move(out), {rows, rows == 0 ? 0 : size / rows});
@@ -140,33 +126,33 @@ void register_serving(Bound& cls) {
 void register_adapters(Bound& cls) {
   cls.def(
       "create_adapter",
-      [](SharedEngine& self, const py::object& name, const py::object& config, const py::object& seed) {
+      [](Engine& self, const py::object& name, const py::object& config, const py::object& seed) {
         const std::string adapter = to_string(name, "create_adapter: name");
         const auto lora = convert<std::optional<LoraConfig>>(config, "create_adapter: config").value_or(LoraConfig{});
         const std::uint64_t from = to_uint64(seed, "create_adapter: seed");
-        self.locked([&](Engine& engine) { engine.create_adapter(adapter, lora, from); });
+        released([&] { self.create_adapter(adapter, lora, from); });
       },
       py::arg("name"), py::arg("config") = py::none(), py::arg("seed") = 0,
       "A new adapter; B is zero, so it changes nothing yet.");
   const auto with_directory = [&cls](const char* name, auto method, const char* doc) {
     cls.def(
         name,
-        [name, method](SharedEngine& self, const py::object& adapter, const py::object& directory) {
+        [name, method](Engine& self, const py::object& adapter, const py::object& directory) {
           const std::string which = to_string(adapter, std::string(name) + ": name");
           const std::string where = to_path(directory, std::string(name) + ": directory");
-          self.locked([&](Engine& engine) { (engine.*method)(which, where); });
+          released([&] { (self.*method)(which, where); });
         },
         py::arg("name"), py::arg("directory"), doc);
   };
   with_directory("load_adapter", &Engine::load_adapter, "Reads a PEFT directory.");
   with_directory("save_adapter", &Engine::save_adapter,
                  "Writes a PEFT directory: adapter_config.json and adapter_model.safetensors.");
-  cls.def("adapters", [](SharedEngine& self) { return self.locked([](Engine& engine) { return engine.adapters(); }); });
+  cls.def("adapters", &Engine::adapters, Released());
   cls.def(
       "unload_adapter",
-      [](SharedEngine& self, const py::object& name) {
+      [](Engine& self, const py::object& name) {
         const std::string which = to_string(name, "unload_adapter: name");
-        self.locked([&](Engine& engine) { engine.unload_adapter(which); });
+        released([&] { self.unload_adapter(which); });
       },
       py::arg("name"), "Refused while the adapter trains. Its memory is freed when the last request on it ends.");
 }
@@ -174,45 +160,45 @@ void register_adapters(Bound& cls) {
 void register_jobs(Bound& cls) {
   cls.def(
       "finetune",
-      [](SharedEngine& self, const py::object& adapter, const py::object& examples, const py::object& config) {
+      [](Engine& self, const py::object& adapter, const py::object& examples, const py::object& config) {
         const std::string name = to_string(adapter, "finetune: adapter");
         auto rows = to_examples(examples, "finetune: examples");
         const auto chosen =
             convert<std::optional<FinetuneConfig>>(config, "finetune: config").value_or(FinetuneConfig{});
-        return self.locked([&](Engine& engine) { return engine.finetune(name, std::move(rows), chosen); });
+        return released([&] { return self.finetune(name, std::move(rows), chosen); });
       },
       py::arg("adapter"), py::arg("examples"), py::arg("config") = py::none(), "Starts a job; the steps do its work.");
   cls.def(
       "resume_finetune",
-      [](SharedEngine& self, const py::object& directory, const py::object& examples) {
+      [](Engine& self, const py::object& directory, const py::object& examples) {
         const std::string where = to_path(directory, "resume_finetune: directory");
         auto rows = to_examples(examples, "resume_finetune: examples");
-        return self.locked([&](Engine& engine) { return engine.resume_finetune(where, std::move(rows)); });
+        return released([&] { return self.resume_finetune(where, std::move(rows)); });
       },
       py::arg("directory"), py::arg("examples"),
       "Goes on from a checkpoint; `examples` must be those of the first call.");
   cls.def(
       "save_checkpoint",
-      [](SharedEngine& self, const py::object& job, const py::object& directory) {
+      [](Engine& self, const py::object& job, const py::object& directory) {
         const JobId id = to_int64(job, "save_checkpoint: job_id");
         const std::string where = to_path(directory, "save_checkpoint: directory");
-        self.locked([&](Engine& engine) { engine.save_checkpoint(id, where); });
+        released([&] { self.save_checkpoint(id, where); });
       },
       py::arg("job_id"), py::arg("directory"), "Adapter, optimizer state and position, as of the last optimizer step.");
   cls.def(
       "job",
-      [](SharedEngine& self, const py::object& job) {
+      [](Engine& self, const py::object& job) {
         const JobId id = to_int64(job, "job: job_id");
-        return self.locked([&](Engine& engine) { return engine.job(id); });
+        return released([&] { return self.job(id); });
       },
       py::arg("job_id"));
-  cls.def("jobs", [](SharedEngine& self) { return self.locked([](Engine& engine) { return engine.jobs(); }); });
+  cls.def("jobs", &Engine::jobs, Released());
   const auto on_job = [&cls](const char* name, void (Engine::*method)(JobId)) {
     cls.def(
         name,
-        [name, method](SharedEngine& self, const py::object& job) {
+        [name, method](Engine& self, const py::object& job) {
           const JobId id = to_int64(job, std::string(name) + ": job_id");
-          self.locked([&](Engine& engine) { (engine.*method)(id); });
+          released([&] { (self.*method)(id); });
         },
         py::arg("job_id"));
   };
@@ -226,21 +212,19 @@ void register_jobs(Bound& cls) {
 
 void register_state(Bound& cls) {
   cls.def(
-      "memory", [](SharedEngine& self) { return to_dict(self.locked([](Engine& engine) { return engine.memory(); })); },
-      "Bytes by tag.");
+      "memory", [](const Engine& self) { return to_dict(released([&] { return self.memory(); })); }, "Bytes by tag.");
   cls.def(
-      "memory_peak",
-      [](SharedEngine& self) { return to_dict(self.locked([](Engine& engine) { return engine.memory_peak(); })); },
+      "memory_peak", [](const Engine& self) { return to_dict(released([&] { return self.memory_peak(); })); },
       "Largest bytes by tag since load.");
   cls.def(
-      "stats", [](SharedEngine& self) { return to_dict(self.locked([](Engine& engine) { return engine.stats(); })); },
+      "stats", [](const Engine& self) { return to_dict(released([&] { return self.stats(); })); },
       "Counters and the step-time model's state.");
-  cls.def("model", [](SharedEngine& self) { return self.locked([](Engine& engine) { return engine.model(); }); });
+  cls.def("model", &Engine::model, Released());
   cls.def(
       "set_slo",
-      [](SharedEngine& self, const py::object& slo) {
+      [](Engine& self, const py::object& slo) {
         const auto objective = convert<SLO>(slo, "set_slo: slo");
-        self.locked([&](Engine& engine) { engine.set_slo(objective); });
+        released([&] { self.set_slo(objective); });
       },
       py::arg("slo"));
 }

@@ -25,6 +25,7 @@ void register_plan(py::module_& m) {
       .property("total", [](const MemoryPlan& self) -> py::object { return py::int_(self.total()); })
       .field("num_layers", &MemoryPlan::num_layers)
       .field("sequence_length", &MemoryPlan::sequence_length)
+      .field("tokens_in_flight", &MemoryPlan::tokens_in_flight)
       .field("saved_bytes_per_token_per_layer", &MemoryPlan::saved_bytes_per_token_per_layer)
       .field("unpruned_bytes_per_token_per_layer", &MemoryPlan::unpruned_bytes_per_token_per_layer)
       .field("tensors", &MemoryPlan::tensors)
@@ -43,7 +44,7 @@ void register_plan(py::module_& m) {
         return plan(path, engine, adapter, length);
       },
       py::arg("model"), py::arg("config") = py::none(), py::arg("lora") = py::none(), py::arg("sequence_length") = 1024,
-      "The memory table of an engine on `model`, finetuning one sequence with `lora`, without loading weights.");
+      "The memory table of an engine on `model`, finetuning with `lora`, without loading weights.");
 }
 
 }  // namespace flexcore::python

@@ -15,6 +15,8 @@ py::object finish_reason(const TokenEvent& event) {
       return py::str("length");
     case FinishReason::kCancelled:
       return py::str("cancelled");
+    case FinishReason::kError:
+      return py::str("error");
     case FinishReason::kNone:
       break;
   }
@@ -27,12 +29,17 @@ py::object status(const T& report) {
 }
 
 void register_step(py::module_& m) {
-  Report<TokenEvent>(m, "TokenEvent", "One new token of one request; token_id is -1 when the request was cancelled.")
+  Report<TokenEvent>(m, "TokenEvent",
+                     "One new token of one request; token_id is -1 when the request was cancelled, or failed: then "
+                     "finish_reason is \"error\", and error says why. ttft_ms is 0 until a token came.")
       .field("request_id", &TokenEvent::request_id)
       .field("token_id", &TokenEvent::token_id)
       .field("logprob", &TokenEvent::logprob)
       .property("finish_reason", finish_reason)
       .field("top_logprobs", &TokenEvent::top_logprobs)
+      .field("num_cached_tokens", &TokenEvent::num_cached_tokens)
+      .field("ttft_ms", &TokenEvent::ttft_ms)
+      .field("error", &TokenEvent::error)
       .done();
   Report<FinetuneEvent>(m, "FinetuneEvent", "One optimizer step of a job, or a change of its status.")
       .field("job_id", &FinetuneEvent::job_id)

@@ -137,7 +137,8 @@ TensorView Call::view(Array array, bool as_bfloat16, const char* name) {
                    : ndim == 2 ? TensorView(data, *dtype, {extent(0), extent(1)})
                    : ndim == 3 ? TensorView(data, *dtype, {extent(0), extent(1), extent(2)})
                                : TensorView(data, *dtype, {extent(0), extent(1), extent(2), extent(3)});
-  for (int i = 0; i < ndim; ++i) out.set_stride(i, array.stride(i));
+  if (out.size() > 0)  // numpy's strides of an array without elements are all 0
+    for (int i = 0; i < ndim; ++i) out.set_stride(i, array.stride(i));
   arrays_.push_back(std::move(array));
   return out;
 }

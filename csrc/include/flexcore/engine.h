@@ -16,15 +16,18 @@ namespace flexcore {
 using RequestId = std::int64_t;
 using JobId = std::int64_t;
 
-enum class FinishReason : std::uint8_t { kNone, kStop, kLength, kCancelled };
+enum class FinishReason : std::uint8_t { kNone, kStop, kLength, kCancelled, kError };
 
 /// One new token of one request.
 struct TokenEvent {
   RequestId request_id = 0;
-  std::int32_t token_id = -1;  // -1 when the request was cancelled
+  std::int32_t token_id = -1;  // -1 when the request was cancelled or failed
   float logprob = 0.0f;        // of the raw logits
   FinishReason finish_reason = FinishReason::kNone;
   std::vector<std::pair<std::int32_t, float>> top_logprobs;  // most likely first, when asked for
+  std::int64_t num_cached_tokens = 0;                        // of the prompt, found in the prefix cache
+  double ttft_ms = 0.0;                                      // from arrival to the first token; 0: none came
+  std::string error;                                         // why, with kError: this request alone failed
 };
 
 enum class JobStatus : std::uint8_t { kQueued, kRunning, kPaused, kSucceeded, kFailed, kCancelled };
@@ -96,7 +99,7 @@ struct ModelInfo {
   int num_threads = 0;
 };
 
-/// Serves and finetunes one model. One thread at a time may call it, except cancel, which any thread may.
+/// Serves and finetunes one model. Any thread may call it; calls queue up.
 class Engine {
  public:
   /// `model`: a Hugging Face directory (config.json and safetensors). Throws ModelLoadError, Unsupported,
@@ -150,8 +153,9 @@ class Engine {
   ModelInfo model() const;
   void set_slo(const SLO& slo);
 
+  struct Impl;  // defined inside the library
+
  private:
-  struct Impl;
   explicit Engine(std::unique_ptr<Impl> impl);
   std::unique_ptr<Impl> impl_;
 };

@@ -17,12 +17,14 @@ struct PlannedTensor {
   std::int64_t bytes_per_token = 0;  // of one layer
 };
 
-/// Bytes before any allocation. `saved_activations` equals the measured peak for one sequence of `sequence_length`
-/// tokens.
+/// Bytes before any allocation: what an engine may take while it serves and one job trains an adapter, on sequences of
+/// at most `sequence_length` tokens. Adapters are counted twice: a version, and the next in the making. Requests that
+/// still run on an older version keep that one too.
 struct MemoryPlan {
   std::int64_t weights = 0, kv_pages = 0, saved_activations = 0, adapters = 0, gradients = 0, optimizer = 0,
                workspace = 0;
   std::int64_t num_layers = 0, sequence_length = 0;
+  std::int64_t tokens_in_flight = 0;  // of training sequences at once, as the scheduler limits them
   std::int64_t saved_bytes_per_token_per_layer = 0;
   std::int64_t unpruned_bytes_per_token_per_layer = 0;  // if every forward tensor were kept
   std::vector<PlannedTensor> tensors;                   // of one decoder layer
@@ -32,8 +34,7 @@ struct MemoryPlan {
   std::string describe() const;  // a table for a terminal
 };
 
-/// The memory table of an engine on `model` with `config`, finetuning one sequence with `lora`, without loading
-/// weights.
+/// The memory table of an engine on `model` with `config`, finetuning with `lora`, without loading weights.
 MemoryPlan plan(const std::string& model, const EngineConfig& config, const std::optional<LoraConfig>& lora = {},
                 std::int64_t sequence_length = 1024);
 

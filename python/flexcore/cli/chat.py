@@ -7,9 +7,11 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 import flexcore
 from flexcore.cli import options
-from flexcore.cli.console import err, load_llm, out
+from flexcore.cli.console import err, load_llm
 
 if TYPE_CHECKING:
     from flexcore.llm import LLM
@@ -32,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     interactive = sys.stdin.isatty()
     if interactive:
         model = llm.engine.model()
-        err.print(f"[bold]{llm.engine.model_directory.name}[/] on {model.device}, {model.dtype}. {_HELP}.", style="dim")
+        name = Text(llm.engine.model_directory.name, style="bold")
+        err.print(name, f"on {model.device}, {model.dtype}. {_HELP}.", style="dim")
     while True:
         try:
             line = input("\n> " if interactive else "")
@@ -55,10 +58,11 @@ class _Session:
         self._messages = [{"role": "system", "content": self._system}] if self._system else []
 
     def take(self, line: str) -> None:
+        command, *rest = line.split(maxsplit=1)
         if line == "/reset":
             self._reset()
-        elif line.startswith("/system"):
-            self._system = line.removeprefix("/system").strip() or None
+        elif command == "/system":
+            self._system = rest[0] if rest else None
             self._reset()
         elif line == "/help":
             err.print(_HELP, style="dim")
@@ -72,14 +76,14 @@ class _Session:
         try:
             for piece in self._llm.stream(self._messages, self._sampling, self._adapter):
                 pieces.append(piece)
-                out.print(piece, end="", markup=False, soft_wrap=True)
+                print(piece, end="", flush=True)
         except KeyboardInterrupt:
             pass
         except flexcore.InvalidArgument as error:  # the conversation outgrew the model, say
             self._messages.pop()
             err.print(f"{error}", style="red", markup=False)
             return
-        out.print()
+        print()
         text = "".join(pieces)
         self._messages.append({"role": "assistant", "content": text})
         if err.is_terminal:

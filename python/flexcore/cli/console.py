@@ -1,4 +1,7 @@
-"""Where verbs print: results to standard output, progress to standard error and only if that is a terminal."""
+"""Where verbs print: results to standard output, progress to standard error and only if that is a terminal.
+
+What a model says goes through print(): a rich console would wrap it and change its tabs.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from flexcore import EngineConfig
     from flexcore.llm import LLM
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 
 @contextmanager
@@ -44,7 +48,7 @@ def load_llm(model: str, config: EngineConfig, adapters: list[tuple[str, str]] |
     with bytes_progress("converting") as progress:
         directory = resolve_model(model, progress)
     if err.is_terminal:
-        with err.status(f"loading {Path(model).name}"):
+        with err.status(escape(f"loading {Path(model).name}")):
             llm = LLM(directory, config)
     else:
         llm = LLM(directory, config)

@@ -21,5 +21,6 @@ def run(args: argparse.Namespace) -> int:
     with bytes_progress("converting") as progress:
         target = gguf.convert(args.source, args.target, args.dtype, progress)
     for path in sorted(target.iterdir()):
-        out.print(f"{format_bytes(path.stat().st_size):>12}  {Path(args.target) / path.name}", soft_wrap=True)
+        text = f"{format_bytes(path.stat().st_size):>12}  {Path(args.target) / path.name}"
+        out.print(text, markup=False, soft_wrap=True)
     return 0

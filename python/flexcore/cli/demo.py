@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         fixed_objective=fixed_objective,
-        seed=args.seed,
+        seed=args.seed or 0,
         json=args.json or None,
     )
     demo.run(llm, chosen, options.lora_config(args), out)

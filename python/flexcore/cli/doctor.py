@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Column, Table
+from rich.text import Text
 
 import flexcore
 from flexcore.cli import options
@@ -39,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         table = Table("", "", Column(overflow="fold"), show_header=False)
         marks = {"ok": "[green]ok[/]", "missing": "[yellow]-[/]", "bad": "[red]bad[/]"}
         for what, value, status in checks:
-            table.add_row(marks[status], what, value)
+            table.add_row(marks[status], what, Text(value))
         out.print(table)
     return 1 if any(status == "bad" for *_, status in checks) else 0
 

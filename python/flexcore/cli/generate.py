@@ -55,7 +55,6 @@ def _show(args: argparse.Namespace, prompt: str, output: RequestOutput, alone: b
         elif alone:
             print(answer.text)
         else:
-            out.print(f"[bold]{'>'}[/] ", end="")
-            out.print(prompt, markup=False, style="cyan")
-            out.print(answer.text, markup=False)
-            out.print()
+            out.print("> ", end="", style="bold")
+            out.print(prompt, markup=False, style="cyan", soft_wrap=True)
+            print(answer.text, end="\n\n")

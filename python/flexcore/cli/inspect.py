@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from flexcore import ModelLoadError
 from flexcore.cli import options
@@ -111,15 +112,15 @@ def _safetensors(path: Path) -> list[tuple[str, str, list[int], int]]:
 
 
 def _summary(path: Path, rows: list[tuple[str, str]], tensors: list[tuple[str, str, list[int], int]]) -> None:
-    table = Table(title=str(path), title_justify="left", show_header=False)
+    table = Table(title=Text(str(path)), title_justify="left", show_header=False)
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     if tensors:
         parameters = sum(_product(shape) for _, _, shape, _ in tensors)
         kinds = Counter(kind for _, kind, _, _ in tensors)
         table.add_section()
         table.add_row("parameters", f"{parameters:,}")
-        table.add_row("tensors", ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))
+        table.add_row("tensors", Text(", ".join(f"{count} {kind}" for kind, count in kinds.most_common())))
         table.add_row("bytes", format_bytes(sum(size for *_, size in tensors)))
     out.print(table)
 
@@ -134,14 +135,15 @@ def _tokenizer(path: Path) -> None:
     ends = [tokenizer.decode([token], skip_special_tokens=False) for token in tokenizer.eos_token_ids()]
     template = "with" if tokenizer.chat_template else "without"
     out.print(
-        f"tokenizer: {tokenizer.vocab_size:,} tokens, ends with {' '.join(ends) or '-'}, {template} chat template"
+        f"tokenizer: {tokenizer.vocab_size:,} tokens, ends with {' '.join(ends) or '-'}, {template} chat template",
+        markup=False,
     )
 
 
 def _list(tensors: list[tuple[str, str, list[int], int]]) -> None:
     table = Table("tensor", "type", "shape", "bytes")
     for name, kind, shape, size in tensors:
-        table.add_row(name, kind, "x".join(map(str, shape)), format_bytes(size))
+        table.add_row(Text(name), Text(kind), "x".join(map(str, shape)), format_bytes(size))
     out.print(table)
 
 

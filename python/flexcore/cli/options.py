@@ -5,10 +5,33 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from flexcore import SLO, EngineConfig, FinetuneConfig, InvalidArgument, LoraConfig, SamplingParams
 
+# Options and the fields of LoraConfig and FinetuneConfig that they set. None is "not on the command line": the field
+# then keeps its default, and a resumed run what it had.
+LORA = {
+    "--lora-r": "r",
+    "--lora-alpha": "lora_alpha",
+    "--lora-target-modules": "target_modules",
+    "--use-rslora": "use_rslora",
+}
+FINETUNE = {
+    "--num-train-epochs": "num_epochs",
+    "--per-device-train-batch-size": "batch_size",
+    "--learning-rate": "learning_rate",
+    "--lr-scheduler-type": "lr_scheduler",
+    "--warmup-ratio": "warmup_ratio",
+    "--optim": "optimizer",
+    "--weight-decay": "weight_decay",
+    "--max-grad-norm": "max_grad_norm",
+    "--shuffle": "shuffle",
+    "--seed": "seed",
+}
+_LORA_DEFAULTS = {"r": 16, "lora_alpha": 32}  # those of LoraConfig, 8 and 8, are PEFT's
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -18,6 +41,12 @@ def byte_count(text: str) -> int:
     if not match:
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted bytes such as 1000000, 512MiB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2]])
+
+
+def positive(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted an integer of at least 1")
+    return int(text)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -59,16 +88,14 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--finetune-memory-bytes", type=byte_count, metavar="BYTES")
     group.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--num-threads", type=int, default=defaults.num_threads, metavar="N", help="0: every core")
-    group.add_argument("--seed", type=int, default=defaults.seed)
+    group.add_argument("--seed", type=int, metavar="N", help=f"default: {defaults.seed}")
     group.add_argument("--tpot-ms", type=float, default=defaults.slo.tpot_ms, help="objective: time per output token")
     group.add_argument("--ttft-ms", type=float, default=defaults.slo.ttft_ms, help="objective: time to first token")
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
-    names = [name for name in EngineConfig._fields if name != "slo"]
-    return EngineConfig(
-        **{name: getattr(args, name) for name in names}, slo=SLO(tpot_ms=args.tpot_ms, ttft_ms=args.ttft_ms)
-    )
+    fields = {name: getattr(args, name) for name in EngineConfig._fields if getattr(args, name, None) is not None}
+    return EngineConfig(**fields, slo=SLO(tpot_ms=args.tpot_ms, ttft_ms=args.ttft_ms))
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:
@@ -104,60 +131,65 @@ def adapters_of(args: argparse.Namespace) -> list[tuple[str, str]]:
     return pairs
 
 
-def add_lora(parser: argparse.ArgumentParser, rank: int = 16, alpha: float = 32.0) -> None:
+def _given(args: argparse.Namespace, fields: Mapping[str, str]) -> dict[str, Any]:
+    values = {field: getattr(args, option[2:].replace("-", "_")) for option, field in fields.items()}
+    return {field: value for field, value in values.items() if value is not None}
+
+
+def add_lora(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("LoRA")
-    group.add_argument("--lora-r", "--lora-rank", type=int, default=rank, metavar="N", help="default: %(default)s")
-    group.add_argument("--lora-alpha", type=float, default=alpha, help="default: %(default)s")
+    group.add_argument("--lora-r", "--lora-rank", type=int, metavar="N", help=f"default: {_LORA_DEFAULTS['r']}")
+    group.add_argument("--lora-alpha", type=float, help=f"default: {_LORA_DEFAULTS['lora_alpha']}")
     group.add_argument(
         "--lora-target-modules",
         "--lora-target",
         nargs="+",
-        default=["all-linear"],
         metavar="NAME",
         help="names such as q_proj v_proj, one regular expression, or all-linear (default)",
     )
-    group.add_argument("--use-rslora", action="store_true", help="scale by alpha / sqrt(r)")
+    group.add_argument("--use-rslora", action="store_true", default=None, help="scale by alpha / sqrt(r)")
+
+
+def given_lora(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of LoraConfig that are on the command line."""
+    fields = _given(args, LORA)
+    targets: list[str] = fields.get("target_modules", [])
+    # As in PEFT, one string may be a pattern; a plain name is a list of one.
+    if len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.]+", targets[0])):
+        fields["target_modules"] = targets[0]
+    return fields
 
 
 def lora_config(args: argparse.Namespace) -> LoraConfig:
-    targets: list[str] = args.lora_target_modules
-    # As in PEFT, one string may be a pattern; a plain name is a list of one.
-    pattern = len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.]+", targets[0]))
-    return LoraConfig(
-        r=args.lora_r,
-        lora_alpha=args.lora_alpha,
-        target_modules=targets[0] if pattern else targets,
-        use_rslora=args.use_rslora,
-    )
+    return LoraConfig(**{**_LORA_DEFAULTS, **given_lora(args)})
 
 
 def add_finetune(parser: argparse.ArgumentParser) -> None:
     defaults = FinetuneConfig()
     group = parser.add_argument_group("training")
-    group.add_argument("--num-train-epochs", type=int, default=defaults.num_epochs, metavar="N")
-    group.add_argument(
-        "--per-device-train-batch-size", "--batch-size", type=int, default=defaults.batch_size, metavar="N"
-    )
-    group.add_argument("--gradient-accumulation-steps", type=int, default=1, metavar="N", help="multiplies the batch")
-    group.add_argument("--learning-rate", type=float, default=defaults.learning_rate)
-    group.add_argument("--lr-scheduler-type", default=defaults.lr_scheduler, choices=["constant", "linear", "cosine"])
-    group.add_argument("--warmup-ratio", type=float, default=defaults.warmup_ratio)
-    group.add_argument("--optim", default=defaults.optimizer, choices=["adamw", "sgd"])
-    group.add_argument("--weight-decay", type=float, default=defaults.weight_decay)
-    group.add_argument("--max-grad-norm", type=float, default=defaults.max_grad_norm, help="0 does not clip")
-    group.add_argument("--shuffle", action=argparse.BooleanOptionalAction, default=True)
+
+    def add(*names: str, field: str, **options: Any) -> None:
+        group.add_argument(*names, help=f"default: {getattr(defaults, field)}", **options)
+
+    add("--num-train-epochs", field="num_epochs", type=int, metavar="N")
+    add("--per-device-train-batch-size", "--batch-size", field="batch_size", type=positive, metavar="N")
+    group.add_argument("--gradient-accumulation-steps", type=positive, metavar="N", help="multiplies the batch")
+    add("--learning-rate", field="learning_rate", type=float)
+    add("--lr-scheduler-type", field="lr_scheduler", choices=["constant", "linear", "cosine"])
+    add("--warmup-ratio", field="warmup_ratio", type=float)
+    add("--optim", field="optimizer", choices=["adamw", "sgd"])
+    add("--weight-decay", field="weight_decay", type=float)
+    group.add_argument("--max-grad-norm", type=float, help=f"default: {defaults.max_grad_norm}; 0 does not clip")
+    add("--shuffle", field="shuffle", action=argparse.BooleanOptionalAction)
+
+
+def given_finetune(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of FinetuneConfig that are on the command line."""
+    fields = _given(args, FINETUNE)
+    if args.gradient_accumulation_steps is not None:
+        fields["batch_size"] = fields.get("batch_size", FinetuneConfig().batch_size) * args.gradient_accumulation_steps
+    return fields
 
 
 def finetune_config(args: argparse.Namespace) -> FinetuneConfig:
-    return FinetuneConfig(
-        num_epochs=args.num_train_epochs,
-        batch_size=args.per_device_train_batch_size * args.gradient_accumulation_steps,
-        learning_rate=args.learning_rate,
-        lr_scheduler=args.lr_scheduler_type,
-        warmup_ratio=args.warmup_ratio,
-        optimizer=args.optim,
-        weight_decay=args.weight_decay,
-        max_grad_norm=args.max_grad_norm,
-        shuffle=args.shuffle,
-        seed=args.seed,
-    )
+    return FinetuneConfig(**given_finetune(args))

@@ -15,9 +15,9 @@ from flexcore.ui import format_bytes
 _POOLS = (
     ("weights", "the frozen model"),
     ("kv_pages", "keys and values, of requests and of training sequences"),
-    ("saved_activations", "what the backward reads of one training sequence"),
-    ("adapters", "LoRA parameters"),
-    ("gradients", "LoRA gradients"),
+    ("saved_activations", "what the backward reads of the training sequences in flight"),
+    ("adapters", "LoRA parameters, of a version and of the next in the making"),
+    ("gradients", "LoRA gradients, and those of the sequences in flight"),
     ("optimizer", "optimizer state"),
     ("workspace", "scratch of one step"),
 )
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sequence-length",
         type=int,
         metavar="TOKENS",
-        help="of the training sequence (1024, or max-model-len if less)",
+        help="of the training sequence (default: 1024, or what the model or --max-model-len allow)",
     )
     parser.add_argument("--no-finetune", action="store_true", help="serving only")
     parser.add_argument("--explain", action="store_true", help="what is kept, rebuilt and dropped, and why")
@@ -44,8 +44,7 @@ def run(args: argparse.Namespace) -> int:
     with bytes_progress("converting") as progress:
         directory = resolve_model(options.model_of(args), progress)
     lora = None if args.no_finetune else options.lora_config(args)
-    length = args.sequence_length if args.sequence_length is not None else min(1024, args.max_model_len)
-    plan = flexcore.plan(directory, options.engine_config(args), lora, length)
+    plan = flexcore.plan(directory, options.engine_config(args), lora, args.sequence_length)
     write_json(args.json, _as_dict(plan))
     if args.json == "-":
         return 0
@@ -60,7 +59,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pools(plan: flexcore.MemoryPlan) -> Table:
-    table = Table(title=f"memory, finetuning sequences of {plan.sequence_length} tokens", title_justify="left")
+    title = "memory"
+    if plan.tokens_in_flight:
+        title += f", finetuning on sequences of {plan.sequence_length} tokens, {plan.tokens_in_flight} tokens in flight"
+    table = Table(title=title, title_justify="left")
     table.add_column("pool")
     table.add_column("bytes", justify="right")
     table.add_column("what for", style="dim")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexcore import Error, FinetuneEvent, InvalidArgument
+from flexcore import Error, FinetuneEvent, InvalidArgument, ModelLoadError
 from flexcore.cli import options
 from flexcore.cli.console import err, load_llm, out
 from flexcore.ui import chart, format_duration, sparkline
@@ -28,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="directory, .gguf file or hub name")
     parser.add_argument("--output-dir", required=True, help="PEFT directory to write")
     parser.add_argument("--adapter-name", help="name in the engine (default: the directory's)")
-    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT_DIR/checkpoint, as it was begun")
     parser.add_argument("--save-steps", type=int, default=0, metavar="N", help="checkpoint every N optimizer steps")
     parser.add_argument("--max-length", "--cutoff-len", type=int, metavar="TOKENS", help="cut longer rows")
-    parser.add_argument("--max-samples", type=int, metavar="N", help="use the first N examples")
+    parser.add_argument("--max-samples", type=options.positive, metavar="N", help="use the first N examples")
     options.add_finetune(parser)
     options.add_lora(parser)
     options.add_engine(parser)
@@ -40,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     output = Path(args.output_dir)
     checkpoint = output / "checkpoint"
-    if args.resume and not checkpoint.is_dir():
-        raise InvalidArgument(f"--resume: {checkpoint} does not exist")
+    if args.resume:
+        _check_resume(args, checkpoint)
     llm = load_llm(options.model_of(args), options.engine_config(args))
     dataset = llm.load_dataset(args.data, args.max_length)
     err.print(f"{args.data}: {dataset.summary()}", markup=False, soft_wrap=True)
@@ -50,8 +51,9 @@ def run(args: argparse.Namespace) -> int:
         job = llm.engine.resume_finetune(checkpoint, examples)
     else:
         name = args.adapter_name or output.resolve().name
-        llm.engine.create_adapter(name, options.lora_config(args), args.seed)
-        job = llm.engine.finetune(name, examples, options.finetune_config(args))
+        config = options.finetune_config(args)
+        llm.engine.create_adapter(name, options.lora_config(args), config.seed)
+        job = llm.engine.finetune(name, examples, config)
     trainer = _Trainer(llm, job, output, args.save_steps)
     try:
         trainer.run()
@@ -60,8 +62,45 @@ def run(args: argparse.Namespace) -> int:
         err.print(f"stopped; the same command with --resume goes on from {checkpoint}", markup=False, soft_wrap=True)
         return 130
     llm.engine.save_adapter(llm.engine.job(job).adapter, output)
+    if checkpoint.is_dir():  # of a run that has ended: nothing to resume
+        shutil.rmtree(checkpoint)
     trainer.report()
     return 0
+
+
+def _check_resume(args: argparse.Namespace, checkpoint: Path) -> None:
+    """A run goes on with the options of its beginning; others on the command line would be ignored."""
+    if not checkpoint.is_dir():
+        raise InvalidArgument(f"--resume: {checkpoint} does not exist")
+    state, adapter = (_read_object(checkpoint / name) for name in ("trainer_state.json", "adapter_config.json"))
+    name = {"adapter": args.adapter_name} if args.adapter_name is not None else {}
+    differences = [
+        f"{option}: got {given[field]!r}, the run has {stored.get(field)!r}"
+        for fields, given, stored in (
+            (options.FINETUNE, options.given_finetune(args), state.get("config", {})),
+            (options.LORA, options.given_lora(args), adapter),
+            ({"--adapter-name": "adapter"}, name, state),
+        )
+        for option, field in fields.items()
+        if field in given and _unordered(given[field]) != _unordered(stored.get(field))
+    ]
+    if differences:
+        raise InvalidArgument(
+            f"--resume: {checkpoint} was begun with other options; leave them out, or train anew without --resume: "
+            + "; ".join(differences)
+        )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"--resume: {path}: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _unordered(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
 
 
 class _Trainer:
@@ -76,8 +115,11 @@ class _Trainer:
 
     def run(self) -> None:
         first = self._llm.engine.job(self._job)
-        mode = "a" if first.step else "w"
-        with (self._output / "training_log.jsonl").open(mode, encoding="utf-8") as log, _progress() as show:
+        path = self._output / "training_log.jsonl"
+        kept = _log_until(path, first.step)
+        # A line at a time: a killed run leaves the steps before its last checkpoint.
+        with path.open("w", encoding="utf-8", buffering=1) as log, _progress() as show:
+            log.writelines(kept)
             while (info := self._llm.engine.job(self._job)).status in ("queued", "running"):
                 report = self._llm.step()
                 for event in report.finetune:
@@ -122,6 +164,14 @@ class _Trainer:
         elif len(self._losses) > 2:
             out.print(sparkline(self._losses), markup=False)
         out.print(f"adapter: {self._output}", markup=False, soft_wrap=True)
+
+
+def _log_until(path: Path, step: int) -> list[str]:
+    """Lines of a log up to a checkpoint's step; those after it will be made again."""
+    if not step or not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from flexcore.datasets.reader import Row
 from flexcore.tokenizer import Tokenizer
 
 IGNORED = -100
+_FIELDS = {Conversation: "messages", Completion: "prompt, completion", Text: "text", Tokens: "input_ids"}
 Sequence = tuple[list[int], list[int]]  # input_ids, labels
 Span = tuple[int, int]  # characters [begin, end)
 
@@ -28,7 +29,11 @@ class Encoder:
 
     def encode(self, shape: Shape, row: Row) -> Encoded:
         out = Encoded()
-        for ids, labels in self._sequences(shape, row):
+        try:
+            sequences = self._sequences(shape)
+        except InvalidArgument as error:
+            row.fail(_FIELDS[type(shape)], str(error))
+        for ids, labels in sequences:
             if self._max_length is not None and len(ids) > self._max_length:
                 ids, labels = ids[: self._max_length], labels[: self._max_length]
                 out.truncated += 1
@@ -36,14 +41,14 @@ class Encoder:
                 out.examples.append((ids, labels))
         return out
 
-    def _sequences(self, shape: Shape, row: Row) -> list[Sequence]:
+    def _sequences(self, shape: Shape) -> list[Sequence]:
         if isinstance(shape, Tokens):
             return [(shape.input_ids, shape.labels)]
         if isinstance(shape, Text):
             return [self._plain(shape.text, 0)]
         if isinstance(shape, Completion):
             return [self._plain(shape.prompt + shape.completion, len(shape.prompt))]
-        return self._conversation(shape, row)
+        return self._conversation(shape)
 
     def _plain(self, text: str, begin: int) -> Sequence:
         """Text whose characters from `begin` on have loss, and an end of sequence."""
@@ -54,16 +59,13 @@ class Encoder:
             labels.append(eos)
         return ids, labels
 
-    def _conversation(self, shape: Conversation, row: Row) -> list[Sequence]:
+    def _conversation(self, shape: Conversation) -> list[Sequence]:
         turns = [index for index, trained in enumerate(shape.trained) if trained]
         if not turns:
             return []
-        try:
-            # What follows the last trained answer teaches nothing.
-            whole = self._render(shape, turns[-1] + 1)
-            spans = [self._turn(shape, index) for index in turns]
-        except InvalidArgument as error:
-            row.fail("messages", str(error))
+        # What follows the last trained answer teaches nothing.
+        whole = self._render(shape, turns[-1] + 1)
+        spans = [self._turn(shape, index) for index in turns]
         if all(whole.startswith(text) for text, _ in spans):
             return [self._label(whole, [span for _, span in spans])]
         # The template writes earlier turns otherwise once later ones follow (it drops reasoning, say). One example a

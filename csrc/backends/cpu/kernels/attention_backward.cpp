@@ -70,7 +70,8 @@ FLEXCORE_INLINE void softmax_backward_row(float* prob, float* grad_score, Visibl
   if (seen.begin > 0 || seen.end < kKeyBlock) mask_scores(prob, seen);
 #pragma GCC unroll 16
   for (int v = 0; v < kBlockVecs; ++v) {
-    const Vec x = vec::exp2_bounded(load(prob + v * kLanes) - lse);
+    // Not bounded by 1: lse may be of another forward than this one.
+    const Vec x = vec::exp2(load(prob + v * kLanes) - lse);
     store(prob + v * kLanes, x);
     store(grad_score + v * kLanes, x * (load(grad_score + v * kLanes) - delta));
   }

@@ -22,6 +22,15 @@ struct IntOf<float> {
 template <class V>
 using Int = typename IntOf<V>::type;
 
+template <class V>
+struct UnsignedOf {
+  typedef std::uint32_t type __attribute__((vector_size(sizeof(V))));
+};
+template <>
+struct UnsignedOf<float> {
+  using type = std::uint32_t;
+};
+
 template <class V, class I>
 FLEXCORE_INLINE V to_float_lanes(I x) {
   if constexpr (sizeof(V) == sizeof(float))
@@ -42,7 +51,7 @@ FLEXCORE_INLINE V clamp(V x, float lowest, float highest) {
 /// special case, and n = -126 gives exactly 0.
 template <class V>
 FLEXCORE_INLINE V scale_by_power(V q, V t) {
-  return q * __builtin_bit_cast(V, (__builtin_bit_cast(Int<V>, t) << 23) + (126 << 23));
+  return q * __builtin_bit_cast(V, (__builtin_bit_cast(typename UnsignedOf<V>::type, t) << 23) + (126u << 23));
 }
 
 // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
