@@ -7,9 +7,9 @@
 namespace flexcore::test {
 namespace {
 
-std::vector<float> normals(std::size_t size, std::mt19937& rng, float scale = 1.0f) {
+SharedVector<float> normals(std::size_t size, std::mt19937& rng, float scale = 1.0f) {
   std::normal_distribution<float> normal(0.0f, scale);
-  std::vector<float> v(size);
+  SharedVector<float> v(size);
   for (auto& x : v) x = normal(rng);
   return v;
 }
@@ -23,8 +23,8 @@ OpFixture& fixture() {
 
 // Three steps of torch.optim.AdamW(lr=1e-2, weight_decay=0.1), torch 2.13.
 TEST(AdamW, EqualsTorch) {
-  std::vector<float> param = {0.5f, -1.25f, 3.0f, 0.0f, 1e-3f}, exp_avg(5), exp_avg_sq(5);
-  const std::vector<float> grads[] = {
+  SharedVector<float> param = {0.5f, -1.25f, 3.0f, 0.0f, 1e-3f}, exp_avg(5), exp_avg_sq(5);
+  const SharedVector<float> grads[] = {
       {0.1f, -2.0f, 1e-4f, 0.0f, 5.0f}, {-0.3f, 0.7f, 2e-4f, 1e-6f, -4.0f}, {0.2f, 0.2f, -3e-4f, 0.0f, 1.0f}};
   for (int step = 1; step <= 3; ++step) {
     const AdamWArgs::Tensor tensor{param.data(), grads[step - 1].data(), exp_avg.data(), exp_avg_sq.data(), 5};
@@ -47,13 +47,13 @@ TEST(AdamW, MatchesOracleOverManyTensorsAndSteps) {
   std::mt19937 rng(1);
   constexpr double kRate = 3e-3, kBeta1 = 0.85, kBeta2 = 0.95, kEps = 1e-6, kDecay = 0.02, kScale = 0.37;
   struct State {
-    std::vector<float> param, grad, exp_avg, exp_avg_sq;
+    SharedVector<float> param, grad, exp_avg, exp_avg_sq;
     std::vector<double> p, m, v;
   };
   std::vector<State> states;
   for (const auto size : kSizes) {
     auto& s = states.emplace_back(
-        State{normals(size, rng), {}, std::vector<float>(size), std::vector<float>(size), {}, {}, {}});
+        State{normals(size, rng), {}, SharedVector<float>(size), SharedVector<float>(size), {}, {}, {}});
     s.p.assign(s.param.begin(), s.param.end());
     s.m.resize(size), s.v.resize(size);
   }
@@ -92,7 +92,7 @@ TEST(Sgd, MatchesOracle) {
 
 TEST(SumSquares, IsExactEnoughAndIndependentOfThreads) {
   std::mt19937 rng(3);
-  std::vector<std::vector<float>> data;
+  std::vector<SharedVector<float>> data;
   std::vector<TensorView> tensors;
   double wanted = 0;
   for (const auto size : kSizes) {

@@ -17,8 +17,8 @@ inline void require_cuda(cudaError_t error, const char* what) {
     throw DeviceError(str("cuda: ", what, ": ", cudaGetErrorString(error)));
 }
 
-/// Page-locked host memory that small tables pass through on their way to the device. Reused in a circle; before a part
-/// is written again, the stream has read it.
+/// Page-locked host memory that small tables pass through on their way to the device and back. Reused in a circle;
+/// before a part is written again, the stream has done with it.
 class Staging {
  public:
   explicit Staging(cudaStream_t stream) : stream_(stream) {}
@@ -28,8 +28,12 @@ class Staging {
 
   /// Copies host bytes to the device, in the order of the stream. `host` may be changed when it returns.
   void upload(void* device, const void* host, std::size_t bytes);
+  /// Copies device bytes to the host and waits for them, and so for all work before.
+  void download(void* host, const void* device, std::size_t bytes);
 
  private:
+  std::byte* room(std::size_t bytes);  // of so many bytes that the stream has done with
+
   cudaStream_t stream_;
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0, used_ = 0;
@@ -45,6 +49,7 @@ struct Stream {
   cudaStream_t handle = nullptr;
   Staging staging;
   int num_multiprocessors = 1;
+  std::size_t l2_bytes = 0;    // second-level cache
   std::shared_ptr<void> gemm;  // the GEMM library's state, made at the first product
 };
 

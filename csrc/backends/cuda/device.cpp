@@ -93,6 +93,7 @@ Stream::Stream(int device) : handle(open_stream(device)), staging(handle) {
   cudaDeviceProp properties;
   require_cuda(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
   num_multiprocessors = properties.multiProcessorCount;
+  l2_bytes = static_cast<std::size_t>(properties.l2CacheSize);
 }
 
 Stream::~Stream() { cudaStreamDestroy(handle); }
@@ -101,7 +102,7 @@ Staging::~Staging() {
   if (data_ != nullptr) cudaFreeHost(data_);
 }
 
-void Staging::upload(void* device, const void* host, std::size_t bytes) {
+std::byte* Staging::room(std::size_t bytes) {
   constexpr std::size_t kLeast = 1 << 20, kAlignment = 64;
   if (used_ + bytes > bytes_) {
     require_cuda(cudaStreamSynchronize(stream_), "a kernel or copy before");
@@ -117,9 +118,22 @@ void Staging::upload(void* device, const void* host, std::size_t bytes) {
       bytes_ = wanted;
     }
   }
-  std::memcpy(data_ + used_, host, bytes);
-  require_cuda(cudaMemcpyAsync(device, data_ + used_, bytes, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
+  std::byte* part = data_ + used_;
   used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  return part;
+}
+
+void Staging::upload(void* device, const void* host, std::size_t bytes) {
+  std::byte* part = room(bytes);
+  std::memcpy(part, host, bytes);
+  require_cuda(cudaMemcpyAsync(device, part, bytes, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
+}
+
+void Staging::download(void* host, const void* device, std::size_t bytes) {
+  std::byte* part = room(bytes);
+  require_cuda(cudaMemcpyAsync(part, device, bytes, cudaMemcpyDeviceToHost, stream_), "cudaMemcpyAsync");
+  require_cuda(cudaStreamSynchronize(stream_), "a kernel or copy before");
+  std::memcpy(host, part, bytes);
 }
 
 }  // namespace cuda

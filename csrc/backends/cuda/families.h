@@ -4,8 +4,11 @@
 
 namespace flexcore::cuda {
 
-void register_elementwise(OpRegistry& registry);  // elementwise.cu: norms, rotary, silu_mul, rows in and out
-void register_linear(OpRegistry& registry);       // linear.cu: packing, linear, linear_backward, embedding
-void register_transfer(OpRegistry& registry);     // transfer.cpp: stage, fetch
+void register_elementwise(OpRegistry& registry);         // elementwise.cu: norms, rotary, silu_mul, rows in and out
+void register_linear(OpRegistry& registry);              // linear.cu: packing, linear, linear_backward, embedding
+void register_cross_entropy(OpRegistry& registry);       // cross_entropy.cu: linear_cross_entropy
+void register_sampling(OpRegistry& registry);            // sampling.cu: sample
+void register_optimizer(OpRegistry& registry);           // optimizer.cu: sum_squares, adamw, sgd
+void register_transfer(OpRegistry& registry);            // transfer.cpp: stage, fetch
 
 }  // namespace flexcore::cuda

@@ -6,6 +6,9 @@ namespace flexcore {
 void register_cuda_kernels(OpRegistry& registry) {
   cuda::register_elementwise(registry);
   cuda::register_linear(registry);
+  cuda::register_cross_entropy(registry);
+  cuda::register_sampling(registry);
+  cuda::register_optimizer(registry);
   cuda::register_transfer(registry);
 }
 

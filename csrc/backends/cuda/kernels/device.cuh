@@ -27,6 +27,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared
 /// The block's dynamic shared memory, 128-byte aligned.
 #define FLEXCORE_SHARED(name) unsigned char* const name = ::simt::shared_memory()
 #define FLEXCORE_UNROLL
+#define FLEXCORE_UNROLL_4
 #else
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,
@@ -42,6 +43,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared
 }
 #define FLEXCORE_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define FLEXCORE_UNROLL _Pragma("unroll")
+#define FLEXCORE_UNROLL_4 _Pragma("unroll 4")  // loads of four rounds in flight
 #endif
 
 /// Storage type: 16 bits, the upper half of a float.
@@ -119,6 +121,16 @@ __device__ __forceinline__ T block_sum(T x, T* slots) {
   if (lane == 0) slots[warp] = x;
   __syncthreads();
   return warp_sum(lane < warps ? slots[lane] : T{});
+}
+
+/// Maximum over a block of whole warps, NaN left out; otherwise as block_sum.
+__device__ __forceinline__ float block_max(float x, float* slots) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarpSize, warp = static_cast<int>(threadIdx.x) / kWarpSize;
+  const int warps = static_cast<int>(blockDim.x) / kWarpSize;
+  x = warp_max(x);
+  if (lane == 0) slots[warp] = x;
+  __syncthreads();
+  return warp_max(slots[lane < warps ? lane : 0]);
 }
 
 }  // namespace flexcore::cuda
