@@ -39,8 +39,8 @@ struct Case {
   std::int64_t rows, hidden, vocab;
   float scale;  // of hidden: large values make the running maximum jump
 };
-constexpr Case kCases[] = {{1, 16, 5, 1.0f},     {3, 33, 2048, 5.0f}, {5, 24, 4099, 20.0f},
-                           {530, 8, 2100, 3.0f}, {40, 9, 9001, 8.0f}, {2, 300, 13001, 3.0f}};
+const Case kCases[] = {{1, 16, 5, 1.0f},     {3, 33, 2048, 5.0f}, {5, 24, 4099, 20.0f},
+                       {530, 8, 2100, 3.0f}, {40, 9, 9001, 8.0f}, {2, 100, 13001, 3.0f}};
 
 void expect_oracle(const Case& c, DType hidden_type, DType weight_type, DType grad_type, bool packed) {
   std::mt19937 rng(c.rows + c.vocab);
@@ -91,12 +91,14 @@ void expect_oracle(const Case& c, DType hidden_type, DType weight_type, DType gr
 }
 
 TEST(CrossEntropy, MatchesOracle) {
-  for (const auto& c : kCases)
+  for (auto c : kCases) {
+    if (!on_cpu() && c.rows > 180) c.rows = 180, c.vocab = 1100;  // two blocks of rows, two chunks
     for (const auto weight_type : kFloats)
       for (const bool packed : {false, true}) {
         expect_oracle(c, DType::kFloat32, weight_type, DType::kFloat32, packed);
         expect_oracle(c, DType::kBFloat16, weight_type, DType::kBFloat16, packed);
       }
+  }
 }
 
 TEST(CrossEntropy, RowsDoNotSeeTheirBatch) {

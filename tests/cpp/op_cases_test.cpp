@@ -1,8 +1,8 @@
 #include <gtest/gtest.h>
 
-#include "backends/register.h"
+#include "cases/array.h"
 #include "cases/op_case.h"
-#include "memory/arena.h"
+#include "op_fixture.h"
 
 namespace flexcore::test {
 namespace {
@@ -23,16 +23,11 @@ class OpCases : public testing::TestWithParam<CaseSpec> {};
 
 // What flexcore_bench times is right, at the shapes of real models.
 TEST_P(OpCases, ComputesWhatItSays) {
-  MemoryLedger ledger;
-  Arena scratch(host_allocator(), ledger);
-  ThreadPool threads(2);
-  const OpRegistry registry = make_op_registry();
-  OpContext context;
-  context.registry = &registry;
-  context.threads = &threads;
-  context.scratch = &scratch;
-  const auto op = GetParam().make(context, 1);
-  op->run(context, 0);
+  cases::array_allocator() = &test_runtime().pinned();
+  OpFixture ops(2);
+  const auto op = GetParam().make(ops.context(), 1);
+  op->run(ops.context(), 0);
+  test_runtime().synchronize();
   const auto accuracy = op->check();
   EXPECT_LE(accuracy.worst, accuracy.allowed);
 }

@@ -16,8 +16,6 @@ namespace {
 
 // Below this the softmax is a step at the maximum: greedy, as vLLM does.
 constexpr float kGreedyTemperature = 1e-5f;
-// Scratch for the rows that are worked on together: about 128 of 128k tokens.
-constexpr std::int64_t kGroupBytes = std::int64_t{128} << 20;
 // Least columns of a part, when one row is shared by several blocks.
 constexpr std::int64_t kLeastPart = 4096;
 constexpr std::size_t kPeakSharedBytes = kWarpSize * (sizeof(RowPeak) + sizeof(double));
@@ -65,17 +63,20 @@ std::vector<TokenLogprob> sorted_bias(const SamplingRow& row) {
   return bias;
 }
 
-Table build_table(const SampleArgs& args) {
+/// Rows that need scratch, 4 or 8 bytes a token, are cut into groups of `most_working`.
+Table build_table(const SampleArgs& args, int most_working) {
   const std::int64_t vocab_size = args.logits.shape(1);
   Table table;
   table.bytes.resize(args.rows.size() * sizeof(SampleRow));
   std::vector<std::int32_t> adjusted_rows;
   Group group;
+  int working = 0;
   const auto close_group = [&] {
     group.adjusted_index = table.append(std::span<const std::int32_t>(adjusted_rows));
     table.groups.push_back(group);
     group = {.begin = group.end, .end = group.end};
     adjusted_rows.clear();
+    working = 0;
   };
   for (std::size_t i = 0; i < args.rows.size(); ++i) {
     const SamplingRow& row = args.rows[i];
@@ -85,16 +86,9 @@ Table build_table(const SampleArgs& args) {
         row.num_logprobs > kBins
             ? static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(row.num_logprobs)))
             : 0;
-    const auto bytes = [&](const Group& g) {
-      return (g.adjusted + g.integers) * vocab_size * 4 + g.sort_keys * std::int64_t{sizeof(std::uint64_t)};
-    };
-    Group larger = group;
-    larger.adjusted += changes, larger.integers += integers, larger.sort_keys += keys, larger.end += 1;
-    if (bytes(larger) > kGroupBytes && group.end > group.begin) {
-      close_group();
-      larger = group;
-      larger.adjusted += changes, larger.integers += integers, larger.sort_keys += keys, larger.end += 1;
-    }
+    const bool works = changes || integers;
+    if (works && working == most_working) close_group();
+    working += works;
     const auto bias = sorted_bias(row);
     const bool prompt = row.repetition_penalty != 1.0f;
     table.rows.push_back({
@@ -124,7 +118,7 @@ Table build_table(const SampleArgs& args) {
     });
     table.num_top += std::max(row.num_logprobs, 0);
     if (changes) adjusted_rows.push_back(static_cast<std::int32_t>(i));
-    group = larger;
+    group.adjusted += changes, group.integers += integers, group.sort_keys += keys, group.end += 1;
   }
   close_group();
   std::memcpy(table.bytes.data(), table.rows.data(), table.rows.size() * sizeof(SampleRow));
@@ -210,7 +204,8 @@ void sample(OpContext& context, const SampleArgs& args) {
   const std::int64_t num_rows = args.logits.shape(0), vocab_size = args.logits.shape(1);
   if (num_rows == 0) return;
   const Arena::Scope scope(*context.scratch);
-  const Table table = build_table(args);
+  // A block a row fills a multiprocessor: more rows at once would not be faster.
+  const Table table = build_table(args, stream_of(context).num_multiprocessors);
   const std::byte* bytes = on_device(context, std::span<const std::byte>(table.bytes));
   const auto outcome_bytes = static_cast<std::size_t>(num_rows) * sizeof(SampleOutcome);
   const std::size_t result_bytes = outcome_bytes + static_cast<std::size_t>(table.num_top) * sizeof(TokenLogprob);

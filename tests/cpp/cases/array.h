@@ -1,9 +1,11 @@
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <vector>
 
 #include "core/bfloat16.h"
 #include "memory/buffer.h"
@@ -30,6 +32,12 @@ struct Noise {
   }
 };
 
+/// Where arrays lie: the host's memory, unless a device's kernels need another that the host reaches too.
+inline Allocator*& array_allocator() {
+  static Allocator* allocator = &host_allocator();
+  return allocator;
+}
+
 /// Owns a contiguous array of float32 or bfloat16.
 class Array {
  public:
@@ -54,8 +62,8 @@ class Array {
   Array(std::initializer_list<std::int64_t> shape, DType dtype) {
     std::int64_t count = 1;
     for (const auto extent : shape) count *= extent;
-    buffer_ =
-        Buffer(host_allocator(), ledger(), MemoryTag::kWorkspace, static_cast<std::size_t>(count) * dtype_size(dtype));
+    buffer_ = Buffer(*array_allocator(), ledger(), MemoryTag::kWorkspace,
+                     static_cast<std::size_t>(count) * dtype_size(dtype));
     view_ = buffer_.view(dtype, shape);
   }
   static MemoryLedger& ledger() {
@@ -73,6 +81,19 @@ class Array {
 
   Buffer buffer_;
   TensorView view_;
+};
+
+/// Owns a vector of int32, where arrays lie.
+class Integers {
+ public:
+  explicit Integers(const std::vector<std::int32_t>& values)
+      : bytes_(DType::kFloat32, {static_cast<std::int64_t>(values.size())}) {
+    std::copy(values.begin(), values.end(), view().as<std::int32_t>());
+  }
+  TensorView view() const { return TensorView(bytes_.view().data(), DType::kInt32, {bytes_.size()}); }
+
+ private:
+  Array bytes_;
 };
 
 /// A packed weight [out_features, in_features] of noise that keeps products of unit rows near one.

@@ -17,20 +17,17 @@ class CrossEntropy {
         weight_(context, kBF16, model.vocab_size, model.hidden_size, 2),
         loss_(kF32, {rows}),
         scale_(kF32, {rows}, 1.0f),
-        grad_(kF32, {rows, model.hidden_size}) {
-    for (std::int64_t i = 0; i < rows; ++i)
-      labels_.push_back(static_cast<std::int32_t>((i + 1) * 7919 % model.vocab_size));
-  }
+        grad_(kF32, {rows, model.hidden_size}),
+        labels_(some_labels(rows, model.vocab_size)) {}
   void run(OpContext& context) {
-    const TensorView labels(labels_.data(), DType::kInt32, {static_cast<std::int64_t>(labels_.size())});
-    flexcore::run(context, LinearCrossEntropyArgs{hidden_.view(), weight_.view(), labels, loss_.view(), scale_.view(),
-                                                  grad_.view()});
+    flexcore::run(context, LinearCrossEntropyArgs{hidden_.view(), weight_.view(), labels_.view(), loss_.view(),
+                                                  scale_.view(), grad_.view()});
   }
   /// The last row's loss and some of its gradient.
   Accuracy check() const {
     Accuracy accuracy{.allowed = 2 * epsilon(kBF16)};
     const std::int64_t row = loss_.size() - 1, vocab = weight_.view().out_features, width = weight_.view().in_features;
-    const std::int64_t label = labels_.back(), columns[] = {0, width / 2, width - 1};
+    const std::int64_t label = labels_.view().as<std::int32_t>()[row], columns[] = {0, width / 2, width - 1};
     std::vector<double> x;
     for (std::int64_t k = 0; k < width; ++k) x.push_back(hidden_.at(row, k));
     double total = 0, target = 0, mean[3] = {};
@@ -49,10 +46,16 @@ class CrossEntropy {
   }
 
  private:
+  static std::vector<std::int32_t> some_labels(std::int64_t rows, std::int64_t vocab_size) {
+    std::vector<std::int32_t> labels;
+    for (std::int64_t i = 0; i < rows; ++i) labels.push_back(static_cast<std::int32_t>((i + 1) * 7919 % vocab_size));
+    return labels;
+  }
+
   Array hidden_;
   PackedNoise weight_;
   Array loss_, scale_, grad_;
-  std::vector<std::int32_t> labels_;
+  Integers labels_;
 };
 
 class Sampling {
