@@ -310,6 +310,23 @@ TEST(Sampling, BatchesEqualTheCpu) {
     }
 }
 
+TEST(Sampling, VocabulariesMayBeLarge) {
+  std::mt19937 rng(9);
+  constexpr std::int64_t kVocab = 600001;
+  auto logits = Matrix::random(DType::kFloat32, 3, kVocab, rng, 2.0f);
+  const SamplingRow rows[] = {{.seed = 3}, {.top_p = 0.95f, .seed = 4}, {.top_k = 50, .seed = 5, .num_logprobs = 4}};
+  Top top(4), wanted_top(4);
+  std::vector<SamplingResult> results(3), wanted(3);
+  results[2].top = top, wanted[2].top = wanted_top;
+  fixture().run(SampleArgs{logits.view(), rows, results});
+  run_on_cpu(SampleArgs{logits.view(), rows, wanted});
+  for (std::size_t i = 0; i < 3; ++i) {
+    EXPECT_EQ(results[i].token, wanted[i].token) << i;
+    EXPECT_NEAR(results[i].logprob, wanted[i].logprob, 1e-5);
+  }
+  for (std::size_t i = 0; i < 4; ++i) EXPECT_EQ(top[i].first, wanted_top[i].first);
+}
+
 TEST(Sampling, BadRowsAreNamedAndNothingIsSet) {
   std::mt19937 rng(6);
   for (const float bad : {NAN, INFINITY}) {
