@@ -5,6 +5,8 @@
 namespace flexcore::cuda {
 
 void register_elementwise(OpRegistry& registry);         // elementwise.cu: norms, rotary, silu_mul, rows in and out
+void register_attention(OpRegistry& registry);           // attention.cu: kv_write, attention; and the next
+void register_attention_backward(OpRegistry& registry);  // attention_backward.cu
 void register_linear(OpRegistry& registry);              // linear.cu: packing, linear, linear_backward, embedding
 void register_cross_entropy(OpRegistry& registry);       // cross_entropy.cu: linear_cross_entropy
 void register_sampling(OpRegistry& registry);            // sampling.cu: sample
