@@ -28,6 +28,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared
 #define FLEXCORE_SHARED(name) unsigned char* const name = ::simt::shared_memory()
 #define FLEXCORE_UNROLL
 #define FLEXCORE_UNROLL_4
+#define FLEXCORE_NO_UNROLL
 #else
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t stream,
@@ -43,7 +44,8 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t shared
 }
 #define FLEXCORE_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define FLEXCORE_UNROLL _Pragma("unroll")
-#define FLEXCORE_UNROLL_4 _Pragma("unroll 4")  // loads of four rounds in flight
+#define FLEXCORE_UNROLL_4 _Pragma("unroll 4")   // loads of four rounds in flight
+#define FLEXCORE_NO_UNROLL _Pragma("unroll 1")  // registers of one round
 #endif
 
 /// Storage type: 16 bits, the upper half of a float.
