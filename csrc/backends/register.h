@@ -30,5 +30,7 @@ class DeviceRuntime {
 /// Throws DeviceError when there is no such device, or no such backend in this build.
 std::unique_ptr<DeviceRuntime> open_device(Device device);
 std::unique_ptr<DeviceRuntime> open_cuda_device(int index);  // backends/cuda
+/// Those that this build can use: 0 without the backend, a driver or a GPU.
+int num_cuda_devices();  // backends/cuda
 
 }  // namespace flexcore

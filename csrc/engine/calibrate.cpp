@@ -26,6 +26,7 @@ void Engine::Impl::calibrate() {
   const auto timed = [&](const StepFeatures& features, auto&& work) {
     const double start_ms = now_ms();
     work();
+    executor->finish_forward();
     samples.push_back({features, now_ms() - start_ms});
   };
 
@@ -59,7 +60,7 @@ void Engine::Impl::calibrate() {
     const auto adapter = adapters.create(name, LoraConfig{.r = 8, .lora_alpha = 8.0}, 0);
     TrainingProgram& program = compiled.training(adapter->sites());
     executor->reserve(program);
-    Buffer gradients(host_allocator(), ledger, MemoryTag::kGradients, adapter->bytes());
+    Buffer gradients(device->allocator(), ledger, MemoryTag::kGradients, adapter->bytes());
     Example example;
     example.input_ids.assign(tokens.begin(), tokens.begin() + rows);
     example.labels = example.input_ids;
@@ -67,7 +68,7 @@ void Engine::Impl::calibrate() {
     std::vector<std::int32_t> table;
     state.block_table = &table;
     if (blocks.reserve(table, rows)) {
-      state.allocate(host_allocator(), ledger, executor->shape());
+      state.allocate(device->allocator(), ledger, executor->shape());
       const RowGroup group{
           .tokens = example.input_ids, .block_table = table.data(), .adapter = adapter.get(), .train = &state};
       timed({.finetune_tokens = rows, .finetune_context = rows * (rows + 1) / 2},

@@ -39,20 +39,21 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
       model(ModelConfig::load(model_path)),
       sizes(engine_sizes(model, config)),
       threads(config.num_threads),
-      scratch(host_allocator(), ledger),
+      device(open_device(sizes.device)),
+      scratch(device->allocator(), ledger),
       registry(make_op_registry()),
-      context{&registry, Device{}, &threads, &scratch, nullptr},
+      context{&registry, sizes.device, &threads, &scratch, device->stream()},
       compiled(build_model(model, sizes.compute), attach_lora, row_capacity(sizes.limits)),
-      weights(context, host_allocator(), ledger, sizes.compute),
-      adapters(compiled.base().sites, host_allocator(), ledger),
+      weights(context, device->allocator(), ledger, sizes.compute),
+      adapters(compiled.base().sites, device->allocator(), ledger),
       blocks(sizes.limits.num_blocks, sizes.limits.block_size, config.enable_prefix_caching),
       scheduler(scheduler_config(model, config, sizes, compiled), blocks, cost) {
   scratch.reserve(static_cast<std::size_t>(scratch_bytes(model, config, sizes)));
   std::vector<WeightSpec> specs;
   for (const auto& param : compiled.base().params) specs.push_back({param.name, param.out_features, param.in_features});
   weights.load(SafetensorsModel(model_path), specs);
-  executor = std::make_unique<Executor>(context, host_allocator(), ledger, compiled, weights, model, sizes.compute,
-                                        sizes.limits);
+  executor =
+      std::make_unique<Executor>(context, *device, ledger, compiled, weights, model, sizes.compute, sizes.limits);
   calibrate();
 }
 
@@ -320,7 +321,7 @@ ModelInfo Engine::model() const {
   const Impl& impl = *impl_;
   const auto& m = impl.model;
   return {.architecture = m.architecture_name,
-          .device = "cpu",
+          .device = impl.sizes.device.kind == DeviceKind::kCpu ? "cpu" : str("cuda:", impl.sizes.device.index),
           .dtype = impl.config.dtype,
           .num_layers = m.num_layers,
           .hidden_size = m.hidden_size,

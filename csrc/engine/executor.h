@@ -52,10 +52,11 @@ class Executor {
   static std::size_t indices_bytes(const ExecutorLimits& limits);
   static std::size_t losses_bytes(const ExecutorLimits& limits);
 
-  /// Every row of every group in one pass. Logits of the sampled rows [sum of sampled, vocab_size] on the device, in the
-  /// order of the groups; valid until the next call.
+  /// Every row of every group in one pass. Logits of the sampled rows [sum of sampled, vocab_size] on the device, in
+  /// the order of the groups; valid until the next call.
   TensorView forward(std::span<const RowGroup> groups);
-  /// Waits for the device, then gives the last forward's losses and scores to its groups. The host need not wait before.
+  /// Waits for the device, then gives the last forward's losses and scores to its groups. The host need not wait
+  /// before.
   void finish_forward();
   /// One layer's backward for the rows; all sequences share one program.
   void backward(int layer, std::span<const BackwardRows> rows);

@@ -60,7 +60,7 @@ JobId Engine::Impl::start_job(const std::string& adapter, std::vector<Example> e
   validate(examples, program);
   executor->reserve(program);
   auto job = std::make_unique<TrainingJob>(next_job++, adapter, std::move(examples), settings);
-  job->allocate(context, host_allocator(), ledger, target->num_parameters);
+  job->allocate(context, device->allocator(), ledger, target->num_parameters);
   return begin(std::move(job));
 }
 
@@ -88,7 +88,7 @@ JobId Engine::Impl::resume_finetune(const std::string& directory, std::vector<Ex
   job->step = checkpoint.step;
   job->loss = checkpoint.loss;
   job->trained_tokens = checkpoint.trained_tokens;
-  job->allocate(context, host_allocator(), ledger, adapter->num_parameters);
+  job->allocate(context, device->allocator(), ledger, adapter->num_parameters);
   read_optimizer_state(directory, *job, *adapter);
   if (adapters.contains(name)) unload(name);
   adapters.publish(adapter);

@@ -36,6 +36,7 @@ struct RequestState {
 /// plan take them from here.
 struct EngineSizes {
   DType compute = DType::kBFloat16;
+  Device device;
   std::int64_t max_model_len = 0;
   std::int64_t block_bytes = 0;  // of all layers
   ExecutorLimits limits;
@@ -51,6 +52,8 @@ std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& pro
 std::int64_t scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes);
 /// Throws InvalidArgument that names the field.
 void check(const EngineConfig& config);
+/// "auto" is what FLEXCORE_DEVICE says, or a GPU if there is one, or the CPU. Throws InvalidArgument.
+Device parse_device(const std::string& name);
 
 struct Engine::Impl {
   Impl(const std::string& model_path, const EngineConfig& config);
@@ -105,6 +108,7 @@ struct Engine::Impl {
   EngineSizes sizes;
   MemoryLedger ledger;  // outlives everything that reserves
   ThreadPool threads;
+  std::unique_ptr<DeviceRuntime> device;
   Arena scratch;
   OpRegistry registry;
   OpContext context;

@@ -3,6 +3,7 @@
 
 #include "core/check.h"
 #include "engine/impl.h"
+#include "ops/scatter.h"
 
 namespace flexcore {
 
@@ -49,7 +50,8 @@ void Engine::Impl::forward_alone(std::span<const std::int32_t> tokens, const Ada
       group.sampled = end - begin;
     }
     const TensorView rows = executor->forward({&group, 1});
-    if (logits != nullptr) std::copy_n(rows.as<float>(), rows.size(), logits + begin * model.vocab_size);
+    executor->finish_forward();
+    if (logits != nullptr) device->allocator().download(logits + begin * model.vocab_size, rows.data(), rows.bytes());
   }
 }
 
@@ -61,10 +63,10 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
   TrainingProgram& program = compiled.training(adapter->sites());
   validate(examples, program);
   executor->reserve(program);
-  Buffer gradients(host_allocator(), ledger, MemoryTag::kGradients,
+  Buffer gradients(device->allocator(), ledger, MemoryTag::kGradients,
                    static_cast<std::size_t>(adapter->num_parameters) * sizeof(float));
   auto* grads = reinterpret_cast<float*>(gradients.data());
-  std::fill_n(grads, adapter->num_parameters, 0.0f);
+  run(context, ZeroArgs{gradients.view(DType::kFloat32, {adapter->num_parameters})});
 
   std::int64_t targets = 0;
   for (const auto& example : examples) targets += count_targets(example);
@@ -80,7 +82,7 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
     sequence.state = std::make_unique<TrainState>(example, adapter, program, grads, 1.0f / static_cast<float>(targets));
     sequence.pages = std::make_unique<TemporaryPages>(blocks, sequence.block_table, sequence.state->length());
     sequence.state->block_table = &sequence.block_table;
-    sequence.state->allocate(host_allocator(), ledger, executor->shape());
+    sequence.state->allocate(device->allocator(), ledger, executor->shape());
   }
   // All sequences advance together, as many rows a pass as fit.
   const std::int64_t max_rows = sizes.limits.max_rows;
@@ -106,7 +108,9 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
       done += count;
       rows += count;
     }
-    if (!groups.empty()) executor->forward(groups);
+    if (groups.empty()) continue;
+    executor->forward(groups);
+    executor->finish_forward();
   }
   for (std::int64_t layer = model.num_layers; layer-- > program.first_layer;) {
     for (auto& sequence : sequences) sequence->rows_left = sequence->state->length();
@@ -131,9 +135,11 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
   LossAndGradients result;
   for (const auto& sequence : sequences) result.loss += sequence->state->loss_sum;
   result.loss /= static_cast<double>(targets);
+  std::vector<float> host(static_cast<std::size_t>(adapter->num_parameters));
+  device->allocator().download(host.data(), grads, gradients.bytes());
   for (const auto& module : adapter->modules) {
     const auto copy = [&](std::int64_t offset, std::int64_t rows, std::int64_t columns) {
-      return std::vector<float>(grads + offset, grads + offset + rows * columns);
+      return std::vector<float>(host.begin() + offset, host.begin() + offset + rows * columns);
     };
     result.gradients.push_back({peft_key(module, true),
                                 {module.rank, module.in_features},

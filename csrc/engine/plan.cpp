@@ -106,6 +106,7 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   // An engine probes its speed with LoRA at every linear when it loads.
   const std::int64_t programs = programs_bytes(compiled.all_sites());
   plan.workspace = rotary + static_cast<std::int64_t>(Executor::indices_bytes(sizes.limits)) +
+                   static_cast<std::int64_t>(Executor::losses_bytes(sizes.limits)) +
                    scratch_bytes(model, config, sizes) + programs;
   if (!lora) return plan;
   const LoraMatcher matcher(*lora);

@@ -1,6 +1,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <limits>
 
 #include "backends/cpu/scratch.h"
@@ -36,15 +37,27 @@ void check(const EngineConfig& c) {
           ", wanted > 0");
   if (c.kv_cache_memory_bytes) positive(*c.kv_cache_memory_bytes, "kv_cache_memory_bytes");
   if (c.finetune_memory_bytes) positive(*c.finetune_memory_bytes, "finetune_memory_bytes");
-  if (c.device == "cpu" || c.device == "auto") return;
-  require(c.device.rfind("cuda", 0) == 0, "device: \"", c.device,
-          "\", wanted \"auto\", \"cpu\", \"cuda\" or \"cuda:N\"");
-  throw Unsupported(str("device: \"", c.device, "\": this build has no CUDA backend"));
+  parse_device(c.device);
+}
+
+Device parse_device(const std::string& name) {
+  if (name == "auto") {
+    if (const char* chosen = std::getenv("FLEXCORE_DEVICE"); chosen != nullptr && std::string_view(chosen) != "auto")
+      return parse_device(chosen);
+    return {num_cuda_devices() > 0 ? DeviceKind::kCuda : DeviceKind::kCpu, 0};
+  }
+  if (name == "cpu") return {};
+  if (name == "cuda") return {DeviceKind::kCuda, 0};
+  const bool numbered = name.size() > 5 && name.size() <= 8 && name.rfind("cuda:", 0) == 0 &&
+                        name.find_first_not_of("0123456789", 5) == std::string::npos;
+  require(numbered, "device: \"", name, "\", wanted \"auto\", \"cpu\", \"cuda\" or \"cuda:N\"");
+  return {DeviceKind::kCuda, std::stoi(name.substr(5))};
 }
 
 EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config) {
   check(config);
   EngineSizes sizes;
+  sizes.device = parse_device(config.device);
   sizes.compute = config.dtype == "float32" ? DType::kFloat32 : DType::kBFloat16;
   sizes.max_model_len = std::min(config.max_model_len, model.max_position_embeddings);
   const double page = 2.0 * static_cast<double>(model.num_layers) * static_cast<double>(model.num_kv_heads) *
@@ -91,6 +104,7 @@ SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& c
 }
 
 std::int64_t scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes) {
+  if (sizes.device.kind != DeviceKind::kCpu) return 0;  // not bounded yet; the arena grows in the first steps
   return cpu::scratch_bytes({.rows = sizes.limits.max_rows,
                              .sampled_rows = sizes.limits.max_sampled_rows,
                              .positions = sizes.max_model_len,

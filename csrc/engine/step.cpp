@@ -49,7 +49,7 @@ bool Engine::Impl::drop_failed_training(StepPlan& plan) {
     TrainState& state = state_of(*plan.forward[i].sequence);
     TrainingJob& job = find_job(plan.forward[i].sequence->job_id);
     try {
-      if (!state.allocated()) state.allocate(host_allocator(), ledger, executor->shape());
+      if (!state.allocated()) state.allocate(device->allocator(), ledger, executor->shape());
       ++i;
     } catch (const OutOfMemory& error) {
       const auto of_job = [id = job.id](const TrainWindow& window) { return window.sequence->job_id == id; };
@@ -104,6 +104,7 @@ void Engine::Impl::run_plan(StepPlan& plan, StepReport& report) {
   std::vector<std::vector<std::pair<std::int32_t, float>>> top;
   std::vector<std::string> errors;
   const auto results = sample(sampled, logits, top, errors);
+  executor->finish_forward();
 
   for (const auto& unit : plan.backward) {
     std::vector<BackwardRows> rows;

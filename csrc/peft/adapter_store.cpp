@@ -16,6 +16,12 @@ std::set<SiteId> Adapter::sites() const {
   return sites;
 }
 
+std::vector<float> Adapter::download() const {
+  std::vector<float> host(static_cast<std::size_t>(num_parameters));
+  params_.allocator().download(host.data(), params_.data(), params_.bytes());
+  return host;
+}
+
 LoraSegment Adapter::segment(const LoraModule& module, std::int64_t begin, std::int64_t end, float* gradients) const {
   return {.begin = begin,
           .end = end,
@@ -102,16 +108,17 @@ std::shared_ptr<Adapter> AdapterStore::create(const std::string& name, const Lor
   const LoraMatcher matcher(config);
   require_targets(matcher, sites_);
   auto adapter = layout(name, config, matcher);
+  std::vector<float> parameters(static_cast<std::size_t>(adapter->num_parameters));  // B stays 0
   for (const auto& m : adapter->modules) {
     const float bound = 1.0f / std::sqrt(static_cast<float>(m.in_features));
-    float* a = adapter->parameters() + m.a_offset;
+    float* a = parameters.data() + m.a_offset;
     const std::int64_t size = m.rank * m.in_features;
     for (std::int64_t i = 0; i < size; ++i) {
       const auto counter = (static_cast<std::uint64_t>(m.site) << 40) | static_cast<std::uint64_t>(i);
       a[i] = bound * static_cast<float>(2.0 * uniform(seed, counter) - 1.0);
     }
-    std::fill_n(adapter->parameters() + m.b_offset, m.out_features * m.rank, 0.0f);
   }
+  allocator_.upload(adapter->parameters(), parameters.data(), adapter->bytes());
   publish(adapter);
   return adapter;
 }
@@ -129,6 +136,7 @@ std::shared_ptr<Adapter> AdapterStore::read(const std::string& name, const std::
   require(adapter->modules.size() == file.modules.size(), directory, ": adapter has ", file.modules.size(),
           " modules, this model ", adapter->modules.size(), " for its target_modules; is it for another base model (",
           file.base_model.empty() ? "not named" : file.base_model, ")?");
+  std::vector<float> parameters(static_cast<std::size_t>(adapter->num_parameters));
   for (const auto& weights : file.modules) {
     const auto module = std::find_if(adapter->modules.begin(), adapter->modules.end(),
                                      [&](const LoraModule& m) { return m.path == weights.module; });
@@ -139,16 +147,17 @@ std::shared_ptr<Adapter> AdapterStore::read(const std::string& name, const std::
             directory, ": ", weights.module, " has rank ", weights.rank, ", in_features ", weights.in_features,
             ", out_features ", weights.out_features, ", wanted ", module->rank, ", ", module->in_features, ", ",
             module->out_features, "; is the adapter for another base model?");
-    std::copy(weights.lora_a.begin(), weights.lora_a.end(), adapter->parameters() + module->a_offset);
-    std::copy(weights.lora_b.begin(), weights.lora_b.end(), adapter->parameters() + module->b_offset);
+    std::copy(weights.lora_a.begin(), weights.lora_a.end(), parameters.begin() + module->a_offset);
+    std::copy(weights.lora_b.begin(), weights.lora_b.end(), parameters.begin() + module->b_offset);
   }
+  allocator_.upload(adapter->parameters(), parameters.data(), adapter->bytes());
   adapter->lora_dropout = file.lora_dropout;
   return adapter;
 }
 
 void AdapterStore::save(const std::string& name, const std::string& directory) const {
   const auto adapter = get(name);
-  write_peft(directory, adapter->config, lora_weights(*adapter, adapter->parameters()));
+  write_peft(directory, adapter->config, lora_weights(*adapter, adapter->download().data()));
 }
 
 void AdapterStore::remove(const std::string& name) {
@@ -181,7 +190,7 @@ std::shared_ptr<Adapter> AdapterStore::next_version(const Adapter& newest) const
   copy->num_parameters = newest.num_parameters;
   copy->lora_dropout = newest.lora_dropout;
   copy->params_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters, newest.bytes());
-  std::copy_n(newest.parameters(), newest.num_parameters, copy->parameters());
+  allocator_.copy(copy->parameters(), newest.parameters(), newest.bytes());
   return copy;
 }
 

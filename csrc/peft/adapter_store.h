@@ -39,7 +39,8 @@ class Adapter {
   std::int64_t num_parameters = 0;
   double lora_dropout = 0.0;  // of the files it came from; training with it is refused
 
-  float* parameters() const { return reinterpret_cast<float*>(params_.data()); }
+  float* parameters() const { return reinterpret_cast<float*>(params_.data()); }  // on the device
+  std::vector<float> download() const;                                            // the same on the host
   std::size_t bytes() const { return params_.bytes(); }
   /// Key under which prefixes computed with this version may be shared.
   std::uint64_t cache_key() const { return (uid << 32) | static_cast<std::uint64_t>(version); }

@@ -86,10 +86,13 @@ FinetuneConfig parse_config(const Fields& f) {
 
 void write_checkpoint(const std::string& directory, const TrainingJob& job, const Adapter& adapter) {
   AtomicDirectory target(directory);
-  write_peft(target, adapter.config, lora_weights(adapter, adapter.parameters()));
-  const TensorView moments = job.optimizer_view();
+  write_peft(target, adapter.config, lora_weights(adapter, adapter.download().data()));
+  std::vector<float> host = job.download_optimizer();
   std::vector<std::pair<std::string, TensorView>> tensors;
-  if (moments) tensors = {{"exp_avg", moments.rows(0, 1)}, {"exp_avg_sq", moments.rows(1, 2)}};
+  if (!host.empty()) {
+    const TensorView moments(host.data(), DType::kFloat32, {2, static_cast<std::int64_t>(host.size() / 2)});
+    tensors = {{"exp_avg", moments.rows(0, 1)}, {"exp_avg_sq", moments.rows(1, 2)}};
+  }
   write_safetensors(target.file(kOptimizerFile), tensors);
   const Json state = Json::Object{{"format", 1},
                                   {"adapter", job.adapter},
@@ -137,7 +140,7 @@ void read_optimizer_state(const std::string& directory, TrainingJob& job, const 
                             "/", kOptimizerFile, ": ", name, " is ", stored.describe(), ", wanted float32 with ",
                             adapter.num_parameters, " elements");
     const auto* bytes = stored.as<std::byte>();
-    std::copy_n(bytes, stored.bytes(), moments.rows(row, row + 1).as<std::byte>());
+    job.upload_optimizer(row, bytes);
     ++row;
   }
 }

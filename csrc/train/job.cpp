@@ -109,6 +109,17 @@ TensorView TrainingJob::optimizer_view() const {
   return optimizer_ ? optimizer_.view(DType::kFloat32, {2, num_parameters_}) : TensorView{};
 }
 
+std::vector<float> TrainingJob::download_optimizer() const {
+  std::vector<float> host(optimizer_.bytes() / sizeof(float));
+  if (optimizer_) optimizer_.allocator().download(host.data(), optimizer_.data(), optimizer_.bytes());
+  return host;
+}
+
+void TrainingJob::upload_optimizer(std::int64_t row, const void* values) {
+  const TensorView part = optimizer_view().rows(row, row + 1);
+  optimizer_.allocator().upload(part.data(), values, part.bytes());
+}
+
 void TrainingJob::release() {
   sequences.clear();
   gradients_.reset();

@@ -54,6 +54,8 @@ class TrainingJob {
   TensorView gradient_view() const;
   /// [exp_avg, exp_avg_sq], each num_parameters; empty for SGD.
   TensorView optimizer_view() const;
+  std::vector<float> download_optimizer() const;                // the same on the host
+  void upload_optimizer(std::int64_t row, const void* values);  // one of the two; any alignment
   /// Gives the memory of a job that has ended back, that of its examples included.
   void release();
 

@@ -14,6 +14,7 @@ namespace flexcore::test {
 struct AttentionShape {
   std::int64_t num_heads = 4, num_kv_heads = 2, head_dim = 16, block_size = 16, sliding_window = 0;
   DType rows = DType::kFloat32, pages = DType::kFloat32;  // of q, k, v, y and gradients; of the pages
+  std::int64_t last_rows = 0;                             // that have results; 0: all
   double scale() const { return 1.0 / std::sqrt(static_cast<double>(head_dim)); }
 };
 
@@ -36,7 +37,7 @@ struct Sequence {
                k_size = static_cast<std::size_t>(length * k.width());
     y.resize(q_size), grad_q.resize(q_size), grad_k.resize(k_size), grad_v.resize(k_size);
     lse.resize(static_cast<std::size_t>(length * shape.num_heads));
-    for (std::int64_t i = 0; i < length; ++i)
+    for (std::int64_t i = shape.last_rows > 0 ? length - shape.last_rows : 0; i < length; ++i)
       for (std::int64_t h = 0; h < shape.num_heads; ++h) attend(i, h);
   }
 
@@ -129,6 +130,9 @@ struct PagedSequences {
   }
 };
 
+/// Of every sequence: grad_k and grad_v, [length, num_kv_heads * head_dim].
+using Accumulators = std::vector<std::pair<SharedVector<float>, SharedVector<float>>>;
+
 /// Rows [begin, end) of one sequence, as they stand in a batch.
 struct Piece {
   std::size_t sequence;
@@ -169,8 +173,7 @@ struct Batch {
                           want_lse ? lse.view() : TensorView(), static_cast<float>(shape.scale()),
                           shape.sliding_window});
   }
-  /// accumulators[sequence]: grad_k and grad_v, [length, num_kv_heads * head_dim].
-  void backward(OpFixture& ops, std::vector<std::pair<std::vector<float>, std::vector<float>>>& accumulators) {
+  void backward(OpFixture& ops, Accumulators& accumulators) {
     std::vector<AttentionBackwardSpan> windows;
     for (std::size_t i = 0; i < pieces.size(); ++i) {
       auto& [k, v] = accumulators[pieces[i].sequence];

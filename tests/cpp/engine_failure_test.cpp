@@ -20,6 +20,7 @@ OpRegistry without_attention_backward() {
   cpu::register_optimizer(registry);
   cpu::register_scatter(registry);
   cpu::register_sampling(registry);
+  cpu::register_transfer(registry);
   registry.add<KvWriteArgs>(DeviceKind::kCpu, all.get<KvWriteArgs>(DeviceKind::kCpu));
   registry.add<AttentionArgs>(DeviceKind::kCpu, all.get<AttentionArgs>(DeviceKind::kCpu));
   return registry;

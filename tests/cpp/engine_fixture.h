@@ -15,6 +15,7 @@
 #include "flexcore/engine.h"
 #include "model/safetensors.h"
 #include "temp_dir.h"
+#include "test_device.h"
 
 namespace flexcore {
 
@@ -53,6 +54,7 @@ class EngineTest : public ::testing::Test {
   }
 
   static EngineConfig small(EngineConfig config = {}) {
+    config.device = test::on_cpu() ? "cpu" : "cuda";
     config.dtype = "float32";
     config.max_model_len = 96;
     config.num_threads = 2;

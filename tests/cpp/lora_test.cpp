@@ -248,7 +248,7 @@ struct EvenCase {
 // ranks than one pass adds to grad_x; chunks of rows of adapters that come back.
 TEST(Lora, EveryWayThroughTheKernels) {
   std::mt19937 rng(6);
-  std::vector<EvenCase> cases = {
+  const std::vector<EvenCase> cases = {
       {192, {136}, {{40, 16}, {1, 0}, {3, 3}, {65, 64}, {4, 256}}},
       {128, {64, 72}, {{1, 1}, {1, 3}, {1, 16}, {1, 64}, {1, 256}, {33, 1}, {34, 3}}},
       {2304, {40}, {{1, 16}}},
@@ -256,7 +256,6 @@ TEST(Lora, EveryWayThroughTheKernels) {
       {64, {72, 64, 64}, {{5, 256}, {70, 200}}},
       {136, {64, 128}, {{150, 8}, {140, 12}, {2, 0}, {130, -1}, {1, 6}, {129, -1}}},
   };
-  if (on_cpu()) cases.push_back({1024, {1024, 512}, {{900, 16}, {300, -1}, {700, 64}}});
   for (const auto& c : cases)
     for (const auto x_type : kFloats)
       for (const bool backward : {false, true}) {

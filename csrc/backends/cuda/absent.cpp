@@ -9,4 +9,6 @@ std::unique_ptr<DeviceRuntime> open_cuda_device(int) {
   throw DeviceError("device: cuda, but this build of flexcore has no CUDA backend; wanted cpu");
 }
 
+int num_cuda_devices() { return 0; }
+
 }  // namespace flexcore

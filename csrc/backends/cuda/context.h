@@ -5,6 +5,7 @@
 #include <memory>
 #include <span>
 
+#include "backends/cuda/allocator.h"
 #include "core/check.h"
 #include "memory/arena.h"
 #include "ops/context.h"
@@ -34,6 +35,7 @@ class Staging {
  private:
   std::byte* room(std::size_t bytes);  // of so many bytes that the stream has done with
 
+  PinnedAllocator pinned_;
   cudaStream_t stream_;
   std::byte* data_ = nullptr;
   std::size_t bytes_ = 0, used_ = 0;

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <utility>
 
+#include "backends/cuda/allocator.h"
 #include "backends/cuda/context.h"
 #include "backends/register.h"
 
@@ -10,55 +11,6 @@ namespace flexcore {
 namespace cuda {
 
 namespace {
-
-class DeviceAllocator final : public Allocator {
- public:
-  DeviceAllocator(int index, cudaStream_t stream) : index_(index), stream_(stream) {}
-  void* allocate(std::size_t bytes) override {
-    void* data = nullptr;
-    const cudaError_t error = cudaMalloc(&data, bytes);
-    if (error == cudaErrorMemoryAllocation) {
-      cudaGetLastError();  // it is remembered otherwise
-      return nullptr;
-    }
-    require_cuda(error, "cudaMalloc");
-    return data;
-  }
-  void deallocate(void* data, std::size_t) noexcept override {
-    cudaStreamSynchronize(stream_);  // nobody may still be reading it
-    cudaFree(data);
-  }
-  Device device() const override { return {DeviceKind::kCuda, index_}; }
-  void upload(void* to, const void* from, std::size_t bytes) override {
-    copy(to, from, bytes, cudaMemcpyHostToDevice);
-    synchronize();
-  }
-  void download(void* to, const void* from, std::size_t bytes) override {
-    copy(to, from, bytes, cudaMemcpyDeviceToHost);
-    synchronize();
-  }
-  void copy(void* to, const void* from, std::size_t bytes) override { copy(to, from, bytes, cudaMemcpyDeviceToDevice); }
-
- private:
-  void copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
-    if (bytes == 0) return;
-    require_cuda(cudaMemcpyAsync(to, from, bytes, kind, stream_), "cudaMemcpyAsync");
-  }
-  void synchronize() { require_cuda(cudaStreamSynchronize(stream_), "a kernel or copy before"); }
-  int index_;
-  cudaStream_t stream_;
-};
-
-class PinnedAllocator final : public HostMemory {
- public:
-  void* allocate(std::size_t bytes) override {
-    void* data = nullptr;
-    if (cudaHostAlloc(&data, bytes, cudaHostAllocDefault) == cudaSuccess) return data;
-    cudaGetLastError();
-    return nullptr;
-  }
-  void deallocate(void* data, std::size_t) noexcept override { cudaFreeHost(data); }
-};
 
 class Runtime final : public DeviceRuntime {
  public:
@@ -98,9 +50,7 @@ Stream::Stream(int device) : handle(open_stream(device)), staging(handle) {
 
 Stream::~Stream() { cudaStreamDestroy(handle); }
 
-Staging::~Staging() {
-  if (data_ != nullptr) cudaFreeHost(data_);
-}
+Staging::~Staging() { pinned_.deallocate(data_, bytes_); }
 
 std::byte* Staging::room(std::size_t bytes) {
   constexpr std::size_t kLeast = 1 << 20, kAlignment = 64;
@@ -108,13 +58,10 @@ std::byte* Staging::room(std::size_t bytes) {
     require_cuda(cudaStreamSynchronize(stream_), "a kernel or copy before");
     used_ = 0;
     if (bytes > bytes_) {
-      if (data_ != nullptr) cudaFreeHost(std::exchange(data_, nullptr));
-      bytes_ = 0;
+      pinned_.deallocate(std::exchange(data_, nullptr), std::exchange(bytes_, 0));
       const std::size_t wanted = std::max(kLeast, 2 * bytes);
-      void* data = nullptr;
-      require<OutOfMemory>(cudaHostAlloc(&data, wanted, cudaHostAllocDefault) == cudaSuccess, "out of memory: ", wanted,
-                           " bytes of page-locked host memory");
-      data_ = static_cast<std::byte*>(data);
+      data_ = static_cast<std::byte*>(pinned_.allocate(wanted));
+      require<OutOfMemory>(data_ != nullptr, "out of memory: ", wanted, " bytes of page-locked host memory");
       bytes_ = wanted;
     }
   }
@@ -137,6 +84,13 @@ void Staging::download(void* host, const void* device, std::size_t bytes) {
 }
 
 }  // namespace cuda
+
+int num_cuda_devices() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();
+  return 0;
+}
 
 std::unique_ptr<DeviceRuntime> open_cuda_device(int index) { return std::make_unique<cuda::Runtime>(index); }
 

@@ -17,7 +17,7 @@ struct SLO {
 };
 
 struct EngineConfig {
-  std::string device = "auto";     // "auto", "cpu", "cuda", "cuda:1"
+  std::string device = "auto";  // "auto" (FLEXCORE_DEVICE, a GPU if there is one, or the CPU), "cpu", "cuda", "cuda:1"
   std::string dtype = "bfloat16";  // of weights, keys and values, activations; "float32" is the exact mode
   std::int64_t max_model_len = 2048;
   std::int64_t max_num_seqs = 64;             // sequences that run at once, finetuning included

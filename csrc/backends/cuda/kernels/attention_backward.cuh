@@ -148,19 +148,48 @@ __global__ void __launch_bounds__(GradKvShape<D>::kThreads, GradKvShape<D>::kBlo
 template <int D>
 struct GradQShape {
   static constexpr int kWarps = D <= 128 ? 4 : 2;
-  static constexpr int kBlocks = 2;  // a multiprocessor
+  static constexpr int kBlocks = 2;                  // a multiprocessor
+  static constexpr int kWidth = D <= 128 ? 32 : 16;  // keys that a warp of a full tile takes at once
   using Block = AttentionBlock<D, kWarps>;
   static constexpr int kSharedBytes = 6 * Block::kTileBytes;
   static_assert(Block::kTile * Block::kSumStride * static_cast<int>(sizeof(float)) <= 4 * Block::kTileBytes);
   static_assert(kSharedBytes <= static_cast<int>(kMostShared));
 };
 
+/// Adds the key warps up for every row of the tile and writes grad_q, or a split's part of it. Reads the item again: it
+/// would cost the loop registers.
+template <class Block>
+__device__ __forceinline__ void finish_grad_q(const AttentionProblem& p, const AttentionGradients& g,
+                                              const AttentionItem* items, const float* rows, float* partials) {
+  const AttentionItem item = items[blockIdx.x];
+  const int kv_head = static_cast<int>(blockIdx.y);
+  const int packs = p.head_dim / kPackElements, key_warps = Block::kTile / item.tile_rows;
+  for (int i = static_cast<int>(threadIdx.x); i < item.num_rows * packs; i += Block::kThreads) {
+    const int row = i / packs, d = (i - row * packs) * kPackElements;
+    float total[kPackElements] = {};
+    for (int w = 0; w < key_warps; ++w) {
+      float x[kPackElements];
+      Rows::load_floats(rows + (row + w * item.tile_rows) * Block::kSumStride + d, x);
+      FLEXCORE_UNROLL
+      for (int j = 0; j < kPackElements; ++j) total[j] += x[j] * p.scale;
+    }
+    const RowPlace at = place_of(p, item.span_row, item.position, kv_head, item.row_begin + row);
+    if (item.partial >= 0)
+      Rows::store_floats(
+          partials + (static_cast<std::int64_t>(item.partial + row) * p.num_kv_heads + kv_head) * p.head_dim + d,
+          total);
+    else
+      g.grad_q.store(at.token, at.head, d, total);
+  }
+}
+
 /// W: keys that a warp takes at once.
 template <int D, int W>
 __device__ __forceinline__ void grad_q_tile(const AttentionProblem& p, const AttentionGradients& g,
-                                            const AttentionItem& item, float* partials, unsigned char* shared) {
+                                            const AttentionItem* items, float* partials, unsigned char* shared) {
   using Block = typename GradQShape<D>::Block;
-  const Block block(p, item);
+  const Block block(p, items[blockIdx.x]);
+  const AttentionItem& item = block.item;
   unsigned char* const queries = shared;
   unsigned char* const grads = shared + Block::kTileBytes;
   unsigned char* const stages = shared + 2 * Block::kTileBytes;
@@ -184,14 +213,13 @@ __device__ __forceinline__ void grad_q_tile(const AttentionProblem& p, const Att
       float weights[W / 8][4] = {}, grad_weights[W / 8][4] = {};
       multiply_rows<D, W>(weights, queries, 16 * block.row_warp, keys, first);
       multiply_rows<D, W>(grad_weights, grads, 16 * block.row_warp, values, first);
-      const bool all_seen = block.all_seen(key, W);
       FLEXCORE_UNROLL
       for (int n = 0; n < W / 8; ++n) {
         FLEXCORE_UNROLL
         for (int i = 0; i < 4; ++i) {
-          float weight = exp2_approx((weights[n][i] * p.scale - lse[i / 2]) * kLog2E);
-          if (!all_seen && !p.sees(position[i / 2], key + 8 * n + block.lane % 4 * 2 + i % 2)) weight = 0.0f;
-          grad_weights[n][i] = weight * (grad_weights[n][i] - delta[i / 2]);
+          const float weight = exp2_approx((weights[n][i] * p.scale - lse[i / 2]) * kLog2E);
+          const bool seen = p.sees(position[i / 2], key + 8 * n + block.lane % 4 * 2 + i % 2);
+          grad_weights[n][i] = seen ? weight * (grad_weights[n][i] - delta[i / 2]) : 0.0f;
         }
       }
       multiply_weights<D, W, D>(sums, grad_weights, keys, first);
@@ -201,24 +229,7 @@ __device__ __forceinline__ void grad_q_tile(const AttentionProblem& p, const Att
   auto* const rows = reinterpret_cast<float*>(stages);
   block.leave_sums(rows, sums);
   __syncthreads();
-  const int packs = p.head_dim / kPackElements, key_warps = Block::kTile / item.tile_rows;
-  for (int i = static_cast<int>(threadIdx.x); i < item.num_rows * packs; i += Block::kThreads) {
-    const int row = i / packs, d = (i - row * packs) * kPackElements;
-    float total[kPackElements] = {};
-    for (int w = 0; w < key_warps; ++w) {
-      float x[kPackElements];
-      Rows::load_floats(rows + (row + w * item.tile_rows) * Block::kSumStride + d, x);
-      FLEXCORE_UNROLL
-      for (int j = 0; j < kPackElements; ++j) total[j] += x[j] * p.scale;
-    }
-    const RowPlace at = block.place(row);
-    if (item.partial >= 0)
-      Rows::store_floats(
-          partials + (static_cast<std::int64_t>(item.partial + row) * p.num_kv_heads + block.kv_head) * p.head_dim + d,
-          total);
-    else
-      g.grad_q.store(at.token, at.head, d, total);
-  }
+  finish_grad_q<Block>(p, g, items, rows, partials);
 }
 
 /// Grid: items, kv heads.
@@ -227,12 +238,12 @@ __global__ void __launch_bounds__(GradQShape<D>::Block::kThreads, GradQShape<D>:
     attention_grad_q_kernel(const AttentionProblem p, const AttentionGradients g, const AttentionItem* items,
                             float* partials) {
   FLEXCORE_SHARED(shared);
-  const AttentionItem item = items[blockIdx.x];
-  if (item.num_rows == 0) return;
-  if (item.tile_rows >= 32)
-    grad_q_tile<D, 32>(p, g, item, partials, shared);
+  constexpr int kWidth = GradQShape<D>::kWidth;
+  if (items[blockIdx.x].num_rows == 0) return;
+  if (kWidth == 16 || items[blockIdx.x].tile_rows >= kWidth)
+    grad_q_tile<D, kWidth>(p, g, items, partials, shared);
   else
-    grad_q_tile<D, 16>(p, g, item, partials, shared);
+    grad_q_tile<D, 16>(p, g, items, partials, shared);
 }
 
 }  // namespace flexcore::cuda

@@ -12,7 +12,8 @@ namespace flexcore::cuda {
 template <int D>
 struct ForwardShape {
   static constexpr int kWarps = D <= 128 ? 8 : 4;
-  static constexpr int kBlocks = D <= 64 ? 2 : 1;  // a multiprocessor
+  static constexpr int kBlocks = D <= 64 ? 2 : 1;    // a multiprocessor
+  static constexpr int kWidth = D == 128 ? 64 : 32;  // keys that a warp of a full tile takes at once
   using Block = AttentionBlock<D, kWarps>;
   static constexpr int kSharedBytes = 5 * Block::kTileBytes;
   static constexpr int kSumBytes = Block::kTile * Block::kSumStride * static_cast<int>(sizeof(float));
@@ -148,8 +149,8 @@ __global__ void __launch_bounds__(ForwardShape<D>::Block::kThreads, ForwardShape
   FLEXCORE_SHARED(shared);
   const AttentionItem item = items[blockIdx.x];
   if (item.num_rows == 0) return;
-  if (item.tile_rows >= 64)
-    forward_tile<D, 64>(p, item, partials, shared);
+  if (item.tile_rows >= ForwardShape<D>::kWidth)
+    forward_tile<D, ForwardShape<D>::kWidth>(p, item, partials, shared);
   else
     forward_tile<D, 16>(p, item, partials, shared);
 }

@@ -20,8 +20,8 @@ __device__ __forceinline__ void copy_rows(unsigned char* tile, int first_row, co
                                           int head_dim) {
   constexpr int kChunks = D / 8;
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
-  FLEXCORE_UNROLL
-  for (int pass = 0; pass < kRows * kChunks / kWarpSize; ++pass) {
+  FLEXCORE_UNROLL_2  // addresses of all passes at once would crowd out sums
+      for (int pass = 0; pass < kRows * kChunks / kWarpSize; ++pass) {
     const int row = (pass * kWarpSize + lane) / kChunks, chunk = (pass * kWarpSize + lane) % kChunks;
     const std::int64_t from = __shfl_sync(kAllLanes, begin, row);
     const bool valid = from >= 0 && chunk * 8 < head_dim;

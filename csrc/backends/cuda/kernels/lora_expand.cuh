@@ -63,14 +63,15 @@ __device__ __forceinline__ void load_panel(const LoraColumn* columns, std::int64
   }
 }
 
-/// A [128, 64] tile of y, in packs of 16 bytes. Half as many registers let bfloat16 be loaded before the product.
+/// A [128, 64] tile of y in packs of 16 bytes, four of them in a thread's registers at a time: all of a bfloat16 tile,
+/// which is loaded before the product, or half of a float32 one.
 template <class T>
 struct LoraOutputTile {
-  static constexpr bool kEarly = sizeof(T) == 2;
   static constexpr int kElements = 16 / static_cast<int>(sizeof(T));
   static constexpr int kAcross = kLoraN / kElements;
-  static constexpr int kPacks = kLoraM * kAcross / kLoraThreads;
-  Pack<T, kElements> packs[kPacks];
+  static constexpr int kHeld = 4, kRowsHeld = kHeld * kLoraThreads / kAcross;
+  static constexpr bool kEarly = kRowsHeld == kLoraM;
+  Pack<T, kElements> packs[kHeld];
 
   static __device__ __forceinline__ int row_of(int i) {
     return (static_cast<int>(threadIdx.x) + i * kLoraThreads) / kAcross;
@@ -79,13 +80,13 @@ struct LoraOutputTile {
 
   __device__ __forceinline__ void load(const T* y, std::int64_t stride, int rows, int left) {
     FLEXCORE_UNROLL
-    for (int i = 0; i < kPacks; ++i)
+    for (int i = 0; i < kHeld; ++i)
       if (row_of(i) < rows && column_of() < left)
         packs[i] = load_pack<T, kElements>(y + row_of(i) * stride + column_of());
   }
   __device__ __forceinline__ void add_and_store(const float* c, T* y, std::int64_t stride, int rows, int left) {
     FLEXCORE_UNROLL
-    for (int i = 0; i < kPacks; ++i) {
+    for (int i = 0; i < kHeld; ++i) {
       if (row_of(i) >= rows || column_of() >= left) continue;
       float sum[kElements];
       Rows::load_floats(c + row_of(i) * kLoraCStride + column_of(), sum);
@@ -136,15 +137,14 @@ __global__ void __launch_bounds__(kLoraThreads, 2) lora_expand_kernel(const Lora
   fetch(0, 0);
   Product product(task.rows, kLoraN, lora_panel_low<mode>(args.tile_rows));
   LoraOutputTile<T> output;
-  int buffer = 0;
   for (int tile = 0; tile < tiles; ++tile) {
     const std::int64_t column = begin + tile * kLoraN, beyond = task.width - column;
     const int left = beyond < kLoraN ? static_cast<int>(beyond) : kLoraN;
     T* y = static_cast<T*>(task.y.data) + task.row * task.y.stride + column;
     if (output.kEarly && args.packs) output.load(y, task.y.stride, task.rows, left);
     product.clear();
-    for (int s = 0; s < stacks; ++s, buffer ^= 1) {
-      unsigned char* const q_tile = q_tiles + buffer * Q::kBytes;
+    for (int s = 0; s < stacks; ++s) {
+      unsigned char* const q_tile = q_tiles + (tile * stacks + s) % 2 * Q::kBytes;
       q.put(q_tile);
       if (s + 1 < stacks)
         fetch(tile, s + 1);
@@ -154,9 +154,13 @@ __global__ void __launch_bounds__(kLoraThreads, 2) lora_expand_kernel(const Lora
       product.step(panels + s * panel_bytes, q_tile, s + 1 < stacks ? kLoraExpandDepth : task.last_depth);
     }
     product.to_shared(c);
-    if (!output.kEarly && args.packs) output.load(y, task.y.stride, task.rows, left);
     if (args.packs) {
-      output.add_and_store(c, y, task.y.stride, task.rows, left);
+      FLEXCORE_NO_UNROLL
+      for (int row = 0; row < task.rows; row += output.kRowsHeld) {
+        T* const from = y + row * task.y.stride;
+        if (!output.kEarly) output.load(from, task.y.stride, task.rows - row, left);
+        output.add_and_store(c + row * kLoraCStride, from, task.y.stride, task.rows - row, left);
+      }
     } else {
       FLEXCORE_NO_UNROLL
       for (int i = static_cast<int>(threadIdx.x); i < task.rows * kLoraN; i += kLoraThreads) {

@@ -5,6 +5,12 @@
 // Instructions that CUDA C++ has no function for. Under FLEXCORE_SIMT the lanes of a warp meet, leave their fragments
 // for the others, and each computes its own results; a deferred copy arrives only at the wait that covers it.
 
+#if defined(FLEXCORE_SIMT)
+#define FLEXCORE_UNROLL_2
+#else
+#define FLEXCORE_UNROLL_2 _Pragma("unroll 2")
+#endif
+
 namespace flexcore::cuda {
 
 /// 2^x, relative error 2^-22; results below 2^-126 are zero.
