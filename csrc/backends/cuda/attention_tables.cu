@@ -176,15 +176,6 @@ AttentionTables tables_of(const Placed<AttentionPlan>& placed) {
           .partial_rows = device.count(2) > 0 ? placed.plan.partial_room() : 0};
 }
 
-BatchTables::Key key_of(const char* what, std::span<const AttentionSpan> spans,
-                        std::initializer_list<std::int64_t> more) {
-  BatchTables::Key key{static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(what)),
-                       static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(spans.data())),
-                       static_cast<std::int64_t>(spans.size())};
-  key.insert(key.end(), more);
-  return key;
-}
-
 struct KvSlotPlan {
   std::vector<KvSlot> slots;
   HostTables tables() const { return HostTables().add(slots, 0xff); }
@@ -209,9 +200,9 @@ AttentionTables attention_tables(OpContext& context, std::span<const AttentionSp
                                  const AttentionCut& cut) {
   static const char what = 0;
   const auto key =
-      key_of(&what, spans,
-             {heads.group, heads.num_kv_heads, heads.block_size, heads.window, cut.tile_rows[0], cut.tile_rows[1],
-              cut.tile_rows[2], cut.tile_rows[3], cut.key_tile, cut.owned_keys, cut.slots});
+      batch_key(&what, spans,
+                {heads.group, heads.num_kv_heads, heads.block_size, heads.window, cut.tile_rows[0], cut.tile_rows[1],
+                 cut.tile_rows[2], cut.tile_rows[3], cut.key_tile, cut.owned_keys, cut.slots});
   return tables_of(*place_once(context, key, [=] { return AttentionPlan(spans, heads, cut); }));
 }
 
@@ -224,7 +215,7 @@ AttentionTables attention_tables_of_call(OpContext& context, std::vector<Attenti
 KvSlots kv_slots(OpContext& context, std::span<const AttentionSpan> spans, std::int64_t num_kv_heads,
                  std::int64_t block_size) {
   static const char what = 0;
-  const auto placed = place_once(context, key_of(&what, spans, {num_kv_heads, block_size}),
+  const auto placed = place_once(context, batch_key(&what, spans, {num_kv_heads, block_size}),
                                  [=] { return plan_slots(spans, num_kv_heads, block_size); });
   return {placed->device.get<KvSlot>(0), placed->device.count(0)};
 }
