@@ -90,7 +90,7 @@ struct Executor::Layout {
 
 Executor::Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledger, CompiledModel& model,
                    const WeightStore& weights, const ModelConfig& config, DType compute, const ExecutorLimits& limits,
-                   bool record)
+                   const ScratchBytes& scratch, bool record)
     : model_(model),
       shape_{config.hidden_size, config.num_kv_heads * config.head_dim},
       limits_(limits),
@@ -100,7 +100,7 @@ Executor::Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledg
       beside_(device.second_stream() == nullptr
                   ? nullptr
                   : std::make_unique<Lane>(context, device.second_stream(), device.allocator(), ledger, limits,
-                                           model.base().sites.size())),
+                                           model.base().sites.size(), static_cast<std::size_t>(scratch.backward))),
       backward_(beside_ != nullptr ? *beside_ : forward_),
       record_(record && device.records()) {
   Allocator& allocator = device.allocator();

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "backends/register.h"
+#include "backends/scratch.h"
 #include "compile/compiled_model.h"
 #include "engine/lane.h"
 #include "model/config.h"
@@ -42,7 +43,7 @@ class Executor {
   /// `record`: forwards are recorded, where the device does that, and replayed.
   Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledger, CompiledModel& model,
            const WeightStore& weights, const ModelConfig& config, DType compute, const ExecutorLimits& limits,
-           bool record);
+           const ScratchBytes& scratch, bool record);
 
   /// Grows the workspaces for a training program, before its first use.
   void reserve(const TrainingProgram& program);

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "backends/cuda/attention_tables.h"
+#include "backends/cuda/scratch.h"
 #include "backends/cuda/tables.h"
 
 namespace flexcore::cuda {
@@ -194,7 +195,33 @@ KvSlotPlan plan_slots(std::span<const AttentionSpan> spans, std::int64_t num_kv_
   return plan;
 }
 
+// A kernel's tiles have at most so many rows, and so many blocks of it live on a multiprocessor.
+constexpr std::int64_t kMostTileRows = 128, kMostBlocks = 2;
+
 }  // namespace
+
+// Items: a tile of at least 16 rows, or the last of a span, each; a tile is split when it has over 5/4 of a block's
+// share, so the splits are under 9/5 of the blocks. Kept for keys of two kinds (with and without a sliding window).
+std::int64_t attention_tables_bytes(const ScratchShape& s, const DeviceSize& device) {
+  constexpr std::int64_t kSplits = 2, kKinds = 2;
+  const std::int64_t blocks = kMostBlocks * device.num_multiprocessors, group = s.num_heads / s.num_kv_heads;
+  const std::int64_t items = s.rows * (group / 16 + 1) + s.rows + kSplits * blocks;
+  const std::int64_t merges = kSplits * blocks * kMostTileRows / kMergeRows;
+  const std::int64_t key_items = s.rows * (s.positions / 64 + 2);
+  const std::int64_t pages = s.rows * ceil_div(s.positions, s.block_size);
+  const auto bytes = [](std::int64_t count, std::size_t size) { return count * static_cast<std::int64_t>(size) + 64; };
+  return kKinds * (bytes(items, sizeof(AttentionItem)) + bytes(merges, sizeof(AttentionMerge)) +
+                   bytes(std::min(key_items, s.rows + 2 * pages), sizeof(AttentionKeyItem)) +
+                   bytes(std::min(pages, (s.sampled_rows + 1) * ceil_div(s.positions, s.block_size)), 4)) +
+         s.rows * 64;  // and where each row's keys, values and saved tensors go
+}
+
+std::int64_t attention_scratch(const ScratchShape& s, const DeviceSize& device) {
+  // Rows of partial results: of the splits above, up to a power of two.
+  const std::int64_t rows = 2 * 2 * kMostBlocks * device.num_multiprocessors * kMostTileRows;
+  return rows * (s.head_dim + 2) * static_cast<std::int64_t>(sizeof(float)) +
+         s.rows * (s.num_heads * static_cast<std::int64_t>(sizeof(float)) + 16);
+}
 
 AttentionTables attention_tables(OpContext& context, std::span<const AttentionSpan> spans, const AttentionHeads& heads,
                                  const AttentionCut& cut) {
