@@ -16,7 +16,7 @@ class HostRuntime final : public DeviceRuntime {
   Allocator& allocator() override { return host_allocator(); }
   Allocator& pinned() override { return host_allocator(); }
   void* stream() override { return nullptr; }
-  void synchronize() override {}
+  void synchronize(void*) override {}
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <functional>
 #include <memory>
 
 #include "memory/buffer.h"
@@ -14,6 +15,14 @@ void register_cpu_kernels(OpRegistry& registry);
 /// Does nothing in a build without CUDA (backends/cuda/absent.cpp).
 void register_cuda_kernels(OpRegistry& registry);
 
+/// Launches of one batch shape that a device runs again without the host going through them (a CUDA graph).
+class RecordedWork {
+ public:
+  virtual ~RecordedWork() = default;
+  /// Runs them on the batch that there is now. False: it does not fit what was recorded, and nothing was run.
+  virtual bool replay() = 0;
+};
+
 /// A device as an engine holds it: where its bytes come from and what its ops run on.
 class DeviceRuntime {
  public:
@@ -23,8 +32,23 @@ class DeviceRuntime {
   virtual Allocator& pinned() = 0;
   /// OpContext::stream of the device's ops.
   virtual void* stream() = 0;
+  /// Another, whose work runs beside that of the first; null where there is none.
+  virtual void* second_stream() { return nullptr; }
+  /// Makes the device the calling thread's, before any other call from it.
+  virtual void enter() {}
+  /// Whether running work again is cheaper than running it: whether `record` does anything.
+  virtual bool records() const { return false; }
+  /// Records what `work` runs with `context`, and runs nothing. All that ops are given by reference (spans, segments,
+  /// tensors, weights) must stay where it is, with contents that may change; so must scratch. `previous`: a recording
+  /// of the same work that the batch did not fit.
+  virtual std::unique_ptr<RecordedWork> record(OpContext& /*context*/, MemoryLedger& /*ledger*/,
+                                               const std::function<void()>& /*work*/,
+                                               const RecordedWork* /*previous*/) {
+    return nullptr;
+  }
   /// Returns when everything that was given to the stream is done. Throws DeviceError for what failed on the way.
-  virtual void synchronize() = 0;
+  virtual void synchronize(void* stream) = 0;
+  void synchronize() { synchronize(stream()); }
 };
 
 /// Throws DeviceError when there is no such device, or no such backend in this build.

@@ -27,6 +27,7 @@ void Engine::Impl::calibrate() {
     const double start_ms = now_ms();
     work();
     executor->finish_forward();
+    executor->finish_backward();
     samples.push_back({features, now_ms() - start_ms});
   };
 

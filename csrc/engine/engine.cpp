@@ -52,12 +52,19 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
   std::vector<WeightSpec> specs;
   for (const auto& param : compiled.base().params) specs.push_back({param.name, param.out_features, param.in_features});
   weights.load(SafetensorsModel(model_path), specs);
-  executor =
-      std::make_unique<Executor>(context, *device, ledger, compiled, weights, model, sizes.compute, sizes.limits);
+  executor = std::make_unique<Executor>(context, *device, ledger, compiled, weights, model, sizes.compute, sizes.limits,
+                                        !config.enforce_eager);
   calibrate();
 }
 
-Engine::Impl::~Impl() = default;
+Engine::Impl::~Impl() {
+  try {
+    device->enter();
+  } catch (const Error&) {  // the driver is going away, and its memory with it
+  }
+}
+
+Engine::Impl::Entry::Entry(const Impl& impl) : lock_(impl.mutex) { impl.device->enter(); }
 
 double Engine::Impl::now_ms() const {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
@@ -181,7 +188,7 @@ Engine Engine::load(const std::string& model, const EngineConfig& config) {
 RequestId Engine::submit(const Request& request) { return submit_batch({request}).front(); }
 
 std::vector<RequestId> Engine::submit_batch(const std::vector<Request>& requests) {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   std::vector<Request> complete = requests;
   for (auto& request : complete) {
     request.sampling.max_tokens = request.max_tokens.value_or(request.sampling.max_tokens);
@@ -193,12 +200,12 @@ std::vector<RequestId> Engine::submit_batch(const std::vector<Request>& requests
 }
 
 StepReport Engine::step() {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   return impl_->step();
 }
 
 bool Engine::cancel(RequestId id) {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   if (!impl_->requests.contains(id)) return false;
   impl_->end_early(id, FinishReason::kCancelled);
   impl_->counters["requests_cancelled"] += 1;
@@ -206,28 +213,28 @@ bool Engine::cancel(RequestId id) {
 }
 
 bool Engine::has_work() const {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   return impl_->scheduler.has_inference() || impl_->scheduler.has_training() || !impl_->token_events.empty() ||
          !impl_->job_events.empty();
 }
 
 void Engine::create_adapter(const std::string& name, const LoraConfig& config, std::uint64_t seed) {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   impl_->adapters.create(name, config, seed);
 }
 
 void Engine::load_adapter(const std::string& name, const std::string& directory) {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   impl_->adapters.load(name, directory);
 }
 
 void Engine::save_adapter(const std::string& name, const std::string& directory) const {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   impl_->adapters.save(name, directory);
 }
 
 std::vector<AdapterInfo> Engine::adapters() const {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   std::vector<AdapterInfo> infos;
   for (const auto& adapter : impl_->adapters.all()) {
     AdapterInfo info{.name = adapter->name,
@@ -246,17 +253,17 @@ std::vector<AdapterInfo> Engine::adapters() const {
 }
 
 void Engine::unload_adapter(const std::string& name) {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   impl_->unload(name);
 }
 
 JobId Engine::finetune(const std::string& adapter, std::vector<Example> examples, const FinetuneConfig& config) {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   return impl_->start_job(adapter, std::move(examples), config);
 }
 
 std::vector<float> Engine::score(const std::vector<std::int32_t>& token_ids, const std::string& adapter) {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   require(!token_ids.empty(), "token_ids: empty, wanted at least one token");
   impl_->check_tokens(token_ids, "token_ids");
   const auto held = adapter.empty() ? nullptr : impl_->adapters.get(adapter);
@@ -266,7 +273,7 @@ std::vector<float> Engine::score(const std::vector<std::int32_t>& token_ids, con
 }
 
 std::vector<float> Engine::logits(const std::vector<std::int32_t>& token_ids, const std::string& adapter) {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   require(!token_ids.empty(), "token_ids: empty, wanted at least one token");
   const auto held = adapter.empty() ? nullptr : impl_->adapters.get(adapter);
   std::vector<float> logits(token_ids.size() * static_cast<std::size_t>(impl_->model.vocab_size));
@@ -276,7 +283,7 @@ std::vector<float> Engine::logits(const std::vector<std::int32_t>& token_ids, co
 
 LossAndGradients Engine::loss_and_gradients(const std::string& adapter, const std::vector<Example>& examples,
                                             std::int64_t window_tokens, std::int64_t backward_window_tokens) {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   return impl_->loss_and_gradients(adapter, examples, window_tokens, backward_window_tokens);
 }
 
@@ -299,7 +306,7 @@ std::map<std::string, std::int64_t> Engine::memory_peak() const {
 }
 
 std::map<std::string, double> Engine::stats() const {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   const Impl& impl = *impl_;
   auto stats = impl.counters;
   stats["requests_waiting"] = static_cast<double>(impl.scheduler.num_waiting());
@@ -308,6 +315,8 @@ std::map<std::string, double> Engine::stats() const {
   stats["kv_blocks_free"] = static_cast<double>(impl.blocks.num_free());
   stats["prefix_cache_queries"] = static_cast<double>(impl.blocks.prefix_queries());
   stats["prefix_cache_hits"] = static_cast<double>(impl.blocks.prefix_hits());
+  stats["graphs_recorded"] = static_cast<double>(impl.executor->num_recorded());
+  stats["graphs_replayed"] = static_cast<double>(impl.executor->num_replayed());
   stats["step_time_margin"] = impl.cost.margin();
   stats["step_time_overrun_share"] = impl.cost.overrun_share();
   stats["step_time_observed"] = static_cast<double>(impl.cost.num_observed());
@@ -340,7 +349,7 @@ ModelInfo Engine::model() const {
 }
 
 void Engine::set_slo(const SLO& slo) {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   require(slo.tpot_ms > 0 && slo.ttft_ms > 0, "slo: tpot_ms ", slo.tpot_ms, ", ttft_ms ", slo.ttft_ms, ", wanted > 0");
   impl_->config.slo = slo;
   impl_->scheduler.set_objective(slo.tpot_ms, slo.ttft_ms);

@@ -1,6 +1,7 @@
 #include "engine/executor.h"
 
 #include <algorithm>
+#include <bit>
 #include <functional>
 #include <numeric>
 #include <utility>
@@ -9,7 +10,6 @@
 #include "model/rotary.h"
 #include "ops/rows.h"
 #include "ops/scatter.h"
-#include "ops/transfer.h"
 
 namespace flexcore {
 
@@ -19,6 +19,18 @@ constexpr std::size_t kAlignment = 64;
 std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
 std::uint64_t adapter_key(const Adapter* adapter) { return adapter == nullptr ? 0 : adapter->cache_key(); }
+
+// Names the batch for as long as its spans stay.
+class BatchIdentity {
+ public:
+  BatchIdentity(OpContext& context, std::uint64_t batch) : context_(context) { context_.batch = batch; }
+  ~BatchIdentity() { context_.batch = 0; }
+  BatchIdentity(const BatchIdentity&) = delete;
+  BatchIdentity& operator=(const BatchIdentity&) = delete;
+
+ private:
+  OpContext& context_;
+};
 
 // Copies the rows of finetune windows to their sequences' stores as the forward makes them.
 class Saver final : public ProgramObserver {
@@ -49,22 +61,31 @@ class Saver final : public ProgramObserver {
 struct Executor::Layout {
   std::vector<std::size_t> order;       // groups by adapter
   std::vector<std::int64_t> row_begin;  // by group
-  std::vector<AttentionSpan> spans;     // in order
   std::span<const RowGroup> groups;
-  std::int64_t num_rows = 0;
+  std::int64_t num_rows = 0;     // of groups and, in a fixed batch, behind them
+  std::int64_t num_sampled = 0;  // likewise
+  std::size_t num_adapters = 0;
+  bool fixed = false;
   std::int64_t row_end(std::size_t group) const {
     return row_begin[group] + static_cast<std::int64_t>(groups[group].tokens.size());
   }
 };
 
 Executor::Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledger, CompiledModel& model,
-                   const WeightStore& weights, const ModelConfig& config, DType compute, const ExecutorLimits& limits)
-    : context_(context),
-      model_(model),
+                   const WeightStore& weights, const ModelConfig& config, DType compute, const ExecutorLimits& limits,
+                   bool record)
+    : model_(model),
       shape_{config.hidden_size, config.num_kv_heads * config.head_dim},
       limits_(limits),
       device_(device),
-      ledger_(ledger) {
+      ledger_(ledger),
+      forward_(context, device.allocator(), ledger, limits, model.base().sites.size()),
+      beside_(device.second_stream() == nullptr
+                  ? nullptr
+                  : std::make_unique<Lane>(context, device.second_stream(), device.allocator(), ledger, limits,
+                                           model.base().sites.size())),
+      backward_(beside_ != nullptr ? *beside_ : forward_),
+      record_(record && device.records()) {
   Allocator& allocator = device.allocator();
   for (const auto& param : model.base().params) {
     matrices_.push_back(param.in_features > 0 ? weights.matrix(param.name) : WeightView{});
@@ -84,79 +105,73 @@ Executor::Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledg
   const std::int64_t half_dim = config.head_dim / 2;
   const std::size_t table_bytes = static_cast<std::size_t>(limits.max_positions * half_dim) * sizeof(float);
   rotary_ = Buffer(allocator, ledger, MemoryTag::kWorkspace, 2 * table_bytes);
-  batch_.cos = rotary_.view(DType::kFloat32, {limits.max_positions, half_dim});
-  batch_.sin = rotary_.view(DType::kFloat32, {limits.max_positions, half_dim}, table_bytes);
   std::vector<float> table(2 * static_cast<std::size_t>(limits.max_positions * half_dim));
   float* sines = table.data() + limits.max_positions * half_dim;
   fill_rotary_tables(config, TensorView(table.data(), DType::kFloat32, {limits.max_positions, half_dim}),
                      TensorView(sines, DType::kFloat32, {limits.max_positions, half_dim}));
   allocator.upload(rotary_.data(), table.data(), table.size() * sizeof(float));
-  batch_.pages = pages_;
-  lora_.resize(model.base().sites.size());
-  batch_.lora = lora_;
-  indices_ = Buffer(allocator, ledger, MemoryTag::kWorkspace, indices_bytes(limits));
-  workspace_ = Buffer(allocator, ledger, MemoryTag::kWorkspace, model.workspace_bytes());
+  for (Lane* lane : {&forward_, &backward_}) {
+    lane->batch.cos = rotary_.view(DType::kFloat32, {limits.max_positions, half_dim});
+    lane->batch.sin = rotary_.view(DType::kFloat32, {limits.max_positions, half_dim}, table_bytes);
+    lane->batch.pages = pages_;
+  }
+  forward_.reserve_workspace(model.workspace_bytes());
   losses_ = Buffer(device.pinned(), ledger, MemoryTag::kWorkspace, losses_bytes(limits));
-}
-
-std::size_t Executor::indices_bytes(const ExecutorLimits& limits) {
-  return kNumIndexArrays * aligned(static_cast<std::size_t>(std::max(limits.max_rows, limits.max_sampled_rows)) * 4);
+  spans_.reserve(static_cast<std::size_t>(limits.max_rows));
 }
 
 std::size_t Executor::losses_bytes(const ExecutorLimits& limits) {
   return aligned(static_cast<std::size_t>(limits.max_rows) * sizeof(float));
 }
 
-std::size_t Executor::workspace_bytes(const CompiledModel& model, const TrainingProgram& program,
-                                      std::int64_t max_rows) {
+Executor::LaneBytes Executor::lane_bytes(const CompiledModel& model, const TrainingProgram& program,
+                                         std::int64_t max_rows) {
   const std::size_t gathered =
       program.gather_bytes_per_token * static_cast<std::size_t>(max_rows) + kAlignment * (program.saved.size() + 1);
-  return std::max({model.workspace_bytes(), model.trunk().workspace_bytes() + program.loss_head.workspace_bytes(),
-                   aligned(program.workspace_bytes) + gathered});
+  return {std::max(model.workspace_bytes(), model.trunk().workspace_bytes() + program.loss_head.workspace_bytes()),
+          aligned(program.workspace_bytes) + gathered};
+}
+
+std::size_t Executor::workspace_bytes(const CompiledModel& model, const TrainingProgram& program, std::int64_t max_rows,
+                                      bool two_lanes) {
+  const LaneBytes bytes = lane_bytes(model, program, max_rows);
+  return two_lanes ? bytes.forward + bytes.backward : std::max(bytes.forward, bytes.backward);
 }
 
 void Executor::reserve(const TrainingProgram& program) {
-  const std::size_t bytes = workspace_bytes(model_, program, limits_.max_rows);
-  const std::size_t before = workspace_.bytes();
-  if (bytes <= before) return;
-  workspace_.reset();
-  try {
-    workspace_ = Buffer(device_.allocator(), ledger_, MemoryTag::kWorkspace, bytes);
-  } catch (const OutOfMemory&) {
-    workspace_ = Buffer(device_.allocator(), ledger_, MemoryTag::kWorkspace, before);  // serving goes on
-    throw;
-  }
+  const LaneBytes bytes = lane_bytes(model_, program, limits_.max_rows);
+  const std::byte* before = forward_.workspace();
+  forward_.reserve_workspace(beside_ != nullptr ? bytes.forward : std::max(bytes.forward, bytes.backward));
+  if (forward_.workspace() != before) recorded_.clear();
+  if (beside_ != nullptr) beside_->reserve_workspace(bytes.backward);
 }
 
-TensorView Executor::index_array(IndexArray which, DType dtype, std::int64_t size) const {
-  const std::size_t slot = indices_.bytes() / kNumIndexArrays;
-  return indices_.view(dtype, {size}, static_cast<std::size_t>(which) * slot);
+RunState Executor::state(Lane& lane) const { return {&lane.context(), &lane.batch, matrices_, vectors_}; }
+
+namespace {
+
+constexpr std::int64_t kMostFixedRows = 256;
+
+// Few sizes, so that few are recorded; close to the rows that there are, as those behind them cost their GEMMs' time.
+std::int64_t round_rows(std::int64_t rows) {
+  if (rows <= 8) return static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(rows)));
+  const std::int64_t step = rows <= 64 ? 8 : 32;
+  return (rows + step - 1) / step * step;
 }
 
-template <class T>
-TensorView Executor::staged(IndexArray which, DType dtype, const std::vector<T>& table) {
-  static_assert(sizeof(T) == 4);
-  const TensorView array = index_array(which, dtype, static_cast<std::int64_t>(table.size()));
-  run(context_, StageArgs{array.data(), table.data(), array.bytes()});
-  return array;
+}  // namespace
+
+// Rows of the batch if it is run at a fixed size: decode rows alone, each of which is sampled. 0: it is not.
+std::int64_t Executor::fixed_rows(std::span<const RowGroup> groups) const {
+  const auto is_decode = [](const RowGroup& g) {
+    return g.tokens.size() == 1 && g.sampled == 1 && g.train == nullptr && g.score_labels.empty();
+  };
+  const auto rows = static_cast<std::int64_t>(groups.size());
+  if (!record_ || rows == 0 || rows > kMostFixedRows || !std::all_of(groups.begin(), groups.end(), is_decode)) return 0;
+  return std::min({round_rows(rows), limits_.max_rows, limits_.max_sampled_rows});
 }
 
-RunState Executor::state() const { return {&context_, &batch_, matrices_, vectors_}; }
-
-void Executor::clear_segments() {
-  for (const auto site : sites_in_use_) lora_[static_cast<std::size_t>(site)].clear();
-  sites_in_use_.clear();
-}
-
-void Executor::add_segments(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients) {
-  for (const auto& module : adapter.modules) {
-    auto& segments = lora_[static_cast<std::size_t>(module.site)];
-    if (segments.empty()) sites_in_use_.push_back(module.site);
-    segments.push_back(adapter.segment(module, begin, end, gradients));
-  }
-}
-
-Executor::Layout Executor::lay_out(std::span<const RowGroup> groups) {
+Executor::Layout Executor::lay_out(std::span<const RowGroup> groups, std::int64_t fixed) {
   Layout layout;
   layout.groups = groups;
   layout.order.resize(groups.size());
@@ -165,11 +180,21 @@ Executor::Layout Executor::lay_out(std::span<const RowGroup> groups) {
     return adapter_key(groups[a].adapter) < adapter_key(groups[b].adapter);
   });
   layout.row_begin.resize(groups.size());
-  for (const auto& group : groups) layout.num_rows += static_cast<std::int64_t>(group.tokens.size());
-  require<Error>(layout.num_rows <= limits_.max_rows, "forward: ", layout.num_rows, " rows, wanted at most ",
-                 limits_.max_rows);
+  std::int64_t num_rows = 0;
+  for (const auto& group : groups) {
+    num_rows += static_cast<std::int64_t>(group.tokens.size());
+    layout.num_sampled += group.sampled;
+  }
+  require<Error>(num_rows <= limits_.max_rows, "forward: ", num_rows, " rows, wanted at most ", limits_.max_rows);
+  require<Error>(layout.num_sampled <= limits_.max_sampled_rows, "forward: ", layout.num_sampled,
+                 " sampled rows, wanted at most ", limits_.max_sampled_rows);
+  struct Segment {
+    const Adapter* adapter;
+    std::int64_t begin, end;
+  };
+  std::vector<Segment> segments;
   std::vector<std::int32_t> tokens, positions;
-  clear_segments();
+  spans_.clear();
   std::int64_t row = 0, segment_begin = 0;
   for (std::size_t i = 0; i < layout.order.size(); ++i) {
     const auto& group = groups[layout.order[i]];
@@ -177,55 +202,101 @@ Executor::Layout Executor::lay_out(std::span<const RowGroup> groups) {
     const std::int64_t end = row + static_cast<std::int64_t>(group.tokens.size());
     tokens.insert(tokens.end(), group.tokens.begin(), group.tokens.end());
     for (std::int64_t i = row; i < end; ++i) positions.push_back(static_cast<std::int32_t>(group.position + i - row));
-    layout.spans.push_back({row, end, group.position, group.block_table});
+    spans_.push_back({row, end, group.position, group.block_table});
     row = end;
     const bool last = i + 1 == layout.order.size() || groups[layout.order[i + 1]].adapter != group.adapter;
     if (last) {
-      if (group.adapter != nullptr) add_segments(*group.adapter, segment_begin, row, nullptr);
+      if (group.adapter != nullptr) segments.push_back({group.adapter, segment_begin, row});
       segment_begin = row;
     }
   }
-  batch_.token_ids = staged(IndexArray::kTokens, DType::kInt32, tokens);
-  batch_.positions = staged(IndexArray::kPositions, DType::kInt32, positions);
-  batch_.spans = layout.spans;
+  layout.num_rows = num_rows;
+  layout.fixed = fixed > 0 && segments.size() <= Lane::kMostFixedSegments;
+  forward_.clear_segments();
+  if (layout.fixed) {
+    // Rows behind the batch's own belong to no sequence; nothing is stored for them, and their logits are not read.
+    layout.num_rows = layout.num_sampled = fixed;
+    tokens.resize(static_cast<std::size_t>(fixed)), positions.resize(static_cast<std::size_t>(fixed));
+    spans_.resize(static_cast<std::size_t>(fixed), {num_rows, num_rows, 0, nullptr});
+    layout.num_adapters = segments.empty() ? 0 : std::bit_ceil(segments.size());
+    forward_.begin_fixed_segments(layout.num_adapters, fixed);
+    for (std::size_t i = 0; i < segments.size(); ++i)
+      forward_.set_fixed_segments(i, *segments[i].adapter, segments[i].begin, segments[i].end);
+  } else {
+    for (const auto& s : segments) forward_.add_segments(*s.adapter, s.begin, s.end, nullptr);
+  }
+  forward_.batch.token_ids = forward_.staged(IndexArray::kTokens, DType::kInt32, tokens);
+  forward_.batch.positions = forward_.staged(IndexArray::kPositions, DType::kInt32, positions);
+  forward_.batch.spans = spans_;
   return layout;
 }
 
 TensorView Executor::forward(std::span<const RowGroup> groups) {
   outcomes_.clear();
-  const Layout layout = lay_out(groups);
+  const Arena::Scope scope(*forward_.context().scratch);
+  const BatchIdentity batch(forward_.context(), ++num_batches_);
+  const Layout layout = lay_out(groups, fixed_rows(groups));
   if (layout.num_rows == 0) return {};
+  if (layout.fixed) return run_fixed(layout);
   std::vector<Saver::Window> windows;
   for (std::size_t g = 0; g < groups.size(); ++g)
     if (groups[g].train != nullptr)
       windows.push_back({groups[g].train, layout.row_begin[g], layout.row_end(g), groups[g].position});
-  Saver saver(context_, windows);
+  Saver saver(forward_.context(), windows);
   const RowCounts rows = {layout.num_rows, 0, 0};
-  model_.trunk().run(state(), rows, workspace_.data(), {}, windows.empty() ? nullptr : &saver);
-  const TensorView hidden = model_.trunk().value(model_.hidden(), rows, workspace_.data(), {});
+  model_.trunk().run(state(forward_), rows, forward_.workspace(), {}, windows.empty() ? nullptr : &saver);
+  const TensorView hidden = model_.trunk().value(model_.hidden(), rows, forward_.workspace(), {});
   run_loss(layout, hidden);
   run_score(layout, hidden);
   return run_sample(layout, hidden);
 }
 
+TensorView Executor::run_fixed(const Layout& layout) {
+  const RowCounts rows = {layout.num_rows, 0, 0};
+  std::vector<std::int32_t> sampled;
+  for (const auto row : layout.row_begin) sampled.push_back(static_cast<std::int32_t>(row));
+  sampled.resize(static_cast<std::size_t>(layout.num_sampled));
+  forward_.batch.sampled_rows = forward_.staged(IndexArray::kRows, DType::kInt32, sampled);
+  TensorView logits;
+  const auto programs = [&] {
+    model_.trunk().run(state(forward_), rows, forward_.workspace(), {});
+    logits = sample_from(layout, model_.trunk().value(model_.hidden(), rows, forward_.workspace(), {}));
+  };
+  auto& entry = recorded_[{layout.num_rows, layout.num_adapters}];
+  if (!std::exchange(entry.seen, true)) {
+    programs();
+  } else {
+    if (entry.work == nullptr || !entry.work->replay()) {
+      entry.work = device_.record(forward_.context(), ledger_, programs, entry.work.get());
+      ++num_recorded_;
+      require<DeviceError>(entry.work->replay(), "forward: a batch does not fit what was recorded of it");
+    }
+    ++num_replayed_;
+    logits = logits_of(layout);
+  }
+  return logits.rows(0, static_cast<std::int64_t>(layout.groups.size()));
+}
+
 TensorView Executor::run_sample(const Layout& layout, const TensorView& hidden) {
-  std::int64_t count = 0;
-  for (const auto& group : layout.groups) count += group.sampled;
-  if (count == 0) return {};
-  require<Error>(count <= limits_.max_sampled_rows, "forward: ", count, " sampled rows, wanted at most ",
-                 limits_.max_sampled_rows);
+  if (layout.num_sampled == 0) return {};
   std::vector<std::int32_t> sampled;
   for (std::size_t g = 0; g < layout.groups.size(); ++g)
     for (std::int64_t i = layout.groups[g].sampled; i > 0; --i)
       sampled.push_back(static_cast<std::int32_t>(layout.row_end(g) - i));
-  batch_.sampled_rows = staged(IndexArray::kRows, DType::kInt32, sampled);
-  const RowCounts rows = {layout.num_rows, count, 0};
-  std::byte* workspace = head_workspace();
-  model_.sample_head().run(state(), rows, workspace, {&hidden, 1});
-  return model_.sample_head().value(model_.logits(), rows, workspace, {&hidden, 1});
+  forward_.batch.sampled_rows = forward_.staged(IndexArray::kRows, DType::kInt32, sampled);
+  return sample_from(layout, hidden);
 }
 
-std::byte* Executor::head_workspace() const { return workspace_.data() + model_.trunk().workspace_bytes(); }
+TensorView Executor::sample_from(const Layout& layout, const TensorView& hidden) {
+  model_.sample_head().run(state(forward_), {layout.num_rows, layout.num_sampled, 0}, head_workspace(), {&hidden, 1});
+  return logits_of(layout);
+}
+
+TensorView Executor::logits_of(const Layout& layout) const {
+  return model_.sample_head().value(model_.logits(), {layout.num_rows, layout.num_sampled, 0}, head_workspace(), {});
+}
+
+std::byte* Executor::head_workspace() const { return forward_.workspace() + model_.trunk().workspace_bytes(); }
 
 void Executor::run_loss(const Layout& layout, const TensorView& hidden) {
   // offsets: where each window's rows with a target are in the window; the scatter's index.
@@ -255,12 +326,12 @@ void Executor::run_loss(const Layout& layout, const TensorView& hidden) {
   const RowCounts counts = {layout.num_rows, 0, total};
   TensorView grads, index;
   if (total > 0) {
-    batch_.target_rows = staged(IndexArray::kRows, DType::kInt32, rows);
-    batch_.labels = staged(IndexArray::kLabels, DType::kInt32, labels);
-    batch_.grad_scale = staged(IndexArray::kScale, DType::kFloat32, scale);
-    index = staged(IndexArray::kOffsets, DType::kInt32, offsets);
-    batch_.loss = index_array(IndexArray::kLoss, DType::kFloat32, total);
-    program->loss_head.run(state(), counts, head_workspace(), {&hidden, 1});
+    forward_.batch.target_rows = forward_.staged(IndexArray::kRows, DType::kInt32, rows);
+    forward_.batch.labels = forward_.staged(IndexArray::kLabels, DType::kInt32, labels);
+    forward_.batch.grad_scale = forward_.staged(IndexArray::kScale, DType::kFloat32, scale);
+    index = forward_.staged(IndexArray::kOffsets, DType::kInt32, offsets);
+    forward_.batch.loss = forward_.index_array(IndexArray::kLoss, DType::kFloat32, total);
+    program->loss_head.run(state(forward_), counts, head_workspace(), {&hidden, 1});
     grads = program->loss_head.value(program->target_grad, counts, head_workspace(), {&hidden, 1});
     fetch_losses(total);
   }
@@ -269,9 +340,9 @@ void Executor::run_loss(const Layout& layout, const TensorView& hidden) {
     const auto& group = layout.groups[g];
     const std::int64_t end = group.position + static_cast<std::int64_t>(group.tokens.size());
     const TensorView store = group.train->grad_hidden(group.position, end);
-    run(context_, ZeroArgs{store});
+    run(forward_.context(), ZeroArgs{store});
     if (count == 0) continue;
-    run(context_, ScatterRowsArgs{grads.rows(begin, begin + count), index.rows(begin, begin + count), store});
+    run(forward_.context(), ScatterRowsArgs{grads.rows(begin, begin + count), index.rows(begin, begin + count), store});
     outcomes_.push_back({group.train, nullptr, begin, begin + count});
     begin += count;
   }
@@ -287,11 +358,11 @@ void Executor::run_score(const Layout& layout, const TensorView& hidden) {
   if (rows.empty()) return;
   require<Error>(outcomes_.empty(), "forward: a batch with losses and scores");
   const auto total = static_cast<std::int64_t>(rows.size());
-  batch_.target_rows = staged(IndexArray::kRows, DType::kInt32, rows);
-  batch_.labels = staged(IndexArray::kLabels, DType::kInt32, labels);
-  batch_.grad_scale = {};
-  batch_.loss = index_array(IndexArray::kLoss, DType::kFloat32, total);
-  model_.score_head().run(state(), {layout.num_rows, 0, total}, head_workspace(), {&hidden, 1});
+  forward_.batch.target_rows = forward_.staged(IndexArray::kRows, DType::kInt32, rows);
+  forward_.batch.labels = forward_.staged(IndexArray::kLabels, DType::kInt32, labels);
+  forward_.batch.grad_scale = {};
+  forward_.batch.loss = forward_.index_array(IndexArray::kLoss, DType::kFloat32, total);
+  model_.score_head().run(state(forward_), {layout.num_rows, 0, total}, head_workspace(), {&hidden, 1});
   fetch_losses(total);
   std::int64_t begin = 0;
   for (const auto& group : layout.groups) {
@@ -302,11 +373,12 @@ void Executor::run_score(const Layout& layout, const TensorView& hidden) {
 }
 
 void Executor::fetch_losses(std::int64_t count) {
-  run(context_, FetchArgs{losses_.data(), batch_.loss.data(), static_cast<std::size_t>(count) * sizeof(float)});
+  run(forward_.context(),
+      FetchArgs{losses_.data(), forward_.batch.loss.data(), static_cast<std::size_t>(count) * sizeof(float)});
 }
 
 void Executor::finish_forward() {
-  device_.synchronize();
+  device_.synchronize(forward_.context().stream);
   const auto* losses = reinterpret_cast<const float*>(losses_.data());
   for (const auto& outcome : outcomes_) {
     if (outcome.train != nullptr)
@@ -328,31 +400,31 @@ void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
   for (const auto& rows : all) total += rows.end - rows.begin;
   require<Error>(total <= limits_.max_rows, "backward: ", total, " rows, wanted at most ", limits_.max_rows);
 
-  clear_segments();
+  backward_.clear_segments();
   std::vector<std::int32_t> tokens, positions;
   std::vector<AttentionBackwardSpan> spans;
   std::int64_t row = 0, segment_begin = 0;
   for (std::size_t i = 0; i < all.size(); ++i) {
     TrainState& train = *all[i].train;
     const auto [begin, end] = std::pair(all[i].begin, all[i].end);
-    if (end == train.length()) run(context_, ZeroArgs{train.kv_gradients()});
+    if (end == train.length()) run(backward_.context(), ZeroArgs{train.kv_gradients()});
     tokens.insert(tokens.end(), train.example->input_ids.begin() + begin, train.example->input_ids.begin() + end);
     for (std::int64_t i = begin; i < end; ++i) positions.push_back(static_cast<std::int32_t>(i));
     spans.push_back({{row, row + end - begin, begin, train.block_table->data()}, train.grad_k(), train.grad_v()});
     row += end - begin;
     if (i + 1 == all.size() || all[i + 1].train->adapter != train.adapter) {
-      add_segments(*train.adapter, segment_begin, row, train.gradients);
+      backward_.add_segments(*train.adapter, segment_begin, row, train.gradients);
       segment_begin = row;
     }
   }
-  batch_.token_ids = staged(IndexArray::kTokens, DType::kInt32, tokens);
-  batch_.positions = staged(IndexArray::kPositions, DType::kInt32, positions);
-  batch_.backward_spans = spans;
+  backward_.batch.token_ids = backward_.staged(IndexArray::kTokens, DType::kInt32, tokens);
+  backward_.batch.positions = backward_.staged(IndexArray::kPositions, DType::kInt32, positions);
+  backward_.batch.backward_spans = spans;
 
   // One window is read and written where it is stored; several are brought together.
   std::vector<TensorView> inputs;
   const bool single = all.size() == 1;
-  std::byte* gathered = workspace_.data() + aligned(program.workspace_bytes);
+  std::byte* gathered = backward_.workspace() + aligned(program.workspace_bytes);
   for (std::size_t i = 0; i < unit.saved.size() + 1; ++i) {
     const auto view = [&](const BackwardRows& rows) {
       return i == 0 ? rows.train->grad_hidden(rows.begin, rows.end)
@@ -367,21 +439,23 @@ void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
     gathered += aligned(inputs.back().bytes());
     std::int64_t at = 0;
     for (const auto& rows : all) {
-      run(context_, CopyArgs{view(rows), inputs.back().rows(at, at + rows.end - rows.begin)});
+      run(backward_.context(), CopyArgs{view(rows), inputs.back().rows(at, at + rows.end - rows.begin)});
       at += rows.end - rows.begin;
     }
   }
   const RowCounts counts = {total, 0, 0};
-  unit.program.run(state(), counts, workspace_.data(), inputs);
+  unit.program.run(state(backward_), counts, backward_.workspace(), inputs);
   if (unit.grad_out == kNoTensor) return;
-  const TensorView out = unit.program.value(unit.grad_out, counts, workspace_.data(), inputs);
+  const TensorView out = unit.program.value(unit.grad_out, counts, backward_.workspace(), inputs);
   std::int64_t at = 0;
   for (const auto& rows : all) {
     const TensorView store = rows.train->grad_hidden(rows.begin, rows.end);
     const TensorView part = out.rows(at, at + rows.end - rows.begin);
-    if (part.data() != store.data()) run(context_, CopyArgs{part, store});
+    if (part.data() != store.data()) run(backward_.context(), CopyArgs{part, store});
     at += rows.end - rows.begin;
   }
 }
+
+void Executor::finish_backward() { device_.synchronize(backward_.context().stream); }
 
 }  // namespace flexcore

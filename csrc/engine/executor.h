@@ -1,15 +1,16 @@
 #pragma once
 
+#include <map>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "backends/register.h"
 #include "compile/compiled_model.h"
+#include "engine/lane.h"
 #include "model/config.h"
 #include "model/weight_store.h"
-#include "ops/attention.h"
-#include "peft/adapter_store.h"
 #include "train/train_state.h"
 
 namespace flexcore {
@@ -32,57 +33,61 @@ struct BackwardRows {
   std::int64_t begin = 0, end = 0;
 };
 
-struct ExecutorLimits {
-  std::int64_t max_rows = 0;  // of a forward or a backward unit
-  std::int64_t max_sampled_rows = 0;
-  std::int64_t max_positions = 0;
-  std::int64_t num_blocks = 0, block_size = 0;
-};
-
 /// Runs a model's programs on batches: lays out rows, binds weights, pages, adapters and stores. Knows no request and
 /// no job.
 class Executor {
  public:
+  /// `record`: batches of decode rows alone are recorded, where the device does that, and replayed.
   Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledger, CompiledModel& model,
-           const WeightStore& weights, const ModelConfig& config, DType compute, const ExecutorLimits& limits);
+           const WeightStore& weights, const ModelConfig& config, DType compute, const ExecutorLimits& limits,
+           bool record);
 
-  /// Grows the workspace for a training program, before its first use.
+  /// Grows the workspaces for a training program, before its first use.
   void reserve(const TrainingProgram& program);
-  static std::size_t workspace_bytes(const CompiledModel& model, const TrainingProgram& program, std::int64_t max_rows);
-  static std::size_t indices_bytes(const ExecutorLimits& limits);
+  /// Of all lanes: forward's and, on a device with two streams, backward's.
+  static std::size_t workspace_bytes(const CompiledModel& model, const TrainingProgram& program, std::int64_t max_rows,
+                                     bool two_lanes);
   static std::size_t losses_bytes(const ExecutorLimits& limits);
 
   /// Every row of every group in one pass. Logits of the sampled rows [sum of sampled, vocab_size] on the device, in
   /// the order of the groups; valid until the next call.
   TensorView forward(std::span<const RowGroup> groups);
-  /// Waits for the device, then gives the last forward's losses and scores to its groups. The host need not wait
-  /// before.
+  /// Waits for the forward, then gives its losses and scores to its groups. The host need not wait before.
   void finish_forward();
-  /// One layer's backward for the rows; all sequences share one program.
+  /// One layer's backward for the rows; all sequences share one program, and their forward is finished. On a device
+  /// with two streams it runs beside forwards until finish_backward.
   void backward(int layer, std::span<const BackwardRows> rows);
+  void finish_backward();
+  /// Whether backwards have memory and a stream of their own; else one ends what forward returned.
+  bool runs_beside() const { return beside_ != nullptr; }
+
+  /// Forwards whose launches were recorded, and that ran as a replay.
+  std::int64_t num_recorded() const { return num_recorded_; }
+  std::int64_t num_replayed() const { return num_replayed_; }
 
   const TrainShape& shape() const { return shape_; }
 
  private:
   struct Layout;  // of one forward batch
-  enum class IndexArray : std::size_t { kTokens, kPositions, kRows, kLabels, kScale, kOffsets, kLoss };
-  static constexpr std::size_t kNumIndexArrays = 7;
+  using IndexArray = Lane::IndexArray;
 
-  TensorView index_array(IndexArray which, DType dtype, std::int64_t size) const;
-  /// The array on the device, with what is in the host's table.
-  template <class T>
-  TensorView staged(IndexArray which, DType dtype, const std::vector<T>& table);
+  struct LaneBytes {
+    std::size_t forward, backward;
+  };
+  static LaneBytes lane_bytes(const CompiledModel& model, const TrainingProgram& program, std::int64_t max_rows);
+
   void fetch_losses(std::int64_t count);
-  RunState state() const;
-  Layout lay_out(std::span<const RowGroup> groups);
+  RunState state(Lane& lane) const;
+  std::int64_t fixed_rows(std::span<const RowGroup> groups) const;
+  Layout lay_out(std::span<const RowGroup> groups, std::int64_t fixed);
+  TensorView run_fixed(const Layout& layout);
   void run_loss(const Layout& layout, const TensorView& hidden);
   void run_score(const Layout& layout, const TensorView& hidden);
   TensorView run_sample(const Layout& layout, const TensorView& hidden);
+  TensorView sample_from(const Layout& layout, const TensorView& hidden);
+  TensorView logits_of(const Layout& layout) const;
   std::byte* head_workspace() const;
-  void clear_segments();
-  void add_segments(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients);
 
-  OpContext& context_;
   CompiledModel& model_;
   TrainShape shape_;
   ExecutorLimits limits_;
@@ -90,18 +95,29 @@ class Executor {
   MemoryLedger& ledger_;
   std::vector<WeightView> matrices_;  // by ParamId
   std::vector<TensorView> vectors_;
-  Buffer pages_buffer_, rotary_, indices_, workspace_;
-  std::vector<KvPages> pages_;                  // by layer
-  std::vector<std::vector<LoraSegment>> lora_;  // by site
-  std::vector<SiteId> sites_in_use_;
-  BatchState batch_;
-  Buffer losses_;  // host memory that the device writes: [max_rows] of the last forward
+  Buffer pages_buffer_, rotary_;
+  std::vector<KvPages> pages_;  // by layer
+  Lane forward_;
+  std::unique_ptr<Lane> beside_;  // backward's, on a second stream
+  Lane& backward_;                // that, or forward's
+  Buffer losses_;                 // host memory that the device writes: [max_rows] of the last forward
   struct Outcome {
     TrainState* train;  // whose loss it is; null: a score
     float* score;
     std::int64_t begin, end;  // in losses_
   };
   std::vector<Outcome> outcomes_;
+  std::vector<AttentionSpan> spans_;  // of the last forward; never moved
+  std::uint64_t num_batches_ = 0;
+
+  /// By rows and adapters of the batch. The first batch runs as it is, which warms up what must not be recorded.
+  struct Recorded {
+    bool seen = false;
+    std::unique_ptr<RecordedWork> work;
+  };
+  bool record_;
+  std::map<std::pair<std::int64_t, std::size_t>, Recorded> recorded_;
+  std::int64_t num_recorded_ = 0, num_replayed_ = 0;
 };
 
 }  // namespace flexcore

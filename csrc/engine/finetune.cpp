@@ -186,7 +186,7 @@ void Engine::Impl::end_job(TrainingJob& job, JobStatus status, const std::string
 }
 
 JobInfo Engine::job(JobId id) const {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   const TrainingJob& job = impl_->find_job(id);
   return {job.id,      job.adapter, job.status,         job.step, job.total_steps(),
           job.epoch(), job.loss,    job.trained_tokens, job.error};
@@ -195,7 +195,7 @@ JobInfo Engine::job(JobId id) const {
 std::vector<JobInfo> Engine::jobs() const {
   std::vector<JobId> ids;
   {
-    const std::lock_guard lock(impl_->mutex);
+    const Impl::Entry entry(*impl_);
     for (const auto& [id, job] : impl_->jobs) ids.push_back(id);
   }
   std::vector<JobInfo> infos;
@@ -204,7 +204,7 @@ std::vector<JobInfo> Engine::jobs() const {
 }
 
 void Engine::pause_job(JobId id) {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   TrainingJob& job = impl_->find_job(id);
   require(job.active(), "job ", id, " is ", job_status_name(job.status), ", wanted a running one to pause");
   job.status = JobStatus::kPaused;
@@ -213,7 +213,7 @@ void Engine::pause_job(JobId id) {
 }
 
 void Engine::resume_job(JobId id) {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   TrainingJob& job = impl_->find_job(id);
   require(job.status == JobStatus::kPaused, "job ", id, " is ", job_status_name(job.status),
           ", wanted a paused one to resume");
@@ -223,7 +223,7 @@ void Engine::resume_job(JobId id) {
 }
 
 void Engine::cancel_job(JobId id) {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   TrainingJob& job = impl_->find_job(id);
   require(!job.ended(), "job ", id, " is ", job_status_name(job.status), ", nothing to cancel");
   impl_->end_job(job, JobStatus::kCancelled, "");
@@ -231,7 +231,7 @@ void Engine::cancel_job(JobId id) {
 }
 
 void Engine::save_checkpoint(JobId id, const std::string& directory) const {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   const TrainingJob& job = impl_->find_job(id);
   require(!job.ended(), "job ", id, " is ", job_status_name(job.status),
           ": its optimizer state is gone; save_adapter still saves the result");
@@ -239,7 +239,7 @@ void Engine::save_checkpoint(JobId id, const std::string& directory) const {
 }
 
 JobId Engine::resume_finetune(const std::string& directory, std::vector<Example> examples) {
-  const std::lock_guard lock(impl_->mutex);
+  const Impl::Entry entry(*impl_);
   return impl_->resume_finetune(directory, std::move(examples));
 }
 

@@ -59,6 +59,15 @@ struct Engine::Impl {
   Impl(const std::string& model_path, const EngineConfig& config);
   ~Impl();
 
+  /// One public call at a time, with the device made the calling thread's.
+  class Entry {
+   public:
+    explicit Entry(const Impl& impl);
+
+   private:
+    std::lock_guard<std::mutex> lock_;
+  };
+
   // engine.cpp
   double now_ms() const;
   std::uint64_t request_seed(RequestId id, const SamplingParams& sampling, std::int64_t index) const;

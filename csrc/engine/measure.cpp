@@ -132,6 +132,7 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
       if (!unit.empty()) executor->backward(static_cast<int>(layer), unit);
     }
   }
+  executor->finish_backward();
   LossAndGradients result;
   for (const auto& sequence : sequences) result.loss += sequence->state->loss_sum;
   result.loss /= static_cast<double>(targets);

@@ -99,13 +99,14 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   plan.weights = weight_bytes(compiled.base(), sizes.compute);
   plan.kv_pages = sizes.block_bytes * sizes.limits.num_blocks;
   const std::int64_t rotary = sizes.limits.max_positions * model.head_dim * static_cast<std::int64_t>(sizeof(float));
+  const bool two_lanes = sizes.device.kind != DeviceKind::kCpu;
   const auto programs_bytes = [&](const std::set<SiteId>& sites) {
     return static_cast<std::int64_t>(
-        Executor::workspace_bytes(compiled, compiled.training(sites), sizes.limits.max_rows));
+        Executor::workspace_bytes(compiled, compiled.training(sites), sizes.limits.max_rows, two_lanes));
   };
   // An engine probes its speed with LoRA at every linear when it loads.
   const std::int64_t programs = programs_bytes(compiled.all_sites());
-  plan.workspace = rotary + static_cast<std::int64_t>(Executor::indices_bytes(sizes.limits)) +
+  plan.workspace = rotary + static_cast<std::int64_t>((two_lanes ? 2 : 1) * Lane::indices_bytes(sizes.limits)) +
                    static_cast<std::int64_t>(Executor::losses_bytes(sizes.limits)) +
                    scratch_bytes(model, config, sizes) + programs;
   if (!lora) return plan;

@@ -99,18 +99,23 @@ void Engine::Impl::run_plan(StepPlan& plan, StepReport& report) {
                       .adapter = state.adapter.get(),
                       .train = &state});
   }
+  const auto run_backward = [&] {
+    for (const auto& unit : plan.backward) {
+      std::vector<BackwardRows> rows;
+      for (const auto& window : unit.windows) rows.push_back({&state_of(*window.sequence), window.begin, window.end});
+      executor->backward(static_cast<int>(unit.layer), rows);
+    }
+  };
+  // No job has windows of both kinds in a plan, so nothing here waits for the other.
   const TensorView logits = executor->forward(groups);
+  if (executor->runs_beside()) run_backward();
 
   std::vector<std::vector<std::pair<std::int32_t, float>>> top;
   std::vector<std::string> errors;
   const auto results = sample(sampled, logits, top, errors);
   executor->finish_forward();
-
-  for (const auto& unit : plan.backward) {
-    std::vector<BackwardRows> rows;
-    for (const auto& window : unit.windows) rows.push_back({&state_of(*window.sequence), window.begin, window.end});
-    executor->backward(static_cast<int>(unit.layer), rows);
-  }
+  if (!executor->runs_beside()) run_backward();
+  if (!plan.backward.empty()) executor->finish_backward();
 
   scheduler.commit(plan);
   count(plan, report);

@@ -18,6 +18,7 @@ void require_segments(std::string_view op, std::size_t member, std::span<const L
             " is rows [", s.begin, ", ", s.end, "), wanted ascending disjoint rows in [", previous_end, ", ",
             num_tokens, ")");
     previous_end = s.end;
+    if (s.begin == s.end) continue;
     require(1 <= s.rank && s.rank <= kMaxRank, op, ": member ", member, " segment ", i, " has rank ", s.rank,
             ", wanted 1 to ", kMaxRank);
     require(s.lora_a != nullptr && s.lora_b != nullptr, op, ": member ", member, " segment ", i,

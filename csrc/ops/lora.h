@@ -7,7 +7,7 @@
 namespace flexcore {
 
 /// One module's LoRA matrices for one adapter, and the rows of the batch that use them.
-/// Rows of no segment have no adapter. A segment whose module has no LoRA is left out.
+/// Rows of no segment have no adapter. A segment whose module has no LoRA is left out, or has no rows.
 struct LoraSegment {
   std::int64_t begin = 0, end = 0;  // rows of the batch
   const float* lora_a = nullptr;    // [rank, in_features]

@@ -36,6 +36,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None
     finetune_memory_bytes: int | None
     enable_prefix_caching: bool
+    enforce_eager: bool
     num_threads: int
     seed: int
     slo: SLO
@@ -50,6 +51,7 @@ class EngineConfig:
         kv_cache_memory_bytes: int | None = None,
         finetune_memory_bytes: int | None = None,
         enable_prefix_caching: bool = True,
+        enforce_eager: bool = False,
         num_threads: int = 0,
         seed: int = 0,
         slo: SLO = ...,

@@ -1,29 +1,38 @@
 #include <gtest/gtest.h>
 
-#include "backends/cpu/families.h"
 #include "backends/register.h"
 #include "engine/impl.h"
 #include "engine_fixture.h"
 #include "ops/attention.h"
+#include "ops/cross_entropy.h"
+#include "ops/linear.h"
+#include "ops/lora.h"
+#include "ops/norm.h"
+#include "ops/optimizer.h"
+#include "ops/rotary.h"
+#include "ops/rows.h"
+#include "ops/sampling.h"
+#include "ops/scatter.h"
+#include "ops/silu_mul.h"
+#include "ops/transfer.h"
 
 namespace flexcore {
 namespace {
 
+template <class... Args>
+OpRegistry only(const OpRegistry& all) {
+  OpRegistry registry;
+  const DeviceKind device = test::test_device().kind;
+  (registry.add<Args>(device, all.get<Args>(device)), ...);
+  return registry;
+}
+
 // All ops but one that only the backward has.
 OpRegistry without_attention_backward() {
-  const OpRegistry all = make_op_registry();
-  OpRegistry registry;
-  cpu::register_linear(registry);
-  cpu::register_lora(registry);
-  cpu::register_elementwise(registry);
-  cpu::register_cross_entropy(registry);
-  cpu::register_optimizer(registry);
-  cpu::register_scatter(registry);
-  cpu::register_sampling(registry);
-  cpu::register_transfer(registry);
-  registry.add<KvWriteArgs>(DeviceKind::kCpu, all.get<KvWriteArgs>(DeviceKind::kCpu));
-  registry.add<AttentionArgs>(DeviceKind::kCpu, all.get<AttentionArgs>(DeviceKind::kCpu));
-  return registry;
+  return only<KvWriteArgs, AttentionArgs, LinearCrossEntropyArgs, LinearArgs, LinearBackwardArgs, LoraArgs,
+              LoraBackwardArgs, RmsNormArgs, RmsNormBackwardArgs, SumSquaresArgs, AdamWArgs, SgdArgs, RotaryArgs,
+              EmbeddingArgs, GatherRowsArgs, CopyArgs, SampleArgs, ZeroArgs, ScatterRowsArgs, SiluMulArgs,
+              SiluMulBackwardArgs, StageArgs, FetchArgs>(make_op_registry());
 }
 
 class EngineFailureTest : public EngineTest {
@@ -60,8 +69,7 @@ TEST_F(EngineFailureTest, InTheMiddleOfTrainingFailsItsJobsAlone) {
 
   impl_->adapters.remove("a");
   impl_->adapters.create("a", {.r = 4}, 1);
-  const OpRegistry broken = without_attention_backward();
-  impl_->context.registry = &broken;
+  impl_->registry = without_attention_backward();
   finetune_.clear();
   const JobId job = impl_->start_job("a", examples(6), config);
   EXPECT_EQ(tokens_of(submit()), wanted);
@@ -73,7 +81,7 @@ TEST_F(EngineFailureTest, InTheMiddleOfTrainingFailsItsJobsAlone) {
   EXPECT_EQ(impl_->ledger.current(MemoryTag::kGradients), 0u);
   EXPECT_EQ(impl_->blocks.num_free(), impl_->blocks.num_blocks());
 
-  impl_->context.registry = &impl_->registry;
+  impl_->registry = make_op_registry();
   const JobId again = impl_->start_job("a", examples(6), config);
   tokens_of(0);
   EXPECT_EQ(impl_->find_job(again).status, JobStatus::kSucceeded);
@@ -87,11 +95,10 @@ TEST_F(EngineFailureTest, OfRequestsAloneReachesTheCallerAndLosesNothing) {
   for (int i = 0; i < 3; ++i) take(impl_->step(), id, out);
   const RequestId other = submit();
   impl_->end_early(other, FinishReason::kCancelled);
-  const OpRegistry empty;
-  impl_->context.registry = &empty;
+  impl_->registry = OpRegistry();
   EXPECT_THROW(impl_->step(), Unsupported);
   EXPECT_THROW(impl_->step(), Unsupported);
-  impl_->context.registry = &impl_->registry;
+  impl_->registry = make_op_registry();
   const StepReport report = impl_->step();
   EXPECT_TRUE(std::any_of(report.outputs.begin(), report.outputs.end(), [&](const TokenEvent& event) {
     return event.request_id == other && event.finish_reason == FinishReason::kCancelled;

@@ -66,6 +66,7 @@ TEST_F(EngineTest, AnySplitGivesTheSameGradients) {
         error += std::pow(split.gradients[t].data[i] - whole.gradients[t].data[i], 2);
         norm += std::pow(whole.gradients[t].data[i], 2);
       }
+      EXPECT_GT(norm, 0) << whole.gradients[t].name;
       EXPECT_LE(std::sqrt(error), 2e-5 * std::sqrt(norm)) << whole.gradients[t].name;
     }
   }
@@ -146,6 +147,43 @@ TEST_F(EngineTest, PlanSaysWhatTheLedgerMeasures) {
   EXPECT_EQ(peak.at("gradients"), table.gradients);
   EXPECT_EQ(peak.at("optimizer"), table.optimizer);
   EXPECT_LE(peak.at("workspace"), table.workspace);
+}
+
+// What a device replays is what it would launch, whatever comes and goes: other numbers of rows, contexts that grow,
+// adapters that change. On a device that records nothing, both engines do the same.
+TEST_F(EngineTest, ReplayedStepsGiveTheTokensOfEagerOnes) {
+  Engine replaying = load(), eager = load({.enforce_eager = true});
+  std::map<RequestId, std::vector<std::int32_t>> out[2];
+  std::map<RequestId, float> logprobs[2];
+  for (int which = 0; which < 2; ++which) {
+    Engine& engine = which == 0 ? replaying : eager;
+    engine.create_adapter("a", {.r = 4, .lora_alpha = 8}, 1);
+    engine.create_adapter("b", {.r = 9, .lora_alpha = 9, .target_modules = {"q_proj", "down_proj"}}, 2);
+    engine.finetune("a", examples(2), {.learning_rate = 0.05});  // B is no longer zero
+    engine.finetune("b", examples(2), {.learning_rate = 0.05});
+    drain(engine);
+    for (int round = 0; round < 3; ++round) {
+      for (int i = 0; i < 8; ++i)
+        engine.submit({.prompt_token_ids = tokens(2 + 5 * (i + round), static_cast<std::uint64_t>(i)),
+                       .sampling = {.max_tokens = 4 + 5 * i, .temperature = 0.0, .ignore_eos = true},
+                       .adapter = round == 0   ? ""
+                                  : i % 3 == 0 ? ""
+                                  : i % 3 == 1 ? "a"
+                                               : "b"});
+      while (engine.has_work())
+        for (const auto& event : engine.step().outputs) {
+          out[which][event.request_id].push_back(event.token_id);
+          logprobs[which][event.request_id] += event.logprob;
+        }
+    }
+  }
+  EXPECT_EQ(out[0], out[1]);
+  for (const auto& [id, sum] : logprobs[1]) EXPECT_NEAR(logprobs[0][id], sum, 1e-4 * (1 + std::abs(sum))) << id;
+  const auto stats = replaying.stats();
+  EXPECT_EQ(eager.stats().at("graphs_replayed"), 0);
+  if (test::on_cpu()) return;
+  EXPECT_GT(stats.at("graphs_replayed"), 60);
+  EXPECT_LT(stats.at("graphs_recorded"), stats.at("graphs_replayed") / 2);
 }
 
 TEST_F(EngineTest, TwoEnginesRunAtOnce) {

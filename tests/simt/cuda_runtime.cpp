@@ -1,9 +1,14 @@
 #include <cuda_runtime.h>
 
 #include <cstdlib>
+#include <deque>
 #include <limits>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -13,8 +18,13 @@
 
 struct SimtStream {
   std::vector<std::function<void()>>* capturing = nullptr;
+  std::deque<std::function<void()>> pending;
+  std::int64_t given = 0, done = 0;  // pieces of work
 };
-struct SimtEvent {};
+struct SimtEvent {
+  SimtStream* stream = nullptr;
+  std::int64_t position = 0;  // reached when the stream has done so many
+};
 struct SimtGraph {
   std::vector<std::function<void()>> work;
 };
@@ -30,6 +40,30 @@ std::map<char*, std::size_t> allocations;
 std::size_t bytes_in_use = 0, bytes_allowed = std::numeric_limits<std::size_t>::max();
 std::int64_t launches = 0;
 int accesses = 0;
+std::set<SimtStream*> streams;
+// Two engines may run in two threads; the emulated device does one thing at a time.
+std::recursive_mutex device;
+
+// SIMT_STREAMS=late: a stream does nothing before the host or another stream waits for it, as late as a device ever
+// could. What needs to wait and does not, finds memory as it was.
+bool late() {
+  static const bool late = [] {
+    const char* wanted = std::getenv("SIMT_STREAMS");
+    const std::string_view name = wanted == nullptr ? "now" : wanted;
+    if (name != "now" && name != "late") throw std::runtime_error("simt: SIMT_STREAMS is now or late");
+    return name == "late";
+  }();
+  return late;
+}
+
+void advance(SimtStream* stream, std::int64_t position) {
+  while (stream->done < position && !stream->pending.empty()) {
+    const auto work = std::move(stream->pending.front());
+    stream->pending.pop_front();
+    ++stream->done;
+    work();
+  }
+}
 
 // Between kernels and copies the host has no business in device memory.
 void forbid([[maybe_unused]] char* data, [[maybe_unused]] std::size_t bytes, [[maybe_unused]] bool forbidden) {
@@ -41,19 +75,28 @@ void forbid([[maybe_unused]] char* data, [[maybe_unused]] std::size_t bytes, [[m
 }  // namespace
 
 DeviceAccess::DeviceAccess() {
+  device.lock();
   if (accesses++ == 0)
     for (const auto& [data, bytes] : allocations) forbid(data, bytes, false);
 }
 DeviceAccess::~DeviceAccess() {
   if (--accesses == 0)
     for (const auto& [data, bytes] : allocations) forbid(data, bytes, true);
+  device.unlock();
 }
 
 void enqueue(cudaStream_t stream, std::function<void()> work) {
-  if (stream != nullptr && stream->capturing != nullptr)
+  if (stream != nullptr && stream->capturing != nullptr) {
     stream->capturing->push_back(std::move(work));
-  else
+    return;
+  }
+  const std::lock_guard lock(device);
+  if (stream == nullptr || !late()) {
     work();
+    return;
+  }
+  stream->pending.push_back(std::move(work));
+  ++stream->given;
 }
 
 std::size_t device_bytes() { return bytes_in_use; }
@@ -100,6 +143,7 @@ cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {
 }
 
 cudaError_t cudaMalloc(void** data, std::size_t bytes) {
+  const std::lock_guard lock(simt::device);
   *data = nullptr;
   if (bytes > simt::bytes_allowed || simt::bytes_in_use > simt::bytes_allowed - bytes) return cudaErrorMemoryAllocation;
   // aligned_alloc wants a whole number of alignments; a sanitizer should know the exact end.
@@ -112,9 +156,11 @@ cudaError_t cudaMalloc(void** data, std::size_t bytes) {
 }
 
 cudaError_t cudaFree(void* data) {
+  const std::lock_guard lock(simt::device);
   if (data == nullptr) return cudaSuccess;
   const auto found = simt::allocations.find(static_cast<char*>(data));
   if (found == simt::allocations.end()) return cudaErrorInvalidValue;
+  cudaDeviceSynchronize();  // as the runtime does
   simt::forbid(found->first, found->second, false);
   simt::bytes_in_use -= found->second;
   simt::allocations.erase(found);
@@ -147,17 +193,34 @@ cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream
 }
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  *stream = new SimtStream;
+  const std::lock_guard lock(simt::device);
+  *stream = *simt::streams.insert(new SimtStream).first;
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  const std::lock_guard lock(simt::device);
+  simt::advance(stream, stream->given);
+  simt::streams.erase(stream);
   delete stream;
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  return stream != nullptr && stream->capturing != nullptr ? cudaErrorInvalidValue : cudaSuccess;
+  const std::lock_guard lock(simt::device);
+  if (stream == nullptr) return cudaDeviceSynchronize();
+  if (stream->capturing != nullptr) return cudaErrorInvalidValue;
+  simt::advance(stream, stream->given);
+  return cudaSuccess;
 }
-cudaError_t cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned) { return cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() {
+  const std::lock_guard lock(simt::device);
+  for (auto* stream : simt::streams) simt::advance(stream, stream->given);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (event->stream != nullptr)
+    simt::enqueue(stream, [before = event->stream, position = event->position] { simt::advance(before, position); });
+  return cudaSuccess;
+}
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = new SimtEvent;
   return cudaSuccess;
@@ -166,8 +229,15 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete event;
   return cudaSuccess;
 }
-cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  *event = {stream, stream->given};
+  return cudaSuccess;
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  const std::lock_guard lock(simt::device);
+  if (event->stream != nullptr) simt::advance(event->stream, event->position);
+  return cudaSuccess;
+}
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   if (stream == nullptr || stream->capturing != nullptr) return cudaErrorInvalidValue;

@@ -23,7 +23,7 @@ void* DeviceAllocator::allocate(std::size_t bytes) {
 }
 
 void DeviceAllocator::deallocate(void* data, std::size_t) noexcept {
-  cudaStreamSynchronize(stream_);  // nobody may still be reading it
+  cudaDeviceSynchronize();  // nobody may still be reading it, on any stream
   cudaFree(data);
 }
 

@@ -4,6 +4,7 @@
 #include "backends/cuda/kernels/attention_forward.cuh"
 #include "backends/cuda/kernels/attention_forward_small.cuh"
 #include "backends/cuda/kernels/elementwise.cuh"
+#include "backends/cuda/tables.h"
 #include "ops/attention.h"
 
 namespace flexcore::cuda {
@@ -13,12 +14,12 @@ namespace {
 void kv_write(OpContext& context, const KvWriteArgs& args) {
   const std::int64_t heads = args.pages.keys.shape(1), block_size = args.pages.keys.shape(2),
                      head_dim = args.pages.keys.shape(3);
-  const Arena::Scope scope(*context.scratch);
-  const auto slots = kv_slots(context, args.spans, heads, block_size);
+  const CallScope scope(context);
+  const KvSlots table = kv_slots(context, args.spans, heads, block_size);
   const WritePages write{
       head_rows_of(args.k), head_rows_of(args.v),       page_rows_of(args.pages.keys), page_rows_of(args.pages.values),
-      slots.data(),         static_cast<int>(head_dim), static_cast<int>(block_size)};
-  map_rows(write, static_cast<std::int64_t>(slots.size()), heads * head_dim,
+      table.slots,          static_cast<int>(head_dim), static_cast<int>(block_size)};
+  map_rows(write, table.count, heads * head_dim,
            write.k.packs && write.v.packs && aligned_for_packs(args.pages.keys) && aligned_for_packs(args.pages.values),
            handle_of(context));
   check_launch(args.kName);
@@ -42,7 +43,7 @@ AttentionCut forward_cut(bool tensor_cores, std::int64_t multiprocessors) {
 void attention(OpContext& context, const AttentionArgs& args) {
   AttentionProblem p = attention_problem(args.q, args.y, args.lse, args.pages, args.scale, args.sliding_window);
   const bool tensor_cores = on_tensor_cores(p, p.q);
-  const Arena::Scope scope(*context.scratch);
+  const CallScope call(context);
   over_head_dims(p.head_dim, [&]<int D>() {
     using Exact = ExactForwardShape<D>;
     using Shape = ForwardShape<D>;
@@ -50,6 +51,7 @@ void attention(OpContext& context, const AttentionArgs& args) {
         attention_tables(context, args.spans, heads_of(p, args.sliding_window),
                          forward_cut<D>(tensor_cores, stream_of(context).num_multiprocessors));
     if (tables.num_items == 0) return;
+    const Arena::Scope scope(*context.scratch);
     p.block_tables = tables.block_tables;
     const auto partial_rows = static_cast<std::size_t>(tables.partial_rows * p.num_kv_heads);
     const AttentionPartials partials{context.scratch->allocate<float>(partial_rows * p.head_dim),

@@ -44,8 +44,8 @@ void attention_backward(OpContext& context, const AttentionBackwardArgs& args) {
   const bool tensor_cores = on_tensor_cores(p, p.q, g.grad_y);
   over_head_dims(p.head_dim, [&]<int D>() {
     const AttentionTables tables =
-        attention_tables(context, spans, heads_of(p, args.sliding_window),
-                         backward_cut<D>(tensor_cores, stream_of(context).num_multiprocessors));
+        attention_tables_of_call(context, spans, heads_of(p, args.sliding_window),
+                                 backward_cut<D>(tensor_cores, stream_of(context).num_multiprocessors));
     if (tables.num_items == 0) return;
     p.block_tables = tables.block_tables;
     const std::int64_t num_heads = args.q.shape(1), count = args.q.shape(0) * num_heads;

@@ -1,8 +1,10 @@
 #include <algorithm>
+#include <bit>
 #include <cstring>
 #include <vector>
 
 #include "backends/cuda/attention_tables.h"
+#include "backends/cuda/tables.h"
 
 namespace flexcore::cuda {
 
@@ -18,9 +20,9 @@ int to_int(std::int64_t x) {
 
 std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-class Builder {
+class AttentionPlan {
  public:
-  Builder(std::span<const AttentionSpan> spans, const AttentionHeads& heads, const AttentionCut& cut)
+  AttentionPlan(std::span<const AttentionSpan> spans, const AttentionHeads& heads, const AttentionCut& cut)
       : spans_(spans), heads_(heads), cut_(cut) {
     for (const auto& span : spans) {
       tables_.push_back(to_int(static_cast<std::int64_t>(blocks_.size())));
@@ -34,26 +36,11 @@ class Builder {
     if (cut.owned_keys > 0) cut_keys();
   }
 
-  AttentionTables upload(OpContext& context) const {
-    // One copy for everything: the parts are arrays of int.
-    std::vector<int> all;
-    const auto append = [&](const auto& part) {
-      const std::size_t at = all.size(), bytes = part.size() * sizeof(part[0]);
-      all.resize(at + bytes / sizeof(int));
-      if (bytes > 0) std::memcpy(all.data() + at, part.data(), bytes);
-      return at;
-    };
-    const std::size_t blocks = append(blocks_), items = append(items_), merges = append(merges_),
-                      key_items = append(key_items_);
-    const int* device = on_device<int>(context, all);
-    return {.block_tables = device + blocks,
-            .items = reinterpret_cast<const AttentionItem*>(device + items),
-            .merges = reinterpret_cast<const AttentionMerge*>(device + merges),
-            .key_items = reinterpret_cast<const AttentionKeyItem*>(device + key_items),
-            .num_items = static_cast<std::int64_t>(items_.size()),
-            .num_merges = static_cast<std::int64_t>(merges_.size()),
-            .num_key_items = static_cast<std::int64_t>(key_items_.size()),
-            .partial_rows = partial_rows_};
+  HostTables tables() const { return HostTables().add(blocks_).add(items_).add(merges_).add(key_items_); }
+  bool fits(const AttentionPlan& recorded) const { return partial_rows_ <= recorded.partial_room(); }
+  /// Rows of partial results that a launch has memory for; more than there are, so that a recording serves longer.
+  std::int64_t partial_room() const {
+    return static_cast<std::int64_t>(std::bit_ceil(static_cast<std::size_t>(partial_rows_)));
   }
 
  private:
@@ -177,24 +164,69 @@ class Builder {
   std::int64_t partial_rows_ = 0;
 };
 
+AttentionTables tables_of(const Placed<AttentionPlan>& placed) {
+  const DeviceTables& device = placed.device;
+  return {.block_tables = device.get<std::int32_t>(0),
+          .items = device.get<AttentionItem>(1),
+          .merges = device.get<AttentionMerge>(2),
+          .key_items = device.get<AttentionKeyItem>(3),
+          .num_items = device.count(1),
+          .num_merges = device.count(2),
+          .num_key_items = device.count(3),
+          .partial_rows = device.count(2) > 0 ? placed.plan.partial_room() : 0};
+}
+
+BatchTables::Key key_of(const char* what, std::span<const AttentionSpan> spans,
+                        std::initializer_list<std::int64_t> more) {
+  BatchTables::Key key{static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(what)),
+                       static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(spans.data())),
+                       static_cast<std::int64_t>(spans.size())};
+  key.insert(key.end(), more);
+  return key;
+}
+
+struct KvSlotPlan {
+  std::vector<KvSlot> slots;
+  HostTables tables() const { return HostTables().add(slots, 0xff); }
+  bool fits(const KvSlotPlan&) const { return true; }
+};
+
+KvSlotPlan plan_slots(std::span<const AttentionSpan> spans, std::int64_t num_kv_heads, std::int64_t block_size) {
+  KvSlotPlan plan;
+  for (const auto& span : spans) {
+    for (std::int64_t row = span.row_begin; row < span.row_end; ++row) {
+      const std::int64_t position = span.position + row - span.row_begin;
+      plan.slots.push_back(
+          {row, span.block_table[position / block_size] * num_kv_heads * block_size + position % block_size});
+    }
+  }
+  return plan;
+}
+
 }  // namespace
 
 AttentionTables attention_tables(OpContext& context, std::span<const AttentionSpan> spans, const AttentionHeads& heads,
                                  const AttentionCut& cut) {
-  return Builder(spans, heads, cut).upload(context);
+  static const char what = 0;
+  const auto key =
+      key_of(&what, spans,
+             {heads.group, heads.num_kv_heads, heads.block_size, heads.window, cut.tile_rows[0], cut.tile_rows[1],
+              cut.tile_rows[2], cut.tile_rows[3], cut.key_tile, cut.owned_keys, cut.slots});
+  return tables_of(*place_once(context, key, [=] { return AttentionPlan(spans, heads, cut); }));
 }
 
-std::span<const KvSlot> kv_slots(OpContext& context, std::span<const AttentionSpan> spans, std::int64_t num_kv_heads,
-                                 std::int64_t block_size) {
-  std::vector<KvSlot> slots;
-  for (const auto& span : spans) {
-    for (std::int64_t row = span.row_begin; row < span.row_end; ++row) {
-      const std::int64_t position = span.position + row - span.row_begin;
-      slots.push_back(
-          {row, span.block_table[position / block_size] * num_kv_heads * block_size + position % block_size});
-    }
-  }
-  return {on_device<KvSlot>(context, slots), slots.size()};
+AttentionTables attention_tables_of_call(OpContext& context, std::vector<AttentionSpan> spans,
+                                         const AttentionHeads& heads, const AttentionCut& cut) {
+  return tables_of(
+      *place(context, [spans = std::move(spans), heads, cut] { return AttentionPlan(spans, heads, cut); }));
+}
+
+KvSlots kv_slots(OpContext& context, std::span<const AttentionSpan> spans, std::int64_t num_kv_heads,
+                 std::int64_t block_size) {
+  static const char what = 0;
+  const auto placed = place_once(context, key_of(&what, spans, {num_kv_heads, block_size}),
+                                 [=] { return plan_slots(spans, num_kv_heads, block_size); });
+  return {placed->device.get<KvSlot>(0), placed->device.count(0)};
 }
 
 }  // namespace flexcore::cuda

@@ -3,6 +3,7 @@
 #include <array>
 #include <climits>
 #include <span>
+#include <vector>
 
 #include "backends/cuda/context.h"
 #include "backends/cuda/kernels/attention_problem.cuh"
@@ -19,10 +20,10 @@ struct AttentionCut {
 };
 
 /// What a batch of spans means for a head shape and a cut: everything that kernels read but tensors and accumulators.
-/// Arrays are in scratch, on the device. Nothing in it depends on a layer, so that a step could build it once.
+/// Arrays are on the device. Nothing in it depends on a layer: made once for all calls of a batch (tables.h).
 struct AttentionTables {
   const std::int32_t* block_tables = nullptr;
-  const AttentionItem* items = nullptr;  // dearest first
+  const AttentionItem* items = nullptr;  // dearest first, then any without rows
   const AttentionMerge* merges = nullptr;
   const AttentionKeyItem* key_items = nullptr;
   std::int64_t num_items = 0, num_merges = 0, num_key_items = 0;
@@ -34,13 +35,19 @@ struct AttentionHeads {
   std::int64_t window;  // 0: none
 };
 
-/// Cuts rows into tiles and, where these are too few for the device, their keys into splits; uploads all tables at
-/// once.
+/// Cuts rows into tiles and, where these are too few for the device, their keys into splits. `spans` outlive the batch.
 AttentionTables attention_tables(OpContext& context, std::span<const AttentionSpan> spans, const AttentionHeads& heads,
                                  const AttentionCut& cut);
+/// The same for spans that only this call knows.
+AttentionTables attention_tables_of_call(OpContext& context, std::vector<AttentionSpan> spans,
+                                         const AttentionHeads& heads, const AttentionCut& cut);
 
-/// Where every row of the spans is stored.
-std::span<const KvSlot> kv_slots(OpContext& context, std::span<const AttentionSpan> spans, std::int64_t num_kv_heads,
-                                 std::int64_t block_size);
+/// Where every row of the spans is stored; places of no token have row -1.
+struct KvSlots {
+  const KvSlot* slots;
+  std::int64_t count;
+};
+KvSlots kv_slots(OpContext& context, std::span<const AttentionSpan> spans, std::int64_t num_kv_heads,
+                 std::int64_t block_size);
 
 }  // namespace flexcore::cuda

@@ -3,7 +3,7 @@
 #include <utility>
 
 #include "backends/cuda/allocator.h"
-#include "backends/cuda/context.h"
+#include "backends/cuda/recording.h"
 #include "backends/register.h"
 
 namespace flexcore {
@@ -14,14 +14,26 @@ namespace {
 
 class Runtime final : public DeviceRuntime {
  public:
-  explicit Runtime(int index) : stream_(index), allocator_(index, stream_.handle) {}
+  explicit Runtime(int index)
+      : index_(index), stream_(index), second_stream_(index), allocator_(index, stream_.handle) {}
   Allocator& allocator() override { return allocator_; }
   Allocator& pinned() override { return pinned_; }
   void* stream() override { return &stream_; }
-  void synchronize() override { require_cuda(cudaStreamSynchronize(stream_.handle), "a kernel or copy before"); }
+  void* second_stream() override { return &second_stream_; }
+  void enter() override { require_cuda(cudaSetDevice(index_), "cudaSetDevice"); }
+  bool records() const override { return true; }
+  std::unique_ptr<RecordedWork> record(OpContext& context, MemoryLedger& ledger, const std::function<void()>& work,
+                                       const RecordedWork* previous) override {
+    return std::make_unique<Recording>(context, ledger, allocator_, pinned_, work,
+                                       static_cast<const Recording*>(previous));
+  }
+  void synchronize(void* stream) override {
+    require_cuda(cudaStreamSynchronize(static_cast<Stream*>(stream)->handle), "a kernel or copy before");
+  }
 
  private:
-  Stream stream_;
+  int index_;
+  Stream stream_, second_stream_;
   DeviceAllocator allocator_;
   PinnedAllocator pinned_;
 };
@@ -50,30 +62,49 @@ Stream::Stream(int device) : handle(open_stream(device)), staging(handle) {
 
 Stream::~Stream() { cudaStreamDestroy(handle); }
 
-Staging::~Staging() { pinned_.deallocate(data_, bytes_); }
+Staging::~Staging() {
+  for (auto& half : halves_) {
+    pinned_.deallocate(half.data, half_bytes_);
+    if (half.done != nullptr) cudaEventDestroy(half.done);
+  }
+}
+
+void Staging::grow(std::size_t bytes) {
+  constexpr std::size_t kLeast = 1 << 20;
+  const std::size_t wanted = std::max(kLeast, 2 * bytes);
+  require_cuda(cudaStreamSynchronize(stream_), "a kernel or copy before");
+  for (auto& half : halves_) pinned_.deallocate(std::exchange(half.data, nullptr), half_bytes_);
+  half_bytes_ = used_ = 0;
+  for (auto& half : halves_) {
+    half.data = static_cast<std::byte*>(pinned_.allocate(wanted));
+    require<OutOfMemory>(half.data != nullptr, "out of memory: ", wanted, " bytes of page-locked host memory");
+    if (half.done == nullptr)
+      require_cuda(cudaEventCreateWithFlags(&half.done, cudaEventDisableTiming), "cudaEventCreate");
+  }
+  half_bytes_ = wanted;
+}
 
 std::byte* Staging::room(std::size_t bytes) {
-  constexpr std::size_t kLeast = 1 << 20, kAlignment = 64;
-  if (used_ + bytes > bytes_) {
-    require_cuda(cudaStreamSynchronize(stream_), "a kernel or copy before");
+  constexpr std::size_t kAlignment = 64;
+  require<Error>(!closed_, "cuda: a host table of its own in a step that is being recorded");
+  if (bytes > half_bytes_) grow(bytes);
+  if (used_ + bytes > half_bytes_) {
+    require_cuda(cudaEventRecord(halves_[current_].done, stream_), "cudaEventRecord");
+    current_ = 1 - current_;
+    require_cuda(cudaEventSynchronize(halves_[current_].done), "a kernel or copy before");
     used_ = 0;
-    if (bytes > bytes_) {
-      pinned_.deallocate(std::exchange(data_, nullptr), std::exchange(bytes_, 0));
-      const std::size_t wanted = std::max(kLeast, 2 * bytes);
-      data_ = static_cast<std::byte*>(pinned_.allocate(wanted));
-      require<OutOfMemory>(data_ != nullptr, "out of memory: ", wanted, " bytes of page-locked host memory");
-      bytes_ = wanted;
-    }
   }
-  std::byte* part = data_ + used_;
+  std::byte* part = halves_[current_].data + used_;
   used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
   return part;
 }
 
-void Staging::upload(void* device, const void* host, std::size_t bytes) {
-  std::byte* part = room(bytes);
-  std::memcpy(part, host, bytes);
+void Staging::send(void* device, const std::byte* part, std::size_t bytes) {
   require_cuda(cudaMemcpyAsync(device, part, bytes, cudaMemcpyHostToDevice, stream_), "cudaMemcpyAsync");
+}
+
+void Staging::upload(void* device, const void* host, std::size_t bytes) {
+  upload(device, bytes, [&](std::byte* part) { std::memcpy(part, host, bytes); });
 }
 
 void Staging::download(void* host, const void* device, std::size_t bytes) {

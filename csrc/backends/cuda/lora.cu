@@ -1,95 +1,55 @@
 #include <algorithm>
-#include <cstring>
-#include <span>
+#include <vector>
 
-#include "backends/cuda/context.h"
 #include "backends/cuda/families.h"
 #include "backends/cuda/lora_plan.h"
+#include "backends/cuda/tables.h"
 #include "ops/lora.h"
 
 namespace flexcore::cuda {
 
 namespace {
 
-/// Tables on their way to the device, in one copy.
-class TableUpload {
- public:
-  template <class T>
-  std::size_t add(const std::vector<T>& table) {
-    static_assert(std::is_trivially_copyable_v<T> && alignof(T) <= kAlignment);
-    const std::size_t at = bytes_.size();
-    bytes_.resize((at + table.size() * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment);
-    if (!table.empty()) std::memcpy(bytes_.data() + at, table.data(), table.size() * sizeof(T));
-    return at;
-  }
-  void send(OpContext& context) { device_ = on_device(context, std::span<const std::byte>(bytes_)); }
-  template <class T>
-  const T* get(std::size_t at) const {
-    return reinterpret_cast<const T*>(device_ + at);
-  }
-
- private:
-  static constexpr std::size_t kAlignment = 16;
-  std::vector<std::byte> bytes_;
-  const std::byte* device_ = nullptr;
+/// Numbers of the arrays among a plan's tables, in the order of lora_host_tables.
+struct LoraArrays {
+  static constexpr std::size_t kParts = 0, kStacks = 1, kShrink = 2, kShrinkGradient = 5, kGradient = 8,
+                               kShrinkVector = 11, kExpandVector = 12, kSlabSums = 14, kGradientSums = 15, kExpand = 16;
 };
 
-/// The tables of a call on the device, and the launches that follow them.
+/// The launches that follow the tables of a call.
 class Launcher {
  public:
-  Launcher(OpContext& context, const LoraTables& tables) : tables_(tables), stream_(handle_of(context)) {
-    TableUpload upload;
-    const auto parts = upload.add(tables.parts), stacks = upload.add(tables.stacks);
-    std::array<std::size_t, 3> shrink, shrink_gradient, gradient;
-    for (std::size_t mode = 0; mode < 3; ++mode) {
-      shrink[mode] = upload.add(tables.shrink[mode].tasks);
-      shrink_gradient[mode] = upload.add(tables.shrink_gradient[mode].tasks);
-      gradient[mode] = upload.add(tables.gradient[mode].tasks);
-    }
-    const auto shrink_vector = upload.add(tables.shrink_vector.tasks);
-    const std::array expand_vector = {upload.add(tables.expand_vector[0].tasks),
-                                      upload.add(tables.expand_vector[1].tasks)};
-    std::vector<std::size_t> expand;
-    for (const auto& work : tables.expand) expand.push_back(upload.add(work.tasks));
-    const auto slab_sums = upload.add(tables.slab_sums), gradient_sums = upload.add(tables.gradient_sums);
-    upload.send(context);
-
-    parts_ = upload.get<LoraPart>(parts);
-    stacks_ = upload.get<LoraStack>(stacks);
-    for (std::size_t mode = 0; mode < 3; ++mode) {
-      shrink_[mode] = upload.get<LoraShrinkTask>(shrink[mode]);
-      shrink_gradient_[mode] = upload.get<LoraShrinkTask>(shrink_gradient[mode]);
-      gradient_[mode] = upload.get<LoraGradientTask>(gradient[mode]);
-    }
-    shrink_vector_ = upload.get<LoraShrinkTask>(shrink_vector);
-    for (std::size_t i = 0; i < 2; ++i) expand_vector_[i] = upload.get<LoraVectorExpandTask>(expand_vector[i]);
-    for (const auto at : expand) expand_.push_back(upload.get<LoraExpandTask>(at));
-    slab_sums_ = upload.get<LoraSum>(slab_sums);
-    gradient_sums_ = upload.get<LoraSum>(gradient_sums);
-  }
+  Launcher(OpContext& context, const LoraTables& tables, const DeviceTables& device)
+      : tables_(tables),
+        device_(device),
+        parts_(device.get<LoraPart>(LoraArrays::kParts)),
+        stacks_(device.get<LoraStack>(LoraArrays::kStacks)),
+        stream_(handle_of(context)) {}
 
   void shrink() const {
-    shrink_in<LoraMode::kExact, false>(tables_.shrink, shrink_);
-    shrink_in<LoraMode::kBf16, false>(tables_.shrink, shrink_);
-    shrink_in<LoraMode::kSplit, false>(tables_.shrink, shrink_);
+    shrink_in<LoraMode::kExact, false>(tables_.shrink, LoraArrays::kShrink);
+    shrink_in<LoraMode::kBf16, false>(tables_.shrink, LoraArrays::kShrink);
+    shrink_in<LoraMode::kSplit, false>(tables_.shrink, LoraArrays::kShrink);
     const auto& vector = tables_.shrink_vector;
-    launch_lora_shrink_vector({shrink_vector_, stacks_, parts_, vector.packs}, static_cast<int>(vector.tasks.size()),
-                              vector.splits, stream_);
+    launch_lora_shrink_vector({get<LoraShrinkTask>(LoraArrays::kShrinkVector), stacks_, parts_, vector.packs},
+                              count(LoraArrays::kShrinkVector), vector.splits, stream_);
   }
   void shrink_gradients() const {
-    shrink_in<LoraMode::kExact, true>(tables_.shrink_gradient, shrink_gradient_);
-    shrink_in<LoraMode::kBf16, true>(tables_.shrink_gradient, shrink_gradient_);
-    shrink_in<LoraMode::kSplit, true>(tables_.shrink_gradient, shrink_gradient_);
+    shrink_in<LoraMode::kExact, true>(tables_.shrink_gradient, LoraArrays::kShrinkGradient);
+    shrink_in<LoraMode::kBf16, true>(tables_.shrink_gradient, LoraArrays::kShrinkGradient);
+    shrink_in<LoraMode::kSplit, true>(tables_.shrink_gradient, LoraArrays::kShrinkGradient);
   }
-  void add_slabs() const { sum(tables_.slab_sums, slab_sums_); }
+  void add_slabs() const { sum(tables_.slab_sums, LoraArrays::kSlabSums); }
 
   /// `along`: the matrix is A, and y is grad_x.
   template <bool along>
   void expand(bool exact) const {
     for (std::size_t i = 0; i < tables_.expand.size(); ++i) {
       const auto& work = tables_.expand[i];
-      const LoraExpand args{expand_[i], stacks_, parts_, work.tiles, work.tile_rows, work.num_stacks, work.packs};
-      const int tasks = static_cast<int>(work.tasks.size());
+      const std::size_t array = LoraArrays::kExpand + i;
+      const LoraExpand args{
+          get<LoraExpandTask>(array), stacks_, parts_, work.tiles, work.tile_rows, work.num_stacks, work.packs};
+      const int tasks = count(array);
       if (exact)
         launch_lora_expand<LoraMode::kExact, float, along>(args, tasks, work.most_width, stream_);
       else if (!work.is_bf16)
@@ -98,9 +58,9 @@ class Launcher {
         launch_lora_expand<LoraMode::kSplit, bf16, along>(args, tasks, work.most_width, stream_);
     }
     for (std::size_t i = 0; i < 2; ++i) {
-      const auto& vector = tables_.expand_vector[i];
-      launch_lora_expand_vector({expand_vector_[i], parts_, tables_.expand_vector_columns},
-                                static_cast<int>(vector.tasks.size()), vector.most_width, i == 1, stream_);
+      const std::size_t array = LoraArrays::kExpandVector + i;
+      launch_lora_expand_vector({get<LoraVectorExpandTask>(array), parts_, tables_.expand_vector_columns}, count(array),
+                                tables_.expand_vector[i].most_width, i == 1, stream_);
     }
   }
 
@@ -108,25 +68,31 @@ class Launcher {
     gradients_in<LoraMode::kExact>();
     gradients_in<LoraMode::kBf16>();
     gradients_in<LoraMode::kSplit>();
-    sum(tables_.gradient_sums, gradient_sums_);
+    sum(tables_.gradient_sums, LoraArrays::kGradientSums);
   }
 
  private:
-  using ShrinkTasks = std::array<const LoraShrinkTask*, 3>;
+  template <class T>
+  const T* get(std::size_t array) const {
+    return device_.get<T>(array);
+  }
+  int count(std::size_t array) const { return static_cast<int>(device_.count(array)); }
 
   template <LoraMode mode, bool turned>
-  void shrink_in(const LoraWorkByMode<LoraShrinkTask>& all, const ShrinkTasks& tasks) const {
-    const auto& work = all[static_cast<int>(mode)];
-    launch_lora_shrink<mode, turned>({tasks[static_cast<int>(mode)], stacks_, parts_, work.packs},
-                                     static_cast<int>(work.tasks.size()), work.splits, stream_);
+  void shrink_in(const LoraWorkByMode<LoraShrinkTask>& all, std::size_t first_array) const {
+    const auto& work = all[static_cast<std::size_t>(mode)];
+    const std::size_t array = first_array + static_cast<std::size_t>(mode);
+    launch_lora_shrink<mode, turned>({get<LoraShrinkTask>(array), stacks_, parts_, work.packs}, count(array),
+                                     work.splits, stream_);
   }
   template <LoraMode mode>
   void gradients_in() const {
-    const auto& work = tables_.gradient[static_cast<int>(mode)];
-    launch_lora_gradient<mode>({gradient_[static_cast<int>(mode)], stacks_, parts_, work.packs},
-                               static_cast<int>(work.tasks.size()), work.most_width, stream_);
+    const auto& work = tables_.gradient[static_cast<std::size_t>(mode)];
+    const std::size_t array = LoraArrays::kGradient + static_cast<std::size_t>(mode);
+    launch_lora_gradient<mode>({get<LoraGradientTask>(array), stacks_, parts_, work.packs}, count(array),
+                               work.most_width, stream_);
   }
-  void sum(const std::vector<LoraSum>& sums, const LoraSum* device) const {
+  void sum(const std::vector<LoraSum>& sums, std::size_t array) const {
     std::int64_t most = 0;
     bool packs = true;
     for (const auto& s : sums) {
@@ -134,34 +100,80 @@ class Launcher {
       packs = packs && s.size % 4 == 0 && reinterpret_cast<std::uintptr_t>(s.to) % 16 == 0 &&
               reinterpret_cast<std::uintptr_t>(s.slabs) % 16 == 0;
     }
-    launch_lora_sums(device, sums.size(), most, packs, stream_);
+    launch_lora_sums(get<LoraSum>(array), sums.size(), most, packs, stream_);
   }
 
   const LoraTables& tables_;
-  cudaStream_t stream_;
+  const DeviceTables& device_;
   const LoraPart* parts_;
   const LoraStack* stacks_;
-  ShrinkTasks shrink_, shrink_gradient_;
-  const LoraShrinkTask* shrink_vector_;
-  std::vector<const LoraExpandTask*> expand_;
-  std::array<const LoraVectorExpandTask*, 2> expand_vector_;
-  std::array<const LoraGradientTask*, 3> gradient_;
-  const LoraSum *slab_sums_, *gradient_sums_;
+  cudaStream_t stream_;
 };
 
 bool is_float32(const TensorView& t) { return t.dtype() == DType::kFloat32; }
+
+HostTables lora_host_tables(const LoraTables& t) {
+  HostTables host;
+  host.add(t.parts).add(t.stacks);
+  for (const auto* by_mode : {&t.shrink, &t.shrink_gradient})
+    for (const auto& work : *by_mode) host.add(work.tasks);
+  for (const auto& work : t.gradient) host.add(work.tasks);
+  host.add(t.shrink_vector.tasks);
+  for (const auto& work : t.expand_vector) host.add(work.tasks);
+  host.add(t.slab_sums).add(t.gradient_sums);
+  for (const auto& work : t.expand) host.add(work.tasks);
+  return host;
+}
+
+/// Whether launches for `recorded` compute this work, given room for its tasks.
+template <class Task>
+bool covers(const LoraWork<Task>& recorded, const LoraWork<Task>& work) {
+  return work.tasks.empty() ||
+         (work.splits <= recorded.splits && work.most_width <= recorded.most_width && (work.packs || !recorded.packs));
+}
+
+/// Forward's plan. Only this one is recorded.
+struct ForwardPlan {
+  LoraTables all;
+  HostTables tables() const { return lora_host_tables(all); }
+  // Expand's launches differ in number and in shared memory; a recording serves the same list of them.
+  bool fits(const ForwardPlan& recorded) const {
+    const LoraTables& other = recorded.all;
+    bool fit = covers(other.shrink_vector, all.shrink_vector) && all.expand.size() <= other.expand.size();
+    for (std::size_t i = 0; i < 3; ++i) fit = fit && covers(other.shrink[i], all.shrink[i]);
+    for (std::size_t i = 0; i < 2; ++i) fit = fit && covers(other.expand_vector[i], all.expand_vector[i]);
+    for (std::size_t i = 0; fit && i < all.expand.size(); ++i) {
+      const auto &a = all.expand[i], &b = other.expand[i];
+      fit = a.pass == b.pass && a.tile_rows == b.tile_rows && a.is_bf16 == b.is_bf16 && a.num_stacks <= b.num_stacks &&
+            covers(b, a);
+    }
+    return fit;
+  }
+};
+
+/// A call whose members are by value: what a recording keeps.
+struct ForwardCall {
+  OpContext* context;
+  TensorView x;
+  std::vector<LoraArgs::Member> members;
+  bool exact;
+
+  ForwardPlan operator()() const {
+    LoraPlanner planner(*context, stream_of(*context).num_multiprocessors, exact);
+    planner.list_pieces(members, [](const auto& m) { return m.y; }, true);
+    if (planner.empty()) return {};
+    planner.plan_shrink(x);
+    planner.plan_expand({x, members});
+    return {planner.take_tables()};
+  }
+};
 
 void lora_forward(OpContext& context, const LoraArgs& args) {
   const Arena::Scope scope(*context.scratch);
   const bool exact = is_float32(args.x) && std::all_of(args.members.begin(), args.members.end(),
                                                        [](const auto& m) { return is_float32(m.y); });
-  LoraPlanner planner(context, stream_of(context).num_multiprocessors, exact);
-  planner.list_pieces(args.members, [](const auto& m) { return m.y; }, true);
-  if (planner.empty()) return;
-  planner.plan_shrink(args.x);
-  planner.plan_expand(args);
-
-  const Launcher launcher(context, planner.tables());
+  const auto placed = place(context, ForwardCall{&context, args.x, {args.members.begin(), args.members.end()}, exact});
+  const Launcher launcher(context, placed->plan.all, placed->device);
   launcher.shrink();
   launcher.expand<false>(exact);
   check_launch(args.kName);
@@ -180,7 +192,9 @@ void lora_backward(OpContext& context, const LoraBackwardArgs& args) {
   if (args.grad_x) planner.plan_grad_x(args.grad_x);
   planner.plan_gradients(args);
 
-  const Launcher launcher(context, planner.tables());
+  const LoraTables tables = planner.take_tables();
+  const DeviceTables device = upload_tables(context, lora_host_tables(tables));
+  const Launcher launcher(context, tables, device);
   launcher.shrink();
   launcher.shrink_gradients();
   launcher.add_slabs();

@@ -88,7 +88,7 @@ class LoraPlanner {
   void plan_grad_x(const TensorView& grad_x);
   void plan_gradients(const LoraBackwardArgs& args);
 
-  const LoraTables& tables() const { return tables_; }
+  LoraTables take_tables() { return std::move(tables_); }
 
  private:
   /// A gradient matrix, to which several chunks of rows may contribute.

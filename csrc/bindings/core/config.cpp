@@ -36,6 +36,7 @@ void register_engine_config(py::module_& m) {
       .field("kv_cache_memory_bytes", &EngineConfig::kv_cache_memory_bytes)
       .field("finetune_memory_bytes", &EngineConfig::finetune_memory_bytes)
       .field("enable_prefix_caching", &EngineConfig::enable_prefix_caching)
+      .field("enforce_eager", &EngineConfig::enforce_eager)
       .field("num_threads", &EngineConfig::num_threads)
       .field("seed", &EngineConfig::seed)
       .nested("slo", &EngineConfig::slo)

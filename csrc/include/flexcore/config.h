@@ -28,7 +28,8 @@ struct EngineConfig {
   std::optional<std::int64_t>
       finetune_memory_bytes;  // saved activations and gradients in flight; default: no limit of its own
   bool enable_prefix_caching = true;
-  int num_threads = 0;  // 0: every core this process may use
+  bool enforce_eager = false;  // on a GPU: launch the kernels of every step one by one, without CUDA graphs
+  int num_threads = 0;         // 0: every core this process may use
   std::uint64_t seed = 0;
   SLO slo;
 };

@@ -87,6 +87,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--kv-cache-memory-bytes", type=byte_count, metavar="BYTES")
     group.add_argument("--finetune-memory-bytes", type=byte_count, metavar="BYTES")
     group.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    group.add_argument("--enforce-eager", action="store_true", help="on a GPU: no CUDA graphs")
     group.add_argument("--num-threads", type=int, default=defaults.num_threads, metavar="N", help="0: every core")
     group.add_argument("--seed", type=int, metavar="N", help=f"default: {defaults.seed}")
     group.add_argument("--tpot-ms", type=float, default=defaults.slo.tpot_ms, help="objective: time per output token")

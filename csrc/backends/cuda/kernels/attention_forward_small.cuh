@@ -52,6 +52,7 @@ struct WritePages {
   template <int N>
   __device__ __forceinline__ void run(std::int64_t row, std::int64_t column) const {
     const KvSlot slot = slots[row];
+    if (slot.row < 0) return;
     const int head = static_cast<int>(column) / head_dim, d = static_cast<int>(column) - head * head_dim;
     const std::int64_t to = slot.row + static_cast<std::int64_t>(head) * block_size;
     float x[N];

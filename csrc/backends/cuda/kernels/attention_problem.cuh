@@ -78,7 +78,8 @@ struct AttentionSums {
   float *grad_k, *grad_v;
 };
 
-/// A token of the batch and where its keys and values go: page * num_kv_heads * block_size + slot in the page.
+/// A token of the batch and where its keys and values go: page * num_kv_heads * block_size + slot in the page;
+/// row -1: none.
 struct KvSlot {
   std::int64_t token, row;
 };

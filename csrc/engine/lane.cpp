@@ -1,0 +1,87 @@
+#include "engine/lane.h"
+
+#include <algorithm>
+
+#include "core/check.h"
+
+namespace flexcore {
+
+namespace {
+
+constexpr std::size_t kAlignment = 64;
+
+}  // namespace
+
+Lane::Lane(OpContext& context, Allocator& allocator, MemoryLedger& ledger, const ExecutorLimits& limits,
+           std::size_t num_sites)
+    : context_(&context),
+      allocator_(allocator),
+      ledger_(ledger),
+      indices_(allocator, ledger, MemoryTag::kWorkspace, indices_bytes(limits)),
+      segments_(num_sites),
+      fixed_segments_(num_sites) {
+  batch.lora = segments_;
+}
+
+Lane::Lane(const OpContext& like, void* stream, Allocator& allocator, MemoryLedger& ledger,
+           const ExecutorLimits& limits, std::size_t num_sites)
+    : Lane(own_context_, allocator, ledger, limits, num_sites) {
+  own_scratch_.emplace(allocator, ledger);
+  own_context_ = like;
+  own_context_.stream = stream;
+  own_context_.scratch = &*own_scratch_;
+}
+
+std::size_t Lane::indices_bytes(const ExecutorLimits& limits) {
+  const auto bytes = static_cast<std::size_t>(std::max(limits.max_rows, limits.max_sampled_rows)) * 4;
+  return kNumIndexArrays * ((bytes + kAlignment - 1) / kAlignment * kAlignment);
+}
+
+void Lane::reserve_workspace(std::size_t bytes) {
+  const std::size_t before = workspace_.bytes();
+  if (bytes <= before) return;
+  workspace_.reset();
+  try {
+    workspace_ = Buffer(allocator_, ledger_, MemoryTag::kWorkspace, bytes);
+  } catch (const OutOfMemory&) {
+    if (before > 0) workspace_ = Buffer(allocator_, ledger_, MemoryTag::kWorkspace, before);  // serving goes on
+    throw;
+  }
+}
+
+TensorView Lane::index_array(IndexArray which, DType dtype, std::int64_t size) const {
+  const std::size_t slot = indices_.bytes() / kNumIndexArrays;
+  return indices_.view(dtype, {size}, static_cast<std::size_t>(which) * slot);
+}
+
+void Lane::clear_segments() {
+  for (const auto site : sites_in_use_) segments_[static_cast<std::size_t>(site)].clear();
+  sites_in_use_.clear();
+  batch.lora = segments_;
+}
+
+void Lane::add_segments(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients) {
+  for (const auto& module : adapter.modules) {
+    auto& segments = segments_[static_cast<std::size_t>(module.site)];
+    if (segments.empty()) sites_in_use_.push_back(module.site);
+    segments.push_back(adapter.segment(module, begin, end, gradients));
+  }
+}
+
+void Lane::begin_fixed_segments(std::size_t count, std::int64_t num_rows) {
+  require<Error>(count <= kMostFixedSegments, "lane: ", count, " adapters, wanted at most ", kMostFixedSegments);
+  for (auto& segments : fixed_segments_) {
+    if (count > 0) segments.reserve(kMostFixedSegments);
+    segments.assign(count, {.begin = num_rows, .end = num_rows});
+  }
+  batch.lora = fixed_segments_;
+}
+
+void Lane::set_fixed_segments(std::size_t index, const Adapter& adapter, std::int64_t begin, std::int64_t end) {
+  // Where an adapter has no module, its segment is empty, but still in order.
+  for (auto& segments : fixed_segments_) segments[index].begin = segments[index].end = begin;
+  for (const auto& module : adapter.modules)
+    fixed_segments_[static_cast<std::size_t>(module.site)][index] = adapter.segment(module, begin, end, nullptr);
+}
+
+}  // namespace flexcore

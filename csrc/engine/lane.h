@@ -1,0 +1,78 @@
+#pragma once
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "backends/register.h"
+#include "graph/operator.h"
+#include "memory/arena.h"
+#include "ops/transfer.h"
+#include "peft/adapter_store.h"
+
+namespace flexcore {
+
+/// Rows and pages that programs are run with at most.
+struct ExecutorLimits {
+  std::int64_t max_rows = 0;  // of a forward or a backward unit
+  std::int64_t max_sampled_rows = 0;
+  std::int64_t max_positions = 0;
+  std::int64_t num_blocks = 0, block_size = 0;
+};
+
+/// What programs on one stream run with: index tables, workspace, scratch, and the batch as operators see it.
+class Lane {
+ public:
+  enum class IndexArray : std::size_t { kTokens, kPositions, kRows, kLabels, kScale, kOffsets, kLoss };
+
+  /// On the engine's context.
+  Lane(OpContext& context, Allocator& allocator, MemoryLedger& ledger, const ExecutorLimits& limits,
+       std::size_t num_sites);
+  /// On a stream of its own, with scratch of its own.
+  Lane(const OpContext& like, void* stream, Allocator& allocator, MemoryLedger& ledger, const ExecutorLimits& limits,
+       std::size_t num_sites);
+  Lane(const Lane&) = delete;
+  Lane& operator=(const Lane&) = delete;
+
+  OpContext& context() { return *context_; }
+  std::byte* workspace() const { return workspace_.data(); }
+  /// Grows the workspace; what ran with it before is done. Throws OutOfMemory and keeps what there was.
+  void reserve_workspace(std::size_t bytes);
+  std::size_t workspace_bytes() const { return workspace_.bytes(); }
+  static std::size_t indices_bytes(const ExecutorLimits& limits);
+
+  TensorView index_array(IndexArray which, DType dtype, std::int64_t size) const;
+  /// The array on the device, with what is in the host's table.
+  template <class T>
+  TensorView staged(IndexArray which, DType dtype, const std::vector<T>& table) {
+    static_assert(sizeof(T) == 4);
+    const TensorView array = index_array(which, dtype, static_cast<std::int64_t>(table.size()));
+    run(*context_, StageArgs{array.data(), table.data(), array.bytes()});
+    return array;
+  }
+
+  void clear_segments();
+  void add_segments(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients);
+  /// Segments for a batch that is recorded: every site has `count`, at addresses that stay. Adapters come by position
+  /// in the batch; what a site lacks has no rows.
+  static constexpr std::size_t kMostFixedSegments = 64;
+  void begin_fixed_segments(std::size_t count, std::int64_t num_rows);
+  void set_fixed_segments(std::size_t index, const Adapter& adapter, std::int64_t begin, std::int64_t end);
+
+  BatchState batch;
+
+ private:
+  static constexpr std::size_t kNumIndexArrays = 7;
+
+  OpContext own_context_;
+  std::optional<Arena> own_scratch_;
+  OpContext* context_;
+  Allocator& allocator_;
+  MemoryLedger& ledger_;
+  Buffer indices_, workspace_;
+  std::vector<std::vector<LoraSegment>> segments_;        // by site
+  std::vector<std::vector<LoraSegment>> fixed_segments_;  // by site, never moved
+  std::vector<SiteId> sites_in_use_;
+};
+
+}  // namespace flexcore
