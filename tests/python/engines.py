@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import flexcore as fc
 THREADS = 2
 # The exact mode, with room for every test's sequences; several windows and chunks a sequence.
 EXACT: dict[str, Any] = {
-    "device": "cpu",
+    "device": os.environ.get("FLEXCORE_DEVICE", "cpu"),
     "dtype": "float32",
     "max_model_len": 256,
     "max_num_seqs": 16,

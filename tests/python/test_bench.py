@@ -37,6 +37,32 @@ def test_kernels_with_the_program(numpy_model: Path, tmp_path: Path) -> None:
     assert cli.main(["bench", "kernels", "--binary", str(tmp_path / "absent")]) == 1
 
 
+def test_the_plan_of_kernels(numpy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--plan", "--batch-size", "2", "--context-len", "9", "--num-tokens", "5", "--lora-r", "4"]
+    result = bench(numpy_model, tmp_path, "kernels", *sizes)
+    assert "linear gate, up" in capsys.readouterr().out
+    shape, model = result["shape"], json.loads((numpy_model / "config.json").read_text())
+    assert (shape["num_layers"], shape["wide"]) == (model["num_hidden_layers"], model["intermediate_size"])
+    for step in result["steps"]:
+        assert sum(kernel["launches"] for kernel in step["kernels"]) == step["launches"]
+        assert sum(kernel["floor_us"] for kernel in step["kernels"]) == pytest.approx(step["floor_us"])
+        assert step["eager_us"] == pytest.approx(step["floor_us"] + 2 * step["launches"])
+    assert {row["step"].split(",")[0] for row in result["launches"]} > {"decode", "prefill", "backward"}
+
+
+def test_the_plan_of_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["bench", "kernels", "--plan", "--json", "-"]
+    assert cli.main(words) == 0
+    slow = json.loads(capsys.readouterr().out)
+    assert slow["shape"]["name"] == "llama-3.1-8b"
+    assert cli.main([*words, "llama-3.1-8b", "--memory-tbps", "8.6"]) == 0
+    fast = json.loads(capsys.readouterr().out)
+    assert fast["launches"][0]["floor_us"] == pytest.approx(slow["launches"][0]["floor_us"] / 2, rel=1e-3)
+    assert cli.main([*words, "no-such-model"]) == 1
+    assert cli.main([*words, "--tflops", "0"]) == 1
+    assert "--tflops: got 0.0" in capsys.readouterr().err
+
+
 def test_latency_and_throughput(numpy_model: Path, tmp_path: Path) -> None:
     sizes = ["--input-len", "9", "--output-len", "3", "--batch-size", "2", "--num-iters", "1"]
     (row,) = bench(numpy_model, tmp_path, "latency", *sizes)["latency"]

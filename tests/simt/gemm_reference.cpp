@@ -43,6 +43,7 @@ void multiply(const Gemm& g) {
 void gemm(OpContext& context, const Gemm& args) {
   simt::enqueue(handle_of(context), [args] {
     const simt::DeviceAccess access;
+    simt::count_launch();
     multiply(args);
   });
 }

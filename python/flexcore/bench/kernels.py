@@ -1,4 +1,7 @@
-"""Every op at the shapes of real models beside its floor (flexcore_bench); without that program, whole engine steps."""
+"""Every op at the shapes of real models beside its floor (flexcore_bench); without that program, whole engine steps.
+
+`--plan` runs nothing: it says what the CUDA kernels of a step would cost at least.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from typing import Any
 from rich.table import Table
 
 import flexcore
-from flexcore.bench import _measure
+from flexcore.bench import _measure, _plan
 from flexcore.bench._floors import ModelWork, Peaks, Work, find_binary, measure_peaks
 from flexcore.cli import options
 from flexcore.cli.console import err, out, write_json
@@ -25,10 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--binary", metavar="FILE", help="flexcore_bench (default: on the PATH, or from `make bench`)")
     parser.add_argument("--filter", default="", metavar="REGEX", help="only cases whose name matches")
     parser.add_argument("--quick", action="store_true", help="see that all runs; the times mean little")
+    _plan.add_arguments(parser)
     options.add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.plan:
+        return _plan.run(args)
     binary = find_binary(args.binary)
     if args.binary and binary is None:
         raise flexcore.InvalidArgument(f"--binary: {args.binary} is no program")
