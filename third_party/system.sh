@@ -57,13 +57,14 @@ package() {
   esac
 }
 
-# The compiler finds its parts from where it lies, so a script beside PYTHON calls it; CMake looks for lib64.
+# The compiler finds its parts from where it lies, so a script beside PYTHON calls it; CMake looks for lib64 and libcudart.so.
 install_nvcc() {
   local root
   echo "pip: installing nvcc"
   "$python" -m pip --disable-pip-version-check -qq install nvidia-{cuda-nvcc,cuda-crt,nvvm,cuda-runtime}==13.0.* || return 1
   root=$("$python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/nvidia/cu13
-  [ -e "$root/lib64" ] || ln -s lib "$root/lib64"
+  ln -sfn lib "$root/lib64"
+  ln -sf libcudart.so.13 "$root/lib/libcudart.so"
   printf '#!/bin/sh\nexec "%s/bin/nvcc" "$@"\n' "$root" >"$(dirname "$python")/nvcc"
   chmod +x "$(dirname "$python")/nvcc"
 }

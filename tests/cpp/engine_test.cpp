@@ -107,7 +107,8 @@ TEST_F(EngineTest, CheckpointGoesOnAsIfNothingHadHappened) {
   drain(second, &rest);
   ASSERT_EQ(rest.size() + 4, straight.size());
   for (std::size_t i = 0; i < rest.size(); ++i) {
-    EXPECT_EQ(rest[i].loss, straight[i + 4].loss) << i;
+    // Elsewhere how a sum is split depends on its batch, which depends on the time that steps take.
+    EXPECT_NEAR(rest[i].loss, straight[i + 4].loss, test::on_cpu() ? 0 : 1e-4) << i;
     EXPECT_EQ(rest[i].learning_rate, straight[i + 4].learning_rate) << i;
   }
 }
