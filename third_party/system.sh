@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Sees to what PyPI cannot give: compiler, Python headers, venv, GoogleTest, Google Benchmark, ccache. Installs with apt where that
-# is possible and says what to do where it is not. Usage: system.sh PYTHON {compiler|headers|venv|gtest|benchmark|ccache}...
+# Sees to what no requirement of pip's gives: compiler, Python headers, venv, GoogleTest, Google Benchmark, ccache with apt where that
+# is possible, nvcc (where PATH has none) from NVIDIA's packages for pip, into PYTHON's environment. Says what to do where it cannot.
+# Usage: system.sh PYTHON {compiler|headers|venv|gtest|benchmark|ccache|nvcc}...
 set -euo pipefail
 python=$1
 shift
@@ -38,6 +39,7 @@ have() {
     gtest) has_header gtest/gtest.h ;;
     benchmark) has_header benchmark/benchmark.h ;;
     ccache) command -v ccache >/dev/null ;;
+    nvcc) command -v nvcc >/dev/null || [ -x "$(dirname "$python")/nvcc" ] ;;
     *) echo "system.sh: unknown item $1" >&2; exit 2 ;;
   esac
 }
@@ -55,12 +57,28 @@ package() {
   esac
 }
 
+# The compiler finds its parts from where it lies, so a script beside PYTHON calls it; CMake looks for lib64.
+install_nvcc() {
+  local root
+  echo "pip: installing nvcc"
+  "$python" -m pip --disable-pip-version-check -qq install nvidia-{cuda-nvcc,cuda-crt,nvvm,cuda-runtime}==13.0.* || return 1
+  root=$("$python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/nvidia/cu13
+  [ -e "$root/lib64" ] || ln -s lib "$root/lib64"
+  printf '#!/bin/sh\nexec "%s/bin/nvcc" "$@"\n' "$root" >"$(dirname "$python")/nvcc"
+  chmod +x "$(dirname "$python")/nvcc"
+}
+
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || {
   echo "flexcore needs Python 3.10 or newer; '$python' is not. Say which one: make PYTHON=python3.12 ..." >&2
   exit 1
 }
 for item in "$@"; do
   have "$item" && continue
+  if [ "$item" = nvcc ]; then
+    install_nvcc && continue
+    echo "missing: nvcc. Install CUDA 12 or later (or pip's nvidia-cuda-nvcc) and put nvcc on PATH" >&2
+    exit 1
+  fi
   apt_install "$(package "$item")" && have "$item" && continue
   echo "missing: $item. Install it (Debian, Ubuntu: apt-get install $(package "$item")) and run again." >&2
   exit 1

@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include "backends/cpu/scratch.h"
+
 namespace flexcore {
 
 OpRegistry make_op_registry() {
@@ -32,6 +34,11 @@ class HostRuntime final : public DeviceRuntime {
 std::unique_ptr<DeviceRuntime> open_device(Device device) {
   if (device.kind == DeviceKind::kCuda) return open_cuda_device(device.index);
   return std::make_unique<HostRuntime>();
+}
+
+ScratchBytes scratch_bytes(Device device, const ScratchShape& shape) {
+  if (device.kind == DeviceKind::kCuda) return cuda_scratch_bytes(device.index, shape);
+  return {cpu::scratch_bytes(shape), 0};
 }
 
 }  // namespace flexcore

@@ -22,6 +22,8 @@ class RecordedWork {
   virtual ~RecordedWork() = default;
   /// Runs them on the batch that there is now. False: it does not fit what was recorded, and nothing was run.
   virtual bool replay() = 0;
+  /// On the device and page-locked.
+  virtual std::size_t bytes() const = 0;
 };
 
 /// A device as an engine holds it: where its bytes come from and what its ops run on.

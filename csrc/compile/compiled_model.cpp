@@ -26,9 +26,15 @@ void save_kept(TrainingProgram& program, const Graph& graph, const KeepPlan& pla
     const TensorId in_trunk = trunk.find(tensor.layer, tensor.name);
     require<Error>(in_trunk != kNoTensor, "training program: ", tensor.name, " is not made by the forward program");
     program.saved_of_trunk[static_cast<std::size_t>(in_trunk)].push_back(static_cast<int>(program.saved.size()));
-    program.saved.push_back({in_trunk, kept.layer, tensor.width, tensor.keep_dtype, program.saved_bytes_per_token});
-    program.saved_bytes_per_token += bytes;
+    program.saved.push_back({in_trunk, kept.layer, tensor.width, tensor.keep_dtype, 0});
   }
+  // What is a whole number of vectors comes first, so that it is aligned whatever the sequence's length.
+  for (const bool whole : {true, false})
+    for (auto& saved : program.saved) {
+      if ((saved.bytes_per_token() % 16 == 0) != whole) continue;
+      saved.offset = program.saved_bytes_per_token;
+      program.saved_bytes_per_token += saved.bytes_per_token();
+    }
 }
 
 }  // namespace

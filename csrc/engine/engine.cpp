@@ -48,12 +48,13 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
       adapters(compiled.base().sites, device->allocator(), ledger),
       blocks(sizes.limits.num_blocks, sizes.limits.block_size, config.enable_prefix_caching),
       scheduler(scheduler_config(model, config, sizes, compiled), blocks, cost) {
-  scratch.reserve(static_cast<std::size_t>(scratch_bytes(model, config, sizes)));
+  const ScratchBytes scratch_sizes = scratch_bytes(model, config, sizes);
+  scratch.reserve(static_cast<std::size_t>(scratch_sizes.forward));
   std::vector<WeightSpec> specs;
   for (const auto& param : compiled.base().params) specs.push_back({param.name, param.out_features, param.in_features});
   weights.load(SafetensorsModel(model_path), specs);
   executor = std::make_unique<Executor>(context, *device, ledger, compiled, weights, model, sizes.compute, sizes.limits,
-                                        !config.enforce_eager);
+                                        scratch_sizes, !config.enforce_eager);
   calibrate();
 }
 

@@ -35,26 +35,43 @@ class BatchIdentity {
 // Copies the rows of finetune windows to their sequences' stores as the forward makes them.
 class Saver final : public ProgramObserver {
  public:
-  struct Window {
-    TrainState* train;
-    std::int64_t row_begin, row_end;  // of the batch
-    std::int64_t position;
-  };
-  Saver(OpContext& context, std::vector<Window> windows) : context_(context), windows_(std::move(windows)) {}
+  Saver(OpContext& context, const TrainingProgram& program, std::span<const SaveSpan> spans)
+      : context_(context), program_(program), spans_(spans) {}
 
   void ready(TensorId tensor, const TensorView& value) override {
-    for (const auto& window : windows_) {
-      const std::int64_t end = window.position + window.row_end - window.row_begin;
-      for (const int index : window.train->program->saved_of_trunk[static_cast<std::size_t>(tensor)])
-        run(context_, CopyArgs{value.rows(window.row_begin, window.row_end),
-                               window.train->saved(static_cast<std::size_t>(index), window.position, end)});
+    for (const int index : program_.saved_of_trunk[static_cast<std::size_t>(tensor)]) {
+      const SavedTensor& saved = program_.saved[static_cast<std::size_t>(index)];
+      run(context_, SaveRowsArgs{value, spans_, saved.dtype, saved.offset});
     }
   }
 
  private:
   OpContext& context_;
-  std::vector<Window> windows_;
+  const TrainingProgram& program_;
+  std::span<const SaveSpan> spans_;
 };
+
+// For windows of several programs.
+class Savers final : public ProgramObserver {
+ public:
+  void add(const Saver& saver) { savers_.push_back(saver); }
+  bool empty() const { return savers_.empty(); }
+  void ready(TensorId tensor, const TensorView& value) override {
+    for (auto& saver : savers_) saver.ready(tensor, value);
+  }
+
+ private:
+  std::vector<Saver> savers_;
+};
+
+constexpr std::size_t kMostFixedSpans = 256, kMostFixedWindows = 64;
+
+// Few sizes, so that few are recorded; close to the rows that there are, as those behind them cost their GEMMs' time.
+std::int64_t round_rows(std::int64_t rows) {
+  if (rows <= 8) return static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(rows)));
+  const std::int64_t step = rows <= 64 ? 8 : 32;
+  return (rows + step - 1) / step * step;
+}
 
 }  // namespace
 
@@ -62,10 +79,10 @@ struct Executor::Layout {
   std::vector<std::size_t> order;       // groups by adapter
   std::vector<std::int64_t> row_begin;  // by group
   std::span<const RowGroup> groups;
-  std::int64_t num_rows = 0;     // of groups and, in a fixed batch, behind them
-  std::int64_t num_sampled = 0;  // likewise
-  std::size_t num_adapters = 0;
+  std::int64_t num_rows = 0;  // of groups and, in a batch of fixed size, behind them
+  std::int64_t num_sampled = 0;
   bool fixed = false;
+  RecordedKey key;
   std::int64_t row_end(std::size_t group) const {
     return row_begin[group] + static_cast<std::int64_t>(groups[group].tokens.size());
   }
@@ -73,7 +90,7 @@ struct Executor::Layout {
 
 Executor::Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledger, CompiledModel& model,
                    const WeightStore& weights, const ModelConfig& config, DType compute, const ExecutorLimits& limits,
-                   bool record)
+                   const ScratchBytes& scratch, bool record)
     : model_(model),
       shape_{config.hidden_size, config.num_kv_heads * config.head_dim},
       limits_(limits),
@@ -83,7 +100,7 @@ Executor::Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledg
       beside_(device.second_stream() == nullptr
                   ? nullptr
                   : std::make_unique<Lane>(context, device.second_stream(), device.allocator(), ledger, limits,
-                                           model.base().sites.size())),
+                                           model.base().sites.size(), static_cast<std::size_t>(scratch.backward))),
       backward_(beside_ != nullptr ? *beside_ : forward_),
       record_(record && device.records()) {
   Allocator& allocator = device.allocator();
@@ -117,7 +134,7 @@ Executor::Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledg
   }
   forward_.reserve_workspace(model.workspace_bytes());
   losses_ = Buffer(device.pinned(), ledger, MemoryTag::kWorkspace, losses_bytes(limits));
-  spans_.reserve(static_cast<std::size_t>(limits.max_rows));
+  spans_.reserve(std::max(static_cast<std::size_t>(limits.max_rows), kMostFixedSpans));
 }
 
 std::size_t Executor::losses_bytes(const ExecutorLimits& limits) {
@@ -148,30 +165,7 @@ void Executor::reserve(const TrainingProgram& program) {
 
 RunState Executor::state(Lane& lane) const { return {&lane.context(), &lane.batch, matrices_, vectors_}; }
 
-namespace {
-
-constexpr std::int64_t kMostFixedRows = 256;
-
-// Few sizes, so that few are recorded; close to the rows that there are, as those behind them cost their GEMMs' time.
-std::int64_t round_rows(std::int64_t rows) {
-  if (rows <= 8) return static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(rows)));
-  const std::int64_t step = rows <= 64 ? 8 : 32;
-  return (rows + step - 1) / step * step;
-}
-
-}  // namespace
-
-// Rows of the batch if it is run at a fixed size: decode rows alone, each of which is sampled. 0: it is not.
-std::int64_t Executor::fixed_rows(std::span<const RowGroup> groups) const {
-  const auto is_decode = [](const RowGroup& g) {
-    return g.tokens.size() == 1 && g.sampled == 1 && g.train == nullptr && g.score_labels.empty();
-  };
-  const auto rows = static_cast<std::int64_t>(groups.size());
-  if (!record_ || rows == 0 || rows > kMostFixedRows || !std::all_of(groups.begin(), groups.end(), is_decode)) return 0;
-  return std::min({round_rows(rows), limits_.max_rows, limits_.max_sampled_rows});
-}
-
-Executor::Layout Executor::lay_out(std::span<const RowGroup> groups, std::int64_t fixed) {
+Executor::Layout Executor::lay_out(std::span<const RowGroup> groups) {
   Layout layout;
   layout.groups = groups;
   layout.order.resize(groups.size());
@@ -180,18 +174,14 @@ Executor::Layout Executor::lay_out(std::span<const RowGroup> groups, std::int64_
     return adapter_key(groups[a].adapter) < adapter_key(groups[b].adapter);
   });
   layout.row_begin.resize(groups.size());
-  std::int64_t num_rows = 0;
   for (const auto& group : groups) {
-    num_rows += static_cast<std::int64_t>(group.tokens.size());
+    layout.num_rows += static_cast<std::int64_t>(group.tokens.size());
     layout.num_sampled += group.sampled;
   }
-  require<Error>(num_rows <= limits_.max_rows, "forward: ", num_rows, " rows, wanted at most ", limits_.max_rows);
+  require<Error>(layout.num_rows <= limits_.max_rows, "forward: ", layout.num_rows, " rows, wanted at most ",
+                 limits_.max_rows);
   require<Error>(layout.num_sampled <= limits_.max_sampled_rows, "forward: ", layout.num_sampled,
                  " sampled rows, wanted at most ", limits_.max_sampled_rows);
-  struct Segment {
-    const Adapter* adapter;
-    std::int64_t begin, end;
-  };
   std::vector<Segment> segments;
   std::vector<std::int32_t> tokens, positions;
   spans_.clear();
@@ -210,19 +200,10 @@ Executor::Layout Executor::lay_out(std::span<const RowGroup> groups, std::int64_
       segment_begin = row;
     }
   }
-  layout.num_rows = num_rows;
-  layout.fixed = fixed > 0 && segments.size() <= Lane::kMostFixedSegments;
-  forward_.clear_segments();
-  if (layout.fixed) {
-    // Rows behind the batch's own belong to no sequence; nothing is stored for them, and their logits are not read.
-    layout.num_rows = layout.num_sampled = fixed;
-    tokens.resize(static_cast<std::size_t>(fixed)), positions.resize(static_cast<std::size_t>(fixed));
-    spans_.resize(static_cast<std::size_t>(fixed), {num_rows, num_rows, 0, nullptr});
-    layout.num_adapters = segments.empty() ? 0 : std::bit_ceil(segments.size());
-    forward_.begin_fixed_segments(layout.num_adapters, fixed);
-    for (std::size_t i = 0; i < segments.size(); ++i)
-      forward_.set_fixed_segments(i, *segments[i].adapter, segments[i].begin, segments[i].end);
-  } else {
+  list_windows(layout);
+  layout.fixed = fix(layout, segments, tokens, positions);
+  if (!layout.fixed) {
+    forward_.clear_segments();
     for (const auto& s : segments) forward_.add_segments(*s.adapter, s.begin, s.end, nullptr);
   }
   forward_.batch.token_ids = forward_.staged(IndexArray::kTokens, DType::kInt32, tokens);
@@ -231,50 +212,96 @@ Executor::Layout Executor::lay_out(std::span<const RowGroup> groups, std::int64_
   return layout;
 }
 
+// Windows by program, in memory that is never moved: recordings read it.
+void Executor::list_windows(const Layout& layout) {
+  for (auto& [program, spans] : windows_) spans.clear();
+  for (std::size_t g = 0; g < layout.groups.size(); ++g) {
+    const auto& group = layout.groups[g];
+    if (group.train == nullptr) continue;
+    auto& spans = windows_[group.train->program];
+    spans.reserve(static_cast<std::size_t>(limits_.max_rows));
+    spans.push_back(
+        {layout.row_begin[g], layout.row_end(g), group.train->store(), group.train->length(), group.position});
+  }
+}
+
+// A batch that the device may have recorded gets one of few sizes: rows behind its own belong to no sequence and no
+// adapter, spans and segments behind its own have no rows.
+bool Executor::fix(Layout& layout, std::span<const Segment> segments, std::vector<std::int32_t>& tokens,
+                   std::vector<std::int32_t>& positions) {
+  const std::int64_t rows = layout.num_rows, fixed = std::min(round_rows(rows), limits_.max_rows);
+  const auto in_use = [](const auto& entry) { return !entry.second.empty(); };
+  const auto num_programs = std::count_if(windows_.begin(), windows_.end(), in_use);
+  const auto windows = std::find_if(windows_.begin(), windows_.end(), in_use);
+  if (!record_ || rows == 0 || spans_.size() > kMostFixedSpans || segments.size() > Lane::kMostFixedSegments ||
+      num_programs > 1 || (num_programs == 1 && windows->second.size() > kMostFixedWindows))
+    return false;
+  layout.num_rows = fixed;
+  tokens.resize(static_cast<std::size_t>(fixed)), positions.resize(static_cast<std::size_t>(fixed));
+  spans_.resize(std::bit_ceil(spans_.size()), {rows, rows, 0, nullptr});
+  layout.key = {.rows = fixed, .spans = spans_.size()};
+  if (!segments.empty()) layout.key.adapters = std::bit_ceil(segments.size());
+  if (num_programs == 1) {
+    windows->second.resize(std::bit_ceil(windows->second.size()));
+    layout.key.windows = windows->second.size(), layout.key.program = windows->first;
+  }
+  forward_.begin_fixed_segments(layout.key.adapters, fixed);
+  for (std::size_t i = 0; i < segments.size(); ++i)
+    forward_.set_fixed_segments(i, *segments[i].adapter, segments[i].begin, segments[i].end);
+  return true;
+}
+
 TensorView Executor::forward(std::span<const RowGroup> groups) {
   outcomes_.clear();
   const Arena::Scope scope(*forward_.context().scratch);
   const BatchIdentity batch(forward_.context(), ++num_batches_);
-  const Layout layout = lay_out(groups, fixed_rows(groups));
+  const Layout layout = lay_out(groups);
   if (layout.num_rows == 0) return {};
-  if (layout.fixed) return run_fixed(layout);
-  std::vector<Saver::Window> windows;
-  for (std::size_t g = 0; g < groups.size(); ++g)
-    if (groups[g].train != nullptr)
-      windows.push_back({groups[g].train, layout.row_begin[g], layout.row_end(g), groups[g].position});
-  Saver saver(forward_.context(), windows);
   const RowCounts rows = {layout.num_rows, 0, 0};
-  model_.trunk().run(state(forward_), rows, forward_.workspace(), {}, windows.empty() ? nullptr : &saver);
+  const auto trunk = [&] {
+    Savers savers;
+    for (const auto& [program, spans] : windows_)
+      if (!spans.empty()) savers.add(Saver(forward_.context(), *program, spans));
+    model_.trunk().run(state(forward_), rows, forward_.workspace(), {}, savers.empty() ? nullptr : &savers);
+  };
+  layout.fixed ? run_recorded(layout.key, trunk) : trunk();
   const TensorView hidden = model_.trunk().value(model_.hidden(), rows, forward_.workspace(), {});
   run_loss(layout, hidden);
   run_score(layout, hidden);
   return run_sample(layout, hidden);
 }
 
-TensorView Executor::run_fixed(const Layout& layout) {
-  const RowCounts rows = {layout.num_rows, 0, 0};
-  std::vector<std::int32_t> sampled;
-  for (const auto row : layout.row_begin) sampled.push_back(static_cast<std::int32_t>(row));
-  sampled.resize(static_cast<std::size_t>(layout.num_sampled));
-  forward_.batch.sampled_rows = forward_.staged(IndexArray::kRows, DType::kInt32, sampled);
-  TensorView logits;
-  const auto programs = [&] {
-    model_.trunk().run(state(forward_), rows, forward_.workspace(), {});
-    logits = sample_from(layout, model_.trunk().value(model_.hidden(), rows, forward_.workspace(), {}));
-  };
-  auto& entry = recorded_[{layout.num_rows, layout.num_adapters}];
-  if (!std::exchange(entry.seen, true)) {
-    programs();
-  } else {
-    if (entry.work == nullptr || !entry.work->replay()) {
-      entry.work = device_.record(forward_.context(), ledger_, programs, entry.work.get());
-      ++num_recorded_;
-      require<DeviceError>(entry.work->replay(), "forward: a batch does not fit what was recorded of it");
+// The first batch of a size runs as it is, which warms up what must not be recorded, and spares rare sizes. A size that
+// keeps outgrowing what was recorded is not worth recording.
+void Executor::run_recorded(const RecordedKey& key, const std::function<void()>& work) {
+  constexpr int kMostAttempts = 12;
+  constexpr std::size_t kMostRecordings = 64;
+  Recorded& entry = recorded_[key];
+  entry.used = num_batches_;
+  if (std::exchange(entry.seen, true) && (entry.work != nullptr || entry.attempts < kMostAttempts)) {
+    if (entry.work != nullptr && entry.work->replay()) {
+      ++num_replayed_;
+      return;
     }
-    ++num_replayed_;
-    logits = logits_of(layout);
+    if (entry.attempts < kMostAttempts) {
+      entry.work = device_.record(forward_.context(), ledger_, work, entry.work.get());
+      ++entry.attempts, ++num_recorded_, ++num_replayed_;
+      require<DeviceError>(entry.work->replay(), "forward: a batch does not fit what was recorded of it");
+      while (true) {
+        std::size_t count = 0, bytes = 0;
+        auto oldest = recorded_.end();
+        for (auto i = recorded_.begin(); i != recorded_.end(); ++i) {
+          if (i->second.work == nullptr) continue;
+          ++count, bytes += i->second.work->bytes();
+          if (oldest == recorded_.end() || i->second.used < oldest->second.used) oldest = i;
+        }
+        if (count <= 1 || (count <= kMostRecordings && bytes <= kMostRecordedBytes)) return;
+        recorded_.erase(oldest);
+      }
+    }
+    entry.work.reset();
   }
-  return logits.rows(0, static_cast<std::int64_t>(layout.groups.size()));
+  work();
 }
 
 TensorView Executor::run_sample(const Layout& layout, const TensorView& hidden) {
@@ -284,16 +311,9 @@ TensorView Executor::run_sample(const Layout& layout, const TensorView& hidden) 
     for (std::int64_t i = layout.groups[g].sampled; i > 0; --i)
       sampled.push_back(static_cast<std::int32_t>(layout.row_end(g) - i));
   forward_.batch.sampled_rows = forward_.staged(IndexArray::kRows, DType::kInt32, sampled);
-  return sample_from(layout, hidden);
-}
-
-TensorView Executor::sample_from(const Layout& layout, const TensorView& hidden) {
-  model_.sample_head().run(state(forward_), {layout.num_rows, layout.num_sampled, 0}, head_workspace(), {&hidden, 1});
-  return logits_of(layout);
-}
-
-TensorView Executor::logits_of(const Layout& layout) const {
-  return model_.sample_head().value(model_.logits(), {layout.num_rows, layout.num_sampled, 0}, head_workspace(), {});
+  const RowCounts rows = {layout.num_rows, layout.num_sampled, 0};
+  model_.sample_head().run(state(forward_), rows, head_workspace(), {&hidden, 1});
+  return model_.sample_head().value(model_.logits(), rows, head_workspace(), {&hidden, 1});
 }
 
 std::byte* Executor::head_workspace() const { return forward_.workspace() + model_.trunk().workspace_bytes(); }

@@ -1,16 +1,19 @@
 #pragma once
 
+#include <compare>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
-#include <utility>
 #include <vector>
 
 #include "backends/register.h"
+#include "backends/scratch.h"
 #include "compile/compiled_model.h"
 #include "engine/lane.h"
 #include "model/config.h"
 #include "model/weight_store.h"
+#include "ops/scatter.h"
 #include "train/train_state.h"
 
 namespace flexcore {
@@ -37,10 +40,10 @@ struct BackwardRows {
 /// no job.
 class Executor {
  public:
-  /// `record`: batches of decode rows alone are recorded, where the device does that, and replayed.
+  /// `record`: forwards are recorded, where the device does that, and replayed.
   Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledger, CompiledModel& model,
            const WeightStore& weights, const ModelConfig& config, DType compute, const ExecutorLimits& limits,
-           bool record);
+           const ScratchBytes& scratch, bool record);
 
   /// Grows the workspaces for a training program, before its first use.
   void reserve(const TrainingProgram& program);
@@ -48,6 +51,8 @@ class Executor {
   static std::size_t workspace_bytes(const CompiledModel& model, const TrainingProgram& program, std::int64_t max_rows,
                                      bool two_lanes);
   static std::size_t losses_bytes(const ExecutorLimits& limits);
+  /// Most that recordings keep: tables on the device, and their images in page-locked memory.
+  static constexpr std::size_t kMostRecordedBytes = std::size_t{64} << 20;
 
   /// Every row of every group in one pass. Logits of the sampled rows [sum of sampled, vocab_size] on the device, in
   /// the order of the groups; valid until the next call.
@@ -78,14 +83,25 @@ class Executor {
 
   void fetch_losses(std::int64_t count);
   RunState state(Lane& lane) const;
-  std::int64_t fixed_rows(std::span<const RowGroup> groups) const;
-  Layout lay_out(std::span<const RowGroup> groups, std::int64_t fixed);
-  TensorView run_fixed(const Layout& layout);
+  struct Segment {
+    const Adapter* adapter;
+    std::int64_t begin, end;  // rows
+  };
+  /// What the launches of a recorded forward depend on, the contents of its tables aside.
+  struct RecordedKey {
+    std::int64_t rows = 0;
+    std::size_t spans = 0, adapters = 0, windows = 0;
+    const TrainingProgram* program = nullptr;  // of the windows
+    auto operator<=>(const RecordedKey&) const = default;
+  };
+  Layout lay_out(std::span<const RowGroup> groups);
+  void list_windows(const Layout& layout);
+  bool fix(Layout& layout, std::span<const Segment> segments, std::vector<std::int32_t>& tokens,
+           std::vector<std::int32_t>& positions);
+  void run_recorded(const RecordedKey& key, const std::function<void()>& work);
   void run_loss(const Layout& layout, const TensorView& hidden);
   void run_score(const Layout& layout, const TensorView& hidden);
   TensorView run_sample(const Layout& layout, const TensorView& hidden);
-  TensorView sample_from(const Layout& layout, const TensorView& hidden);
-  TensorView logits_of(const Layout& layout) const;
   std::byte* head_workspace() const;
 
   CompiledModel& model_;
@@ -110,13 +126,16 @@ class Executor {
   std::vector<AttentionSpan> spans_;  // of the last forward; never moved
   std::uint64_t num_batches_ = 0;
 
-  /// By rows and adapters of the batch. The first batch runs as it is, which warms up what must not be recorded.
+  std::map<TrainingProgram*, std::vector<SaveSpan>> windows_;  // of the last forward
+
   struct Recorded {
     bool seen = false;
+    int attempts = 0;
+    std::uint64_t used = 0;  // by which batch
     std::unique_ptr<RecordedWork> work;
   };
   bool record_;
-  std::map<std::pair<std::int64_t, std::size_t>, Recorded> recorded_;
+  std::map<RecordedKey, Recorded> recorded_;
   std::int64_t num_recorded_ = 0, num_replayed_ = 0;
 };
 

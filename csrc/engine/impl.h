@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "backends/scratch.h"
 #include "compile/compiled_model.h"
 #include "engine/executor.h"
 #include "flexcore/engine.h"
@@ -49,7 +50,7 @@ SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& c
                                  CompiledModel& compiled);
 /// What one training sequence of `length` tokens keeps for its backward.
 std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& program, std::int64_t length);
-std::int64_t scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes);
+ScratchBytes scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes);
 /// Throws InvalidArgument that names the field.
 void check(const EngineConfig& config);
 /// "auto" is what FLEXCORE_DEVICE says, or a GPU if there is one, or the CPU. Throws InvalidArgument.

@@ -24,9 +24,10 @@ Lane::Lane(OpContext& context, Allocator& allocator, MemoryLedger& ledger, const
 }
 
 Lane::Lane(const OpContext& like, void* stream, Allocator& allocator, MemoryLedger& ledger,
-           const ExecutorLimits& limits, std::size_t num_sites)
+           const ExecutorLimits& limits, std::size_t num_sites, std::size_t scratch_bytes)
     : Lane(own_context_, allocator, ledger, limits, num_sites) {
   own_scratch_.emplace(allocator, ledger);
+  own_scratch_->reserve(scratch_bytes);
   own_context_ = like;
   own_context_.stream = stream;
   own_context_.scratch = &*own_scratch_;

@@ -30,7 +30,7 @@ class Lane {
        std::size_t num_sites);
   /// On a stream of its own, with scratch of its own.
   Lane(const OpContext& like, void* stream, Allocator& allocator, MemoryLedger& ledger, const ExecutorLimits& limits,
-       std::size_t num_sites);
+       std::size_t num_sites, std::size_t scratch_bytes);
   Lane(const Lane&) = delete;
   Lane& operator=(const Lane&) = delete;
 

@@ -55,12 +55,12 @@ std::string bytes_text(std::int64_t bytes) {
   return text;
 }
 
-std::int64_t weight_bytes(const Graph& graph, DType compute) {
+std::int64_t weight_bytes(const Graph& graph, DType compute, Device device) {
   MemoryLedger ledger;
   Arena scratch(host_allocator(), ledger);
   ThreadPool threads(1);
   const OpRegistry registry = make_op_registry();
-  OpContext context{&registry, Device{}, &threads, &scratch, nullptr};
+  OpContext context{&registry, device, &threads, &scratch, nullptr};
   std::vector<WeightSpec> specs;
   for (const auto& param : graph.params) specs.push_back({param.name, param.out_features, param.in_features});
   return static_cast<std::int64_t>(WeightStore::planned_bytes(context, specs, compute));
@@ -96,7 +96,7 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   MemoryPlan plan;
   plan.num_layers = model.num_layers;
   plan.sequence_length = sequence_length;
-  plan.weights = weight_bytes(compiled.base(), sizes.compute);
+  plan.weights = weight_bytes(compiled.base(), sizes.compute, sizes.device);
   plan.kv_pages = sizes.block_bytes * sizes.limits.num_blocks;
   const std::int64_t rotary = sizes.limits.max_positions * model.head_dim * static_cast<std::int64_t>(sizeof(float));
   const bool two_lanes = sizes.device.kind != DeviceKind::kCpu;
@@ -104,11 +104,13 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
     return static_cast<std::int64_t>(
         Executor::workspace_bytes(compiled, compiled.training(sites), sizes.limits.max_rows, two_lanes));
   };
+  const ScratchBytes scratch = scratch_bytes(model, config, sizes);
   // An engine probes its speed with LoRA at every linear when it loads.
   const std::int64_t programs = programs_bytes(compiled.all_sites());
   plan.workspace = rotary + static_cast<std::int64_t>((two_lanes ? 2 : 1) * Lane::indices_bytes(sizes.limits)) +
-                   static_cast<std::int64_t>(Executor::losses_bytes(sizes.limits)) +
-                   scratch_bytes(model, config, sizes) + programs;
+                   static_cast<std::int64_t>(Executor::losses_bytes(sizes.limits)) + scratch.forward +
+                   scratch.backward + programs;
+  if (two_lanes && !config.enforce_eager) plan.workspace += static_cast<std::int64_t>(Executor::kMostRecordedBytes);
   if (!lora) return plan;
   const LoraMatcher matcher(*lora);
   require_targets(matcher, compiled.base().sites);

@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <limits>
 
-#include "backends/cpu/scratch.h"
 #include "core/check.h"
 #include "engine/impl.h"
 #include "peft/lora_matcher.h"
@@ -103,19 +102,19 @@ SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& c
   return scheduler;
 }
 
-std::int64_t scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes) {
-  if (sizes.device.kind != DeviceKind::kCpu) return 0;  // not bounded yet; the arena grows in the first steps
-  return cpu::scratch_bytes({.rows = sizes.limits.max_rows,
-                             .sampled_rows = sizes.limits.max_sampled_rows,
-                             .positions = sizes.max_model_len,
-                             .hidden_size = model.hidden_size,
-                             .intermediate_size = model.intermediate_size,
-                             .num_heads = model.num_heads,
-                             .num_kv_heads = model.num_kv_heads,
-                             .head_dim = model.head_dim,
-                             .vocab_size = model.vocab_size,
-                             .rank = LoraMatcher::kMaxRank,
-                             .num_threads = ThreadPool::size_for(config.num_threads)});
+ScratchBytes scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes) {
+  return scratch_bytes(sizes.device, {.rows = sizes.limits.max_rows,
+                                      .sampled_rows = sizes.limits.max_sampled_rows,
+                                      .positions = sizes.max_model_len,
+                                      .block_size = sizes.limits.block_size,
+                                      .hidden_size = model.hidden_size,
+                                      .intermediate_size = model.intermediate_size,
+                                      .num_heads = model.num_heads,
+                                      .num_kv_heads = model.num_kv_heads,
+                                      .head_dim = model.head_dim,
+                                      .vocab_size = model.vocab_size,
+                                      .rank = LoraMatcher::kMaxRank,
+                                      .num_threads = ThreadPool::size_for(config.num_threads)});
 }
 
 RowCounts row_capacity(const ExecutorLimits& limits) {

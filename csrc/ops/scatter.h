@@ -1,5 +1,7 @@
 #pragma once
 
+#include <span>
+
 #include "ops/registry.h"
 
 namespace flexcore {
@@ -19,5 +21,24 @@ struct ScatterRowsArgs {
   TensorView y;      // [rows, width] float32
 };
 void check(const ScatterRowsArgs& args);
+
+/// Consecutive tokens of a sequence in a batch, and the store that keeps tensors of theirs at the tokens' absolute
+/// depth.
+struct SaveSpan {
+  std::int64_t row_begin = 0, row_end = 0;  // rows of the batch
+  std::byte* store = nullptr;               // tensor after tensor, each [length, width]
+  std::int64_t length = 0;                  // tokens of the sequence
+  std::int64_t position = 0;                // of the first row
+};
+
+/// Row i of a span's rows becomes row position + i of the tensor that begins offset * length bytes into its store.
+struct SaveRowsArgs {
+  static constexpr std::string_view kName = "save_rows";
+  TensorView x;                     // [num_tokens, width] float32 or bfloat16
+  std::span<const SaveSpan> spans;  // of distinct rows
+  DType dtype = DType::kFloat32;    // of the tensor that is kept: float32 or bfloat16
+  std::size_t offset = 0;           // bytes a token of the tensors before it
+};
+void check(const SaveRowsArgs& args);
 
 }  // namespace flexcore

@@ -173,9 +173,11 @@ struct Batch {
                           want_lse ? lse.view() : TensorView(), static_cast<float>(shape.scale()),
                           shape.sliding_window});
   }
-  void backward(OpFixture& ops, Accumulators& accumulators) {
+  /// Of the pieces that `trains` names; empty: of all.
+  void backward(OpFixture& ops, Accumulators& accumulators, const std::vector<bool>& trains = {}) {
     std::vector<AttentionBackwardSpan> windows;
     for (std::size_t i = 0; i < pieces.size(); ++i) {
+      if (!trains.empty() && !trains[i]) continue;
       auto& [k, v] = accumulators[pieces[i].sequence];
       windows.push_back({spans[i], k.data(), v.data()});
     }

@@ -20,6 +20,7 @@ const AttentionShape kShapes[] = {
 OpFixture make_ops(int num_threads) { return OpFixture(num_threads); }
 
 double tolerance(DType dtype) { return dtype == kBF16 ? 1.0 / 200 : 3e-6; }
+double gradient_tolerance(DType dtype) { return dtype == kBF16 ? 1.0 / 50 : 1e-5; }
 
 Accumulators zero_accumulators(const PagedSequences& world) {
   Accumulators result;
@@ -169,7 +170,7 @@ TEST(AttentionBackward, OneShotMatchesTheDefinition) {
     batch.forward(ops);
     auto sums = zero_accumulators(world);
     batch.backward(ops, sums);
-    const double bound = shape.rows == kBF16 ? 1.0 / 50 : 1e-5;
+    const double bound = gradient_tolerance(shape.rows);
     EXPECT_LT(batch.error(batch.grad_q, &Sequence::grad_q), bound) << "head_dim " << shape.head_dim;
     EXPECT_LT(batch.error(batch.grad_k, &Sequence::grad_k), bound) << "head_dim " << shape.head_dim;
     EXPECT_LT(batch.error(batch.grad_v, &Sequence::grad_v), bound) << "head_dim " << shape.head_dim;
@@ -185,9 +186,9 @@ TEST(AttentionBackward, OneShotMatchesTheDefinition) {
 TEST(AttentionBackward, AnySplitIntoWindowsGivesTheSameGradient) {
   std::mt19937 rng(6);
   for (const auto& shape : {AttentionShape{9, 3, 64, 16, 0, kF32, kF32}, AttentionShape{4, 2, 24, 5, 90, kF32, kF32}}) {
-    const std::int64_t length = on_cpu() ? 330 : 110, other_length = on_cpu() ? 97 : 40;
+    const std::int64_t length = emulated() ? 110 : 330, other_length = emulated() ? 40 : 97;
     PagedSequences world(shape, {length, other_length}, rng);
-    for (int trial = 0; trial < (on_cpu() ? 6 : 3); ++trial) {
+    for (int trial = 0; trial < (emulated() ? 3 : 6); ++trial) {
       auto ops = make_ops(1 + trial % 3);
       world.fill_pages(ops);
       auto sums = zero_accumulators(world);
@@ -219,7 +220,7 @@ TEST(AttentionBackward, AnySplitIntoWindowsGivesTheSameGradient) {
 TEST(AttentionBackward, BitsDoNotDependOnThreads) {
   std::mt19937 rng(7);
   const AttentionShape shape{9, 3, 64, 16, 0, kBF16, kBF16};
-  const std::int64_t length = on_cpu() ? 400 : 150;
+  const std::int64_t length = emulated() ? 150 : 400;
   PagedSequences world(shape, {length, 120}, rng);
   auto ops = make_ops(1);
   world.fill_pages(ops);
@@ -282,7 +283,8 @@ TEST(AttentionBackward, FewRowsWithManyKeys) {
     auto sums = zero_accumulators(world);
     // Sums over the rows of a group, each rounded.
     const auto group = static_cast<double>(shape.num_heads) / static_cast<double>(shape.num_kv_heads);
-    const double bound = shape.rows == kBF16 ? std::max(1.0, std::sqrt(group / 16)) / 50 : 1e-5;
+    const double bound =
+        gradient_tolerance(shape.rows) * (shape.rows == kBF16 ? std::max(1.0, std::sqrt(group / 16)) : 1);
     Batch batch(world, {{0, length - 9, length}, {1, 81, 90}}, 8);
     batch.forward(ops);
     batch.backward(ops, sums);
@@ -310,8 +312,90 @@ TEST(Attention, UnalignedRows) {
     EXPECT_LT(batch.error(batch.y, &Sequence::y), tolerance(dtype));
     auto sums = zero_accumulators(world);
     batch.backward(ops, sums);
-    EXPECT_LT(batch.error(batch.grad_q, &Sequence::grad_q), dtype == kBF16 ? 1.0 / 50 : 1e-5);
+    EXPECT_LT(batch.error(batch.grad_q, &Sequence::grad_q), gradient_tolerance(dtype));
     EXPECT_TRUE(batch.y.gaps_untouched() && batch.grad_q.gaps_untouched() && batch.grad_k.gaps_untouched());
+  }
+}
+
+// A step of the engine: decode rows, prefill chunks and finetune windows in one batch, with gradients for the windows.
+TEST(AttentionBackward, WindowsBesideRowsThatOnlyServe) {
+  std::mt19937 rng(13);
+  for (const auto& shape : {AttentionShape{9, 3, 64, 5, 0, kF32, kF32}, AttentionShape{4, 2, 64, 16, 0, kBF16, kBF16},
+                            AttentionShape{6, 2, 24, 16, 50, kBF16, kBF16}}) {
+    PagedSequences world(shape, {170, 33, 90, 45, 1}, rng);
+    auto ops = make_ops(2);
+    world.fill_pages(ops);
+    Batch batch(world, {{0, 169, 170}, {1, 10, 33}, {2, 21, 90}, {4, 0, 1}, {3, 44, 45}, {1, 9, 9}, {0, 140, 169}}, 8);
+    const std::vector<bool> trains{false, false, true, false, true, false, false};
+    batch.forward(ops);
+    EXPECT_LT(batch.error(batch.y, &Sequence::y), tolerance(shape.rows));
+    auto sums = zero_accumulators(world);
+    batch.backward(ops, sums, trains);
+    const double bound = gradient_tolerance(shape.rows);
+    for (std::size_t i = 0; i < batch.pieces.size(); ++i) {
+      const Sequence& s = world.sequences[batch.pieces[i].sequence];
+      for (std::int64_t row = batch.spans[i].row_begin; row < batch.spans[i].row_end; ++row) {
+        const std::int64_t position = batch.pieces[i].begin + row - batch.spans[i].row_begin;
+        for (const auto& [got, wanted] : {std::pair{&batch.grad_q, &s.grad_q}, std::pair{&batch.grad_k, &s.grad_k},
+                                          std::pair{&batch.grad_v, &s.grad_v}})
+          for (std::int64_t j = 0; j < got->width(); ++j) {
+            const double w = (*wanted)[static_cast<std::size_t>(position * got->width() + j)];
+            if (trains[i])
+              ASSERT_NEAR((*got)(row, j), w, bound * (1 + std::abs(w))) << "piece " << i << ", position " << position;
+            else
+              ASSERT_TRUE(std::isnan((*got)(row, j))) << "piece " << i;
+          }
+      }
+    }
+    const auto none = zero_accumulators(world);
+    for (const std::size_t s : {0, 1, 4}) EXPECT_EQ(sums[s], none[s]) << s;
+  }
+}
+
+// All 2^(n - 1) ways to cut n rows into windows.
+TEST(AttentionBackward, EverySplitOfAShortSequence) {
+  std::mt19937 rng(14);
+  constexpr std::int64_t kLength = 6;
+  for (const auto dtype : kFloats) {
+    const AttentionShape shape{4, 2, 24, 2, 0, dtype, dtype};
+    PagedSequences world(shape, {kLength}, rng);
+    auto ops = make_ops(2);
+    world.fill_pages(ops);
+    const double bound = gradient_tolerance(dtype);
+    for (unsigned cuts = 0; cuts < 1u << (kLength - 1); ++cuts) {
+      auto sums = zero_accumulators(world);
+      for (std::int64_t begin, end = kLength; end > 0; end = begin) {
+        begin = end - 1;
+        while (begin > 0 && (cuts >> (begin - 1) & 1u) == 0) --begin;
+        Batch batch(world, {{0, begin, end}});
+        batch.forward(ops);
+        batch.backward(ops, sums);
+        EXPECT_LT(batch.error(batch.grad_q, &Sequence::grad_q), bound) << "cuts " << cuts;
+        EXPECT_LT(batch.error(batch.grad_k, &Sequence::grad_k), bound) << "cuts " << cuts;
+        EXPECT_LT(batch.error(batch.grad_v, &Sequence::grad_v), bound) << "cuts " << cuts;
+      }
+      EXPECT_LT(worst_error(sums[0].first, world.sequences[0].grad_k), bound) << "cuts " << cuts;
+      EXPECT_LT(worst_error(sums[0].second, world.sequences[0].grad_v), bound) << "cuts " << cuts;
+    }
+  }
+}
+
+TEST(Attention, EveryHeadDim) {
+  std::mt19937 rng(15);
+  for (std::int64_t dim = 8; dim <= 256; dim += 8) {
+    for (const auto dtype : kFloats) {
+      PagedSequences world({3, 1, dim, 16, 0, dtype, dtype}, {19}, rng);
+      auto ops = make_ops(2);
+      world.fill_pages(ops);
+      Batch batch(world, {{0, 2, 19}});
+      batch.forward(ops);
+      EXPECT_LT(batch.error(batch.y, &Sequence::y), tolerance(dtype)) << "head_dim " << dim;
+      auto sums = zero_accumulators(world);
+      batch.backward(ops, sums);
+      EXPECT_LT(batch.error(batch.grad_q, &Sequence::grad_q), gradient_tolerance(dtype)) << "head_dim " << dim;
+      EXPECT_LT(batch.error(batch.grad_k, &Sequence::grad_k), gradient_tolerance(dtype)) << "head_dim " << dim;
+      EXPECT_LT(batch.error(batch.grad_v, &Sequence::grad_v), gradient_tolerance(dtype)) << "head_dim " << dim;
+    }
   }
 }
 

@@ -92,7 +92,7 @@ void expect_oracle(const Case& c, DType hidden_type, DType weight_type, DType gr
 
 TEST(CrossEntropy, MatchesOracle) {
   for (auto c : kCases) {
-    if (!on_cpu() && c.rows > 180) c.rows = 180, c.vocab = 1100;  // two blocks of rows, two chunks
+    if (emulated() && c.rows > 180) c.rows = 180, c.vocab = 1100;  // two blocks of rows, two chunks
     for (const auto weight_type : kFloats)
       for (const bool packed : {false, true}) {
         expect_oracle(c, DType::kFloat32, weight_type, DType::kFloat32, packed);

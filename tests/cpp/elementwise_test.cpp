@@ -73,6 +73,32 @@ TEST(RmsNorm, BackwardMatchesOracle) {
           }
 }
 
+// The other widths are odd on purpose; these let every access be a vector.
+TEST(RmsNorm, AnyMultipleOfEight) {
+  std::mt19937 rng(8);
+  std::vector<std::int64_t> widths = {1000, 2056, 4104, 8200};
+  for (std::int64_t width = 8; width <= 512; width += 8) widths.push_back(width);
+  for (const auto width : widths)
+    for (const auto type : kFloats) {
+      auto x = Matrix::random(type, 2, width, rng, 2.0f), g = Matrix::random(type, 2, width, rng);
+      auto weight = Matrix::random(DType::kFloat32, 1, width, rng);
+      Matrix y(type, 2, width), d(type, 2, width);
+      const auto w = weight.view().reshape({width});
+      fixture().run(RmsNormArgs{x.view(), w, y.view(), 1e-5f});
+      fixture().run(RmsNormBackwardArgs{g.view(), x.view(), w, d.view(), 1e-5f});
+      double squares[2] = {}, products[2] = {};
+      for (int i = 0; i < 2; ++i)
+        for (std::int64_t k = 0; k < width; ++k)
+          squares[i] += x(i, k) * x(i, k), products[i] += g(i, k) * weight(0, k) * x(i, k);
+      const auto r = [&](auto i) { return 1 / std::sqrt(squares[i] / width + 1e-5); };
+      EXPECT_LE(worst_error(y, [&](auto i, auto j) { return x(i, j) * r(i) * weight(0, j); }), epsilon(type)) << width;
+      const auto gradient = [&](auto i, auto j) {
+        return r(i) * (g(i, j) * weight(0, j) - x(i, j) * r(i) * r(i) * products[i] / width);
+      };
+      EXPECT_LE(worst_error(d, gradient), 4 * epsilon(type)) << width;
+    }
+}
+
 TensorView heads_of(Matrix& m, std::int64_t heads, std::int64_t head_dim) {
   TensorView v(m.view().data(), m.dtype(), {m.rows(), heads, head_dim});
   v.set_stride(0, m.view().stride(0));

@@ -31,7 +31,7 @@ OpRegistry only(const OpRegistry& all) {
 OpRegistry without_attention_backward() {
   return only<KvWriteArgs, AttentionArgs, LinearCrossEntropyArgs, LinearArgs, LinearBackwardArgs, LoraArgs,
               LoraBackwardArgs, RmsNormArgs, RmsNormBackwardArgs, SumSquaresArgs, AdamWArgs, SgdArgs, RotaryArgs,
-              EmbeddingArgs, GatherRowsArgs, CopyArgs, SampleArgs, ZeroArgs, ScatterRowsArgs, SiluMulArgs,
+              EmbeddingArgs, GatherRowsArgs, CopyArgs, SampleArgs, ZeroArgs, ScatterRowsArgs, SaveRowsArgs, SiluMulArgs,
               SiluMulBackwardArgs, StageArgs, FetchArgs>(make_op_registry());
 }
 

@@ -155,6 +155,7 @@ TEST_F(EngineTest, ReplayedStepsGiveTheTokensOfEagerOnes) {
   Engine replaying = load(), eager = load({.enforce_eager = true});
   std::map<RequestId, std::vector<std::int32_t>> out[2];
   std::map<RequestId, float> logprobs[2];
+  JobId jobs[2];
   for (int which = 0; which < 2; ++which) {
     Engine& engine = which == 0 ? replaying : eager;
     engine.create_adapter("a", {.r = 4, .lora_alpha = 8}, 1);
@@ -170,6 +171,10 @@ TEST_F(EngineTest, ReplayedStepsGiveTheTokensOfEagerOnes) {
                                   : i % 3 == 0 ? ""
                                   : i % 3 == 1 ? "a"
                                                : "b"});
+      if (round == 2) {
+        jobs[which] = engine.finetune("a", examples(7), {.num_epochs = 2, .batch_size = 3, .learning_rate = 1e-2});
+        engine.finetune("b", examples(3), {.batch_size = 3, .learning_rate = 1e-2});
+      }
       while (engine.has_work())
         for (const auto& event : engine.step().outputs) {
           out[which][event.request_id].push_back(event.token_id);
@@ -179,6 +184,8 @@ TEST_F(EngineTest, ReplayedStepsGiveTheTokensOfEagerOnes) {
   }
   EXPECT_EQ(out[0], out[1]);
   for (const auto& [id, sum] : logprobs[1]) EXPECT_NEAR(logprobs[0][id], sum, 1e-4 * (1 + std::abs(sum))) << id;
+  EXPECT_EQ(replaying.job(jobs[0]).status, JobStatus::kSucceeded);
+  EXPECT_NEAR(replaying.job(jobs[0]).loss, eager.job(jobs[1]).loss, 1e-4);
   const auto stats = replaying.stats();
   EXPECT_EQ(eager.stats().at("graphs_replayed"), 0);
   if (test::on_cpu()) return;

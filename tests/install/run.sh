@@ -44,9 +44,11 @@ fi
 quietly cmake --install "$build" --prefix "$work/prefix" --component development
 
 cd "$work"
-./venv/bin/python - "$work/model" <<'PYTHON'
+./venv/bin/python - "$work/model" wheel/flexcore-*.whl <<'PYTHON'
 import importlib.util
+import shutil
 import sys
+from pathlib import Path
 
 import flexcore
 from flexcore.tiny import write_tiny_model
@@ -55,7 +57,14 @@ for name in ("torch", "transformers"):
     if importlib.util.find_spec(name):
         sys.exit(f"the wheel brought {name}")
 write_tiny_model(sys.argv[1])
-print("wheel: flexcore", flexcore.__version__)
+try:
+    flexcore.Engine(sys.argv[1], flexcore.EngineConfig(device="cuda", max_model_len=64))
+    cuda = "device cuda works"
+except flexcore.DeviceError as error:
+    cuda = str(error)
+if shutil.which("nvcc") and "no CUDA backend" in cuda:
+    sys.exit(f"nvcc is on PATH, but the wheel was built without CUDA: {cuda}")
+print(f"wheel: flexcore {flexcore.__version__}, {Path(sys.argv[2]).stat().st_size / 1e6:.1f} MB ({cuda})")
 PYTHON
 consume install-tree "$work/prefix/lib/cmake/flexcore"
 consume wheel "$(./venv/bin/python -m flexcore --cmake-dir)"

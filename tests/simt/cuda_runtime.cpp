@@ -106,6 +106,10 @@ void count_launch() { ++launches; }
 
 }  // namespace simt
 
+namespace flexcore::test {
+bool emulated() { return true; }  // tests/cpp/test_device.h
+}  // namespace flexcore::test
+
 const char* cudaGetErrorString(cudaError_t error) {
   switch (error) {
     case cudaSuccess:
@@ -126,6 +130,10 @@ cudaError_t cudaGetDeviceCount(int* count) {
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }

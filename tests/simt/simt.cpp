@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <exception>
 #include <memory>
+#include <optional>
 #include <random>
 #include <stdexcept>
 #include <string>
@@ -80,6 +81,8 @@ class Stack {
   void* base() const { return base_; }
   void* top() const { return static_cast<char*>(base_) + kStackBytes; }
 
+  bool abandoned = false;  // in the middle of a kernel that failed
+
  private:
   void* base_;
 };
@@ -97,9 +100,11 @@ struct Copy {
 struct Thread {
   Context context;
   Dim3 index;
+  std::size_t number = 0;
   Wait wait = Wait::kNothing;
   std::uint32_t mask = 0;      // of the meeting that it waits for
   const char* what = nullptr;  // and its name
+  std::source_location where;  // of the barrier that it waits at
   std::uint64_t meetings = 0;
   const unsigned char* left = nullptr;  // what it brought to the last meeting that took place
   void* fake_stack = nullptr;           // the sanitizer's
@@ -131,15 +136,13 @@ struct Block {
 
 thread_local Block* block_now = nullptr;
 thread_local std::vector<std::unique_ptr<Stack>> stacks;
-thread_local Order order_now = Order::kForward;
+thread_local std::optional<Order> order_chosen;
 thread_local std::mt19937_64 order_random;
 
 Block& block() {
   if (block_now == nullptr) throw std::logic_error("simt: a device function was called outside a kernel");
   return *block_now;
 }
-
-std::size_t number(const Thread& thread) { return static_cast<std::size_t>(&thread - block_now->threads.data()); }
 
 void to_scheduler(bool done) {
   Block& b = *block_now;
@@ -169,10 +172,12 @@ void thread_main() {
   to_scheduler(true);
 }
 
-void prepare(Thread& thread, const Stack& stack) {
+void prepare(Thread& thread, Stack& stack) {
 #if defined(__SANITIZE_ADDRESS__)
-  // The last user never returned from its first frame.
-  __asan_unpoison_memory_region(static_cast<char*>(stack.base()) + 4096, kStackBytes - 4096);
+  // The last user never returned from its first frame; after a failure, from none.
+  const std::size_t used = stack.abandoned ? kStackBytes - 4096 : 4096;
+  __asan_unpoison_memory_region(static_cast<char*>(stack.top()) - used, used);
+  stack.abandoned = false;
 #endif
 #if defined(__x86_64__)
   // As simt_switch leaves it: six registers, then the address to return to. The stack is 16-byte aligned before a call.
@@ -201,12 +206,16 @@ void run_thread(Block& b, Thread& thread, [[maybe_unused]] const Stack& stack) {
 #endif
 }
 
+std::string barrier(const Thread& t) {
+  const std::string_view path = t.where.file_name();
+  return "__syncthreads at " + std::string(path.substr(path.rfind('/') + 1)) + ":" + std::to_string(t.where.line());
+}
+
 std::string describe(const Block& b) {
-  std::string text;
-  const char* last = nullptr;
+  std::string text, last;
   for (const Thread& t : b.threads) {
-    const char* at = t.wait == Wait::kDone ? "done" : t.wait == Wait::kBlock ? "__syncthreads" : t.what;
-    if (at != last) text += (text.empty() ? "" : ", ") + ("from thread " + std::to_string(number(t))) + ": " + at;
+    const std::string at = t.wait == Wait::kDone ? "done" : t.wait == Wait::kBlock ? barrier(t) : t.what;
+    if (at != last) text += (text.empty() ? "" : ", ") + ("from thread " + std::to_string(t.number)) + ": " + at;
     last = at;
   }
   return text;
@@ -228,7 +237,7 @@ bool release_warp(Block& b, std::size_t first) {
       if (other.wait == Wait::kDone)
         throw std::runtime_error(std::string("simt: ") + t.what + " waits for a lane that has returned");
       all = other.wait == Wait::kWarp;
-      if (all && (other.mask != t.mask || std::strcmp(other.what, t.what) != 0))
+      if (all && (other.mask != t.mask || (other.what != t.what && std::strcmp(other.what, t.what) != 0)))
         throw std::runtime_error(std::string("simt: lanes meet in ") + t.what + " and in " + other.what +
                                  ", or with other masks");
     }
@@ -247,8 +256,8 @@ bool release_warp(Block& b, std::size_t first) {
 
 void run_block(Block& b) {
   std::vector<std::size_t> turn(b.threads.size());
-  for (std::size_t i = 0; i < turn.size(); ++i) turn[i] = order_now == Order::kReverse ? turn.size() - 1 - i : i;
-  if (order_now == Order::kShuffled) std::shuffle(turn.begin(), turn.end(), order_random);
+  for (std::size_t i = 0; i < turn.size(); ++i) turn[i] = order() == Order::kReverse ? turn.size() - 1 - i : i;
+  if (order() == Order::kShuffled) std::shuffle(turn.begin(), turn.end(), order_random);
   std::size_t left = b.threads.size();
   while (left > 0) {
     bool ran = false;
@@ -266,6 +275,14 @@ void run_block(Block& b) {
     const bool all = std::all_of(b.threads.begin(), b.threads.end(),
                                  [](const Thread& t) { return t.wait == Wait::kBlock || t.wait == Wait::kDone; });
     if (!all) throw std::runtime_error("simt: deadlock; " + describe(b));
+    const Thread* first = nullptr;
+    for (const Thread& t : b.threads) {
+      if (t.wait != Wait::kBlock) continue;
+      if (first == nullptr) first = &t;
+      if (t.where.line() != first->where.line() || (t.where.file_name() != first->where.file_name() &&
+                                                    std::strcmp(t.where.file_name(), first->where.file_name()) != 0))
+        throw std::runtime_error("simt: a barrier in two places; " + describe(b));
+    }
     for (Thread& t : b.threads)
       if (t.wait == Wait::kBlock) t.wait = Wait::kNothing;
   }
@@ -273,18 +290,22 @@ void run_block(Block& b) {
 
 }  // namespace
 
+Order order() {
+  if (order_chosen) return *order_chosen;
+  const char* wanted = std::getenv("SIMT_ORDER");
+  const std::string_view name(wanted == nullptr ? "forward" : wanted);
+  if (name != "forward" && name != "reverse" && name != "shuffled")
+    throw std::runtime_error("simt: SIMT_ORDER is forward, reverse or shuffled");
+  order_chosen = name == "reverse" ? Order::kReverse : name == "shuffled" ? Order::kShuffled : Order::kForward;
+  return *order_chosen;
+}
+
 void set_order(Order order, std::uint64_t seed) {
-  order_now = order;
+  order_chosen = order;
   order_random.seed(seed);
 }
 
 void launch(Dim3 grid, Dim3 block_dim, std::size_t shared_bytes, const std::function<void()>& body) {
-  if (const char* wanted = std::getenv("SIMT_ORDER"); wanted != nullptr) {
-    const std::string_view name(wanted);
-    if (name != "forward" && name != "reverse" && name != "shuffled")
-      throw std::runtime_error("simt: SIMT_ORDER is forward, reverse or shuffled");
-    order_now = name == "reverse" ? Order::kReverse : name == "shuffled" ? Order::kShuffled : Order::kForward;
-  }
   if (block_now != nullptr) throw std::logic_error("simt: launch inside a kernel");
   if (block_dim.count() == 0 || block_dim.count() > kMaxThreads || grid.count() == 0 || grid.y > 65535 ||
       grid.z > 65535)
@@ -294,8 +315,8 @@ void launch(Dim3 grid, Dim3 block_dim, std::size_t shared_bytes, const std::func
     throw std::runtime_error("simt: " + std::to_string(shared_bytes) + " bytes of shared memory");
   while (stacks.size() < block_dim.count()) stacks.push_back(std::make_unique<Stack>());
   std::vector<std::size_t> blocks(grid.count());
-  for (std::size_t i = 0; i < blocks.size(); ++i) blocks[i] = order_now == Order::kReverse ? blocks.size() - 1 - i : i;
-  if (order_now == Order::kShuffled) std::shuffle(blocks.begin(), blocks.end(), order_random);
+  for (std::size_t i = 0; i < blocks.size(); ++i) blocks[i] = order() == Order::kReverse ? blocks.size() - 1 - i : i;
+  if (order() == Order::kShuffled) std::shuffle(blocks.begin(), blocks.end(), order_random);
   for (const auto which : blocks) {
     Block b;
     b.grid_dim = grid;
@@ -309,6 +330,7 @@ void launch(Dim3 grid, Dim3 block_dim, std::size_t shared_bytes, const std::func
     b.shared.reset(new unsigned char[shared_bytes]);
     std::memset(b.shared.get(), 0xff, shared_bytes);
     for (std::size_t i = 0; i < b.threads.size(); ++i) {
+      b.threads[i].number = i;
       b.threads[i].index =
           Dim3(static_cast<unsigned>(i % block_dim.x), static_cast<unsigned>(i / block_dim.x % block_dim.y),
                static_cast<unsigned>(i / block_dim.x / block_dim.y));
@@ -319,6 +341,7 @@ void launch(Dim3 grid, Dim3 block_dim, std::size_t shared_bytes, const std::func
       run_block(b);
     } catch (...) {
       block_now = nullptr;
+      for (std::size_t i = 0; i < b.threads.size(); ++i) stacks[i]->abandoned = true;
       throw;
     }
     block_now = nullptr;
@@ -331,16 +354,17 @@ const Dim3& block_dim() { return block().block_dim; }
 const Dim3& grid_dim() { return block().grid_dim; }
 unsigned char* shared_memory() { return block().shared.get(); }
 
-void sync_block() {
+void sync_block(const std::source_location& where) {
   block().current->wait = Wait::kBlock;
+  block_now->current->where = where;
   to_scheduler(false);
 }
 
-int lane() { return static_cast<int>(number(*block().current) % kWarp); }
+int lane() { return static_cast<int>(block().current->number % kWarp); }
 
 void meet(std::uint32_t mask, const char* what, const void* data, std::size_t bytes) {
   Thread& self = *block().current;
-  const std::size_t at = number(self);
+  const std::size_t at = self.number;
   if ((mask >> (at % kWarp) & 1u) == 0)
     throw std::runtime_error(std::string("simt: ") + what + " by a lane that is not in its mask");
   Warp& warp = block_now->warps[at / kWarp];
@@ -381,7 +405,7 @@ void wait_copies(std::size_t left) {
 }
 
 const void* left_by(int lane) {
-  const std::size_t first = number(*block().current) / kWarp * kWarp;
+  const std::size_t first = block().current->number / kWarp * kWarp;
   return block_now->threads[first + static_cast<std::size_t>(lane)].left;
 }
 

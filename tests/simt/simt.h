@@ -4,12 +4,13 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <source_location>
 #include <type_traits>
 
 /// Runs CUDA kernels on the host, thread by thread: blocks one after the other, the threads of a block as fibers that
 /// change at barriers and warp collectives. Built to find mistakes, not to be fast: shared memory is exactly as large
-/// as asked for and starts poisoned, threads can run in any order, and a barrier that some thread never reaches is an
-/// error that says where the others wait.
+/// as asked for and starts poisoned, threads can run in any order, and a barrier that some thread never reaches, or
+/// where threads meet from different lines, is an error that says where they wait.
 namespace simt {
 
 struct Dim3 {
@@ -18,8 +19,10 @@ struct Dim3 {
   constexpr std::size_t count() const { return std::size_t{x} * y * z; }
 };
 
-/// Order in which the threads of a block run between two barriers, and the blocks of a grid.
+/// Order in which the threads of a block run between two barriers, and the blocks of a grid. SIMT_ORDER in the
+/// environment (forward, reverse, shuffled) is the one to begin with.
 enum class Order : std::uint8_t { kForward, kReverse, kShuffled };
+Order order();
 void set_order(Order order, std::uint64_t seed = 0);
 
 /// Runs `body` once for every thread of the grid. Throws std::runtime_error for a deadlock and for what a device would
@@ -32,7 +35,7 @@ const Dim3& block_index();
 const Dim3& block_dim();
 const Dim3& grid_dim();
 unsigned char* shared_memory();
-void sync_block();
+void sync_block(const std::source_location& where);
 
 inline constexpr int kWarp = 32;
 inline constexpr std::size_t kSlotBytes = 64;  // what one lane may publish at once

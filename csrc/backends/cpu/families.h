@@ -10,7 +10,7 @@ void register_attention(OpRegistry& registry);      // attention.cpp: kv_write, 
 void register_elementwise(OpRegistry& registry);    // elementwise.cpp: norms, rotary, silu_mul, gather_rows, copy
 void register_cross_entropy(OpRegistry& registry);  // cross_entropy.cpp: linear_cross_entropy
 void register_optimizer(OpRegistry& registry);      // optimizer.cpp: sum_squares, adamw, sgd
-void register_scatter(OpRegistry& registry);        // scatter.cpp: zero, scatter_rows
+void register_scatter(OpRegistry& registry);        // scatter.cpp: zero, scatter_rows, save_rows
 void register_sampling(OpRegistry& registry);       // sampling.cpp: sample
 void register_transfer(OpRegistry& registry);       // transfer.cpp: stage, fetch
 

@@ -352,7 +352,7 @@ std::int64_t lora_scratch(const ScratchShape& s) {
   constexpr std::int64_t kMembers = 3, kPadding = 64;
   const std::int64_t piece = sizeof(Piece) + 2 * (s.rank * 4 + kPadding) + 2 * (sizeof(ShrinkGroup) + 8) + 3 * 8;
   const std::int64_t tiles = 2 * s.num_threads * kTileRows * kTileDepth * 4;
-  return kMembers * s.rows * piece + s.rank * widest_outputs(s) * 4 + tiles + 4096;
+  return kMembers * s.rows * piece + s.rank * s.widest_outputs() * 4 + tiles + 4096;
 }
 
 void register_lora(OpRegistry& registry) {

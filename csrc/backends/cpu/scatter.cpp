@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "backends/cpu/families.h"
+#include "ops/rows.h"
 
 namespace flexcore::cpu {
 
@@ -26,11 +27,23 @@ void scatter_rows(OpContext&, const ScatterRowsArgs& args) {
   }
 }
 
+void save_rows(OpContext& context, const SaveRowsArgs& args) {
+  for (const auto& span : args.spans) {
+    const TensorView tensor(span.store + args.offset * static_cast<std::size_t>(span.length), args.dtype,
+                            {span.length, args.x.shape(1)});
+    const std::int64_t rows = span.row_end - span.row_begin;
+    if (rows > 0)
+      run(context,
+          CopyArgs{args.x.rows(span.row_begin, span.row_end), tensor.rows(span.position, span.position + rows)});
+  }
+}
+
 }  // namespace
 
 void register_scatter(OpRegistry& registry) {
   registry.add<ZeroArgs>(DeviceKind::kCpu, zero);
   registry.add<ScatterRowsArgs>(DeviceKind::kCpu, scatter_rows);
+  registry.add<SaveRowsArgs>(DeviceKind::kCpu, save_rows);
 }
 
 }  // namespace flexcore::cpu

@@ -4,19 +4,11 @@
 
 namespace flexcore::cpu {
 
-std::int64_t widest_input(const ScratchShape& s) {
-  return std::max({s.hidden_size, s.intermediate_size, s.num_heads * s.head_dim});
-}
-
-std::int64_t widest_outputs(const ScratchShape& s) {
-  return std::max({s.hidden_size, 2 * s.intermediate_size, (s.num_heads + 2 * s.num_kv_heads) * s.head_dim});
-}
-
 std::int64_t scratch_bytes(const ScratchShape& s) {
   constexpr std::int64_t kLeast = 1 << 20;  // for what is a few bytes a row or a chunk: elementwise, optimizers
-  return kLeast + std::max({linear_scratch(s.rows, widest_input(s), widest_outputs(s), s.num_threads), lora_scratch(s),
-                            linear_scratch(s.sampled_rows, s.hidden_size, 0, s.num_threads), attention_scratch(s),
-                            cross_entropy_scratch(s), sampling_scratch(s)});
+  return kLeast + std::max({linear_scratch(s.rows, s.widest_input(), s.widest_outputs(), s.num_threads),
+                            lora_scratch(s), linear_scratch(s.sampled_rows, s.hidden_size, 0, s.num_threads),
+                            attention_scratch(s), cross_entropy_scratch(s), sampling_scratch(s)});
 }
 
 }  // namespace flexcore::cpu

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "backends/cuda/attention_tables.h"
+#include "backends/cuda/scratch.h"
 #include "backends/cuda/tables.h"
 
 namespace flexcore::cuda {
@@ -176,15 +177,6 @@ AttentionTables tables_of(const Placed<AttentionPlan>& placed) {
           .partial_rows = device.count(2) > 0 ? placed.plan.partial_room() : 0};
 }
 
-BatchTables::Key key_of(const char* what, std::span<const AttentionSpan> spans,
-                        std::initializer_list<std::int64_t> more) {
-  BatchTables::Key key{static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(what)),
-                       static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(spans.data())),
-                       static_cast<std::int64_t>(spans.size())};
-  key.insert(key.end(), more);
-  return key;
-}
-
 struct KvSlotPlan {
   std::vector<KvSlot> slots;
   HostTables tables() const { return HostTables().add(slots, 0xff); }
@@ -203,15 +195,41 @@ KvSlotPlan plan_slots(std::span<const AttentionSpan> spans, std::int64_t num_kv_
   return plan;
 }
 
+// A kernel's tiles have at most so many rows, and so many blocks of it live on a multiprocessor.
+constexpr std::int64_t kMostTileRows = 128, kMostBlocks = 2;
+
 }  // namespace
+
+// Items: a tile of at least 16 rows, or the last of a span, each; a tile is split when it has over 5/4 of a block's
+// share, so the splits are under 9/5 of the blocks. Kept for keys of two kinds (with and without a sliding window).
+std::int64_t attention_tables_bytes(const ScratchShape& s, const DeviceSize& device) {
+  constexpr std::int64_t kSplits = 2, kKinds = 2;
+  const std::int64_t blocks = kMostBlocks * device.num_multiprocessors, group = s.num_heads / s.num_kv_heads;
+  const std::int64_t items = s.rows * (group / 16 + 1) + s.rows + kSplits * blocks;
+  const std::int64_t merges = kSplits * blocks * kMostTileRows / kMergeRows;
+  const std::int64_t key_items = s.rows * (s.positions / 64 + 2);
+  const std::int64_t pages = s.rows * ceil_div(s.positions, s.block_size);
+  const auto bytes = [](std::int64_t count, std::size_t size) { return count * static_cast<std::int64_t>(size) + 64; };
+  return kKinds * (bytes(items, sizeof(AttentionItem)) + bytes(merges, sizeof(AttentionMerge)) +
+                   bytes(std::min(key_items, s.rows + 2 * pages), sizeof(AttentionKeyItem)) +
+                   bytes(std::min(pages, (s.sampled_rows + 1) * ceil_div(s.positions, s.block_size)), 4)) +
+         s.rows * 64;  // and where each row's keys, values and saved tensors go
+}
+
+std::int64_t attention_scratch(const ScratchShape& s, const DeviceSize& device) {
+  // Rows of partial results: of the splits above, up to a power of two.
+  const std::int64_t rows = 2 * 2 * kMostBlocks * device.num_multiprocessors * kMostTileRows;
+  return rows * (s.head_dim + 2) * static_cast<std::int64_t>(sizeof(float)) +
+         s.rows * (s.num_heads * static_cast<std::int64_t>(sizeof(float)) + 16);
+}
 
 AttentionTables attention_tables(OpContext& context, std::span<const AttentionSpan> spans, const AttentionHeads& heads,
                                  const AttentionCut& cut) {
   static const char what = 0;
   const auto key =
-      key_of(&what, spans,
-             {heads.group, heads.num_kv_heads, heads.block_size, heads.window, cut.tile_rows[0], cut.tile_rows[1],
-              cut.tile_rows[2], cut.tile_rows[3], cut.key_tile, cut.owned_keys, cut.slots});
+      batch_key(&what, spans,
+                {heads.group, heads.num_kv_heads, heads.block_size, heads.window, cut.tile_rows[0], cut.tile_rows[1],
+                 cut.tile_rows[2], cut.tile_rows[3], cut.key_tile, cut.owned_keys, cut.slots});
   return tables_of(*place_once(context, key, [=] { return AttentionPlan(spans, heads, cut); }));
 }
 
@@ -224,7 +242,7 @@ AttentionTables attention_tables_of_call(OpContext& context, std::vector<Attenti
 KvSlots kv_slots(OpContext& context, std::span<const AttentionSpan> spans, std::int64_t num_kv_heads,
                  std::int64_t block_size) {
   static const char what = 0;
-  const auto placed = place_once(context, key_of(&what, spans, {num_kv_heads, block_size}),
+  const auto placed = place_once(context, batch_key(&what, spans, {num_kv_heads, block_size}),
                                  [=] { return plan_slots(spans, num_kv_heads, block_size); });
   return {placed->device.get<KvSlot>(0), placed->device.count(0)};
 }

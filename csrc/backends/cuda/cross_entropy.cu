@@ -4,6 +4,7 @@
 #include "backends/cuda/gemm.h"
 #include "backends/cuda/kernels/cross_entropy.cuh"
 #include "backends/cuda/kernels/elementwise.cuh"
+#include "backends/cuda/scratch.h"
 #include "backends/cuda/views.h"
 #include "ops/cross_entropy.h"
 
@@ -151,6 +152,13 @@ void linear_cross_entropy(OpContext& context, const LinearCrossEntropyArgs& args
 }
 
 }  // namespace
+
+std::int64_t cross_entropy_scratch(const ScratchShape& s, const DeviceSize& device) {
+  const std::int64_t rows = std::min(s.rows, std::max(kLeastRows, device.l2_bytes / (6 * kLeastChunk)));
+  const std::int64_t logits = std::max(device.l2_bytes, rows * (kLeastChunk + kPackElements) * 8);
+  return logits + rows * (2 * s.hidden_size + 2 * kPackElements) * 4 + (rows + 2 * device.num_multiprocessors) * 32 +
+         kGemmWorkspaceBytes;
+}
 
 void register_cross_entropy(OpRegistry& registry) {
   registry.add<LinearCrossEntropyArgs>(DeviceKind::kCuda, linear_cross_entropy);

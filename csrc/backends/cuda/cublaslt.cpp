@@ -10,6 +10,7 @@
 #include "backends/cuda/context.h"
 #include "backends/cuda/cublaslt_api.h"
 #include "backends/cuda/gemm.h"
+#include "backends/cuda/scratch.h"
 
 namespace flexcore::cuda {
 
@@ -63,7 +64,7 @@ const Api& api() {
 namespace {
 
 // What the library asks for on Hopper; its own default.
-constexpr std::size_t kWorkspaceBytes = std::size_t{32} << 20;
+constexpr auto kWorkspaceBytes = static_cast<std::size_t>(kGemmWorkspaceBytes);
 
 void require_lt(lt::Status status, const char* what) {
   if (status != 0) [[unlikely]]

@@ -68,7 +68,12 @@ class Runtime final : public DeviceRuntime {
 cudaStream_t open_stream(int device) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
-  require<DeviceError>(error == cudaSuccess, "device: cuda: ", cudaGetErrorString(error));
+  if (error != cudaSuccess) {
+    int driver = 0;  // stays 0 without one; the runtime's own text would speak of versions
+    cudaDriverGetVersion(&driver);
+    throw DeviceError(str("device: cuda, but ", driver > 0 ? cudaGetErrorString(error) : "no NVIDIA driver was found",
+                          "; wanted cpu"));
+  }
   require<DeviceError>(0 <= device && device < count, "device: cuda:", device, ", but this machine has ", count,
                        " CUDA devices");
   require_cuda(cudaSetDevice(device), "cudaSetDevice");

@@ -1,5 +1,6 @@
 #include "backends/cuda/families.h"
 #include "backends/cuda/kernels/elementwise.cuh"
+#include "backends/cuda/tables.h"
 #include "backends/cuda/views.h"
 #include "ops/norm.h"
 #include "ops/rotary.h"
@@ -92,6 +93,34 @@ void scatter_rows(OpContext& context, const ScatterRowsArgs& args) {
   check_launch(args.kName);
 }
 
+struct RowStorePlan {
+  std::vector<RowStore> stores;  // by row of the batch
+  HostTables tables() const { return HostTables().add(stores); }
+  bool fits(const RowStorePlan&) const { return true; }
+};
+
+RowStorePlan plan_stores(std::span<const SaveSpan> spans, std::int64_t num_rows) {
+  RowStorePlan plan{std::vector<RowStore>(static_cast<std::size_t>(num_rows))};
+  for (const auto& span : spans)
+    for (std::int64_t row = span.row_begin; row < span.row_end; ++row)
+      plan.stores[static_cast<std::size_t>(row)] = {span.store, span.length, span.position + row - span.row_begin};
+  return plan;
+}
+
+void save_rows(OpContext& context, const SaveRowsArgs& args) {
+  const CallScope scope(context);
+  const std::int64_t num_rows = args.x.shape(0), width = args.x.shape(1);
+  static const char what = 0;
+  const auto placed = place_once(context, batch_key(&what, args.spans, {num_rows}),
+                                 [spans = args.spans, num_rows] { return plan_stores(spans, num_rows); });
+  bool packs = all_packs(width, args.x) && args.offset % 16 == 0;
+  for (const auto& span : args.spans) packs = packs && reinterpret_cast<std::uintptr_t>(span.store) % 16 == 0;
+  map_rows(SaveRows{rows_of(args.x), placed->device.get<RowStore>(0), static_cast<std::int64_t>(args.offset), width,
+                    args.dtype == DType::kBFloat16},
+           num_rows, width, packs, handle_of(context));
+  check_launch(args.kName);
+}
+
 }  // namespace
 
 void register_elementwise(OpRegistry& registry) {
@@ -104,6 +133,7 @@ void register_elementwise(OpRegistry& registry) {
   registry.add<CopyArgs>(DeviceKind::kCuda, copy);
   registry.add<ZeroArgs>(DeviceKind::kCuda, zero);
   registry.add<ScatterRowsArgs>(DeviceKind::kCuda, scatter_rows);
+  registry.add<SaveRowsArgs>(DeviceKind::kCuda, save_rows);
 }
 
 }  // namespace flexcore::cuda

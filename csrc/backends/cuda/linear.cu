@@ -4,6 +4,7 @@
 #include "backends/cuda/gemm.h"
 #include "backends/cuda/kernels/elementwise.cuh"
 #include "backends/cuda/kernels/pack.cuh"
+#include "backends/cuda/scratch.h"
 #include "backends/cuda/views.h"
 #include "ops/linear.h"
 #include "ops/rows.h"
@@ -66,9 +67,10 @@ void linear_backward(OpContext& context, const LinearBackwardArgs& args) {
   }
 }
 
+constexpr std::int64_t kPartBytes = std::int64_t{16} << 20;
+
 // The source is the host's: parts of it pass through scratch and are converted on the device.
 void pack_weight(OpContext& context, const PackWeightArgs& args) {
-  constexpr std::int64_t kPartBytes = std::int64_t{16} << 20;
   const std::int64_t width = args.source.shape(1);
   const auto element = static_cast<std::int64_t>(dtype_size(args.source.dtype()));
   const std::int64_t rows_at_once = std::max<std::int64_t>(1, kPartBytes / (width * element));
@@ -111,6 +113,12 @@ void embedding(OpContext& context, const EmbeddingArgs& args) {
 }
 
 }  // namespace
+
+std::int64_t linear_scratch(const ScratchShape& s) {
+  const std::int64_t converted = s.rows * (s.widest_input() + s.widest_outputs()) + s.widest_outputs();
+  const std::int64_t packing = kPartBytes + 4 * s.widest_input();
+  return std::max(kGemmWorkspaceBytes + converted * static_cast<std::int64_t>(sizeof(float)), packing);
+}
 
 void register_linear(OpRegistry& registry) {
   registry.add<LinearArgs>(DeviceKind::kCuda, linear);

@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "backends/cuda/lora_plan.h"
+#include "backends/cuda/scratch.h"
 #include "backends/cuda/views.h"
 
 namespace flexcore::cuda {
@@ -57,6 +58,17 @@ bool packs_of(const LoraPart& part) {
 }
 
 }  // namespace
+
+std::int64_t lora_scratch(const ScratchShape& s, bool backward) {
+  constexpr std::int64_t kMembers = 3, kFloat = sizeof(float);
+  const std::int64_t u = kMembers * s.rows * divide_up(s.rank, 4) * 4 * kFloat;
+  // Parts, stacks and tasks: at worst one of each for a few rows of every member and 8 of its ranks.
+  const std::int64_t tables = kMembers * s.rows * (divide_up(s.rank, kNarrowStack) + 4) * 256;
+  if (!backward) return u * kMostVectorSplits + tables;
+  const std::int64_t contributions = divide_up(s.rows, kLeastChunkRows) + 1;
+  return u * 2 * kMostSplits + tables +
+         contributions * s.rank * (kMembers * s.widest_input() + s.widest_outputs()) * kFloat;
+}
 
 void LoraPlanner::add_piece(const LoraSegment& segment, std::size_t member, std::int64_t out_features, bool vectors) {
   if (segment.begin == segment.end || out_features == 0) return;

@@ -44,6 +44,7 @@ void Recording::capture(const std::function<void()>& work) {
 }
 
 Recording::~Recording() {
+  cudaDeviceSynchronize();  // a replay may be running
   if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
   if (copied_ != nullptr) cudaEventDestroy(copied_);
 }
@@ -74,6 +75,12 @@ DeviceTables Recording::keep(const HostTables& tables, std::function<bool(const 
   }
   kept_.push_back({room, chunks_.empty() ? 0 : chunks_.size() - 1, offset, std::move(refill)});
   return room;
+}
+
+std::size_t Recording::bytes() const {
+  std::size_t total = 0;
+  for (const auto& chunk : chunks_) total += chunk.device.bytes() + chunk.image.bytes();
+  return total;
 }
 
 bool Recording::replay() {

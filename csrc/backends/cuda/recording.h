@@ -20,6 +20,7 @@ class Recording final : public RecordedWork, public TableKeeper {
   Recording& operator=(const Recording&) = delete;
 
   bool replay() override;
+  std::size_t bytes() const override;
   DeviceTables keep(const HostTables& tables, std::function<bool(const DeviceTables&, std::byte*)> refill) override;
 
  private:

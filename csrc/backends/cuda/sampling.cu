@@ -7,6 +7,7 @@
 #include "backends/cuda/families.h"
 #include "backends/cuda/kernels/elementwise.cuh"
 #include "backends/cuda/kernels/sampling.cuh"
+#include "backends/cuda/scratch.h"
 #include "backends/cuda/views.h"
 #include "ops/sampling.h"
 
@@ -239,6 +240,16 @@ void sample(OpContext& context, const SampleArgs& args) {
 }
 
 }  // namespace
+
+std::int64_t sampling_scratch(const ScratchShape& s, const DeviceSize& device) {
+  const std::int64_t working = std::min(s.sampled_rows, device.num_multiprocessors);
+  const std::int64_t peaks =
+      2 * (s.sampled_rows + 4 * device.num_multiprocessors) * static_cast<std::int64_t>(sizeof(RowPeak));
+  // A row's lists: its tokens once for each penalty, biases, forbidden tokens; its results.
+  const std::int64_t lists = s.sampled_rows * (static_cast<std::int64_t>(sizeof(SampleRow)) + 8 * s.positions + 8192);
+  const std::int64_t results = s.sampled_rows * (64 + kBins * static_cast<std::int64_t>(sizeof(TokenLogprob)));
+  return working * (s.vocab_size + kPackElements) * 8 + peaks + lists + results;
+}
 
 void register_sampling(OpRegistry& registry) { registry.add<SampleArgs>(DeviceKind::kCuda, sample); }
 

