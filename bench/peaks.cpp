@@ -1,7 +1,5 @@
 #include "peaks.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -89,11 +87,6 @@ Peaks measure_peaks(ThreadPool& threads) {
   peaks.float32_flops = rate(float32_loop());
   peaks.bfloat16_flops = std::max(peaks.float32_flops, rate(bfloat16_loop()));
   return peaks;
-}
-
-double cache_bytes() {
-  const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  return bytes > 0 ? static_cast<double>(bytes) : 32.0 * (1 << 20);
 }
 
 }  // namespace flexcore::bench

@@ -5,12 +5,12 @@
 
 namespace flexcore::bench {
 
-/// What this machine can do at best, measured with the same threads as the cases.
+/// What this machine, or a GPU of it, can do at best, measured with the same threads as the cases.
 struct Peaks {
   double read_bandwidth = 0;  // bytes/s, from memory
   double copy_bandwidth = 0;  // bytes/s, read and written both counted
-  double float32_flops = 0;   // FLOP/s of fused multiply-adds in registers
-  double bfloat16_flops = 0;  // FLOP/s of bfloat16 dot products; without such an instruction, float32's
+  double float32_flops = 0;   // FLOP/s of fused multiply-adds in registers; of a GPU, in a large GEMM
+  double bfloat16_flops = 0;  // FLOP/s of bfloat16 dot products, likewise; without such an instruction, float32's
 
   /// The better of both, field by field: a probe that was disturbed says too little, never too much.
   void take_best(const Peaks& other);
@@ -22,8 +22,5 @@ struct Peaks {
 
 /// About a second.
 Peaks measure_peaks(ThreadPool& threads);
-
-/// Bytes of the last-level cache, 32 MiB when the system does not say.
-double cache_bytes();
 
 }  // namespace flexcore::bench

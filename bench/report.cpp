@@ -89,11 +89,13 @@ Json to_json(const Peaks& peaks) {
                       {"bfloat16_flops", peaks.bfloat16_flops}};
 }
 
-Json machine(int num_threads) {
-  return Json::Object{{"cpu", cpu_name()},
-                      {"isa", cpu::isa_name(cpu::active_isa())},
-                      {"cores", static_cast<std::int64_t>(std::thread::hardware_concurrency())},
-                      {"threads", num_threads}};
+Json machine(int num_threads, const std::string& gpu) {
+  Json::Object out{{"cpu", cpu_name()},
+                   {"isa", cpu::isa_name(cpu::active_isa())},
+                   {"cores", static_cast<std::int64_t>(std::thread::hardware_concurrency())},
+                   {"threads", num_threads}};
+  if (!gpu.empty()) out.emplace_back("gpu", gpu);
+  return out;
 }
 
 }  // namespace flexcore::bench

@@ -35,7 +35,7 @@ class Report : public benchmark::BenchmarkReporter {
 };
 
 Json to_json(const Peaks& peaks);
-/// CPU, instruction set, cores, threads.
-Json machine(int num_threads);
+/// CPU, instruction set, cores, threads; the GPU if its name is given.
+Json machine(int num_threads, const std::string& gpu);
 
 }  // namespace flexcore::bench

@@ -1,5 +1,7 @@
 #include "backends/register.h"
 
+#include <unistd.h>
+
 #include "backends/cpu/scratch.h"
 
 namespace flexcore {
@@ -19,6 +21,12 @@ class HostRuntime final : public DeviceRuntime {
   Allocator& pinned() override { return host_allocator(); }
   void* stream() override { return nullptr; }
   void synchronize(void*) override {}
+  std::shared_ptr<void> borrow() override { return nullptr; }
+  std::string name() const override { return "cpu"; }
+  std::size_t cache_bytes() const override {
+    const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+    return bytes > 0 ? static_cast<std::size_t>(bytes) : std::size_t{32} << 20;
+  }
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 
 #include <functional>
 #include <memory>
+#include <string>
 
 #include "memory/buffer.h"
 #include "ops/registry.h"
@@ -51,6 +52,12 @@ class DeviceRuntime {
   /// Returns when everything that was given to the stream is done. Throws DeviceError for what failed on the way.
   virtual void synchronize(void* stream) = 0;
   void synchronize() { synchronize(stream()); }
+  /// Makes the device the calling thread's own for as long as the result lives. Everything that anybody gave to the
+  /// device before is done then: arrays that others made can be read.
+  virtual std::shared_ptr<void> borrow() = 0;
+  /// As its maker calls it, and the bytes of its last cache before memory.
+  virtual std::string name() const = 0;
+  virtual std::size_t cache_bytes() const = 0;
 };
 
 /// Throws DeviceError when there is no such device, or no such backend in this build.

@@ -8,14 +8,34 @@
 #include "ops/rotary.h"
 #include "ops/sampling.h"
 #include "ops/silu_mul.h"
+#include "ops/transfer.h"
 
 namespace flexcore::ops {
 
-Runtime::Runtime(int num_threads) : impl_(std::make_unique<Impl>(num_threads)) {}
+Runtime::Runtime(int num_threads, Device device) : impl_(std::make_unique<Impl>(num_threads, device)) {}
 Runtime::~Runtime() = default;
 Runtime::Runtime(Runtime&&) noexcept = default;
 Runtime& Runtime::operator=(Runtime&&) noexcept = default;
 int Runtime::num_threads() const { return impl_->threads.size(); }
+Device Runtime::device() const { return impl_->context.device; }
+
+void Runtime::synchronously(const std::function<void()>& body) {
+  const auto borrowed = impl_->device->borrow();
+  try {
+    body();
+  } catch (...) {
+    try {
+      impl_->device->synchronize();  // what was started still uses the caller's arrays
+    } catch (const Error&) {         // the first error is the one to tell
+    }
+    throw;
+  }
+  impl_->device->synchronize();
+}
+
+void Runtime::download(void* host, const void* device, std::size_t bytes) {
+  impl_->device->allocator().download(host, device, bytes);
+}
 
 void rms_norm(Runtime& runtime, const TensorView& x, const TensorView& weight, const TensorView& y, float eps) {
   run_op(runtime, RmsNormArgs{x, weight, y, eps});
@@ -88,11 +108,15 @@ void sample(Runtime& runtime, const TensorView& logits, const Sampling& options,
     rows[i].counter = options.counter + static_cast<std::uint64_t>(i);
   }
   std::vector<SamplingResult> results(count);
-  run_op(runtime, SampleArgs{logits, rows, results});  // the CPU kernel leaves the logits as they are
-  for (std::int64_t i = 0; i < count; ++i) {
-    tokens.as<std::int32_t>()[i] = results[i].token;
-    logprobs.as<float>()[i] = results[i].logprob;
+  run_op(runtime, SampleArgs{logits, rows, results});  // no backend of today changes the logits
+  std::vector<std::int32_t> ids;
+  std::vector<float> values;
+  for (const auto& result : results) {
+    ids.push_back(result.token);
+    values.push_back(result.logprob);
   }
+  run_op(runtime, StageArgs{tokens.data(), ids.data(), tokens.bytes()});
+  run_op(runtime, StageArgs{logprobs.data(), values.data(), logprobs.bytes()});
 }
 
 }  // namespace flexcore::ops

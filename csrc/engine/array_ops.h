@@ -1,5 +1,7 @@
 #pragma once
 
+#include <future>
+
 #include "backends/register.h"
 #include "core/thread_pool.h"
 #include "flexcore/ops.h"
@@ -10,14 +12,21 @@
 namespace flexcore::ops {
 
 struct Runtime::Impl {
-  explicit Impl(int num_threads) : registry(make_op_registry()), threads(num_threads) {
+  // Opening a GPU makes it the thread's current device, which here is the caller's to choose: so in another thread.
+  Impl(int num_threads, Device where)
+      : device(std::async(std::launch::async, open_device, where).get()),
+        registry(make_op_registry()),
+        threads(num_threads) {
     context.registry = &registry;
+    context.device = where;
     context.threads = &threads;
     context.scratch = &scratch;
+    context.stream = device->stream();
   }
+  std::unique_ptr<DeviceRuntime> device;
   OpRegistry registry;
   MemoryLedger ledger;
-  Arena scratch{host_allocator(), ledger};
+  Arena scratch{device->allocator(), ledger};
   ThreadPool threads;
   OpContext context;
 };

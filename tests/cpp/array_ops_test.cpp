@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 #include <string>
@@ -7,29 +8,33 @@
 #include <vector>
 
 #include "flexcore/ops.h"
+#include "op_fixture.h"
 
 // The public C++ form of the array ops, as a program outside sees it. The kernels have tests of their own; the values
 // are held against torch in tests/python/test_ops.py.
 namespace flexcore {
 namespace {
 
-std::vector<float> normal(std::int64_t size, unsigned seed) {
+using test::SharedVector, test::test_device;
+
+SharedVector<float> normal(std::int64_t size, unsigned seed) {
   std::mt19937 rng(seed);
   std::normal_distribution<float> draw;
-  std::vector<float> out(size);
+  SharedVector<float> out(size);
   for (auto& x : out) x = draw(rng);
   return out;
 }
 
-TensorView view(std::vector<float>& data, std::initializer_list<std::int64_t> shape) {
+TensorView view(SharedVector<float>& data, std::initializer_list<std::int64_t> shape) {
   return TensorView(data.data(), DType::kFloat32, shape);
 }
 
 // Rows 0..2 use adapter 1, row 3 none, rows 4..6 adapter 0.
 struct LoraCase {
   static constexpr std::int64_t kTokens = 7, kIn = 20, kOut = 12, kRank = 3;
-  std::vector<float> x = normal(kTokens * kIn, 1), weight = normal(kOut * kIn, 2), a = normal(2 * kRank * kIn, 3),
-                     b = normal(2 * kOut * kRank, 4), scaling = {0.5f, -2.0f};
+  SharedVector<float> x = normal(kTokens * kIn, 1), weight = normal(kOut * kIn, 2), a = normal(2 * kRank * kIn, 3),
+                      b = normal(2 * kOut * kRank, 4);
+  std::vector<float> scaling = {0.5f, -2.0f};
   std::vector<std::int32_t> indptr = {0, 3, 4, 7}, adapter_ids = {1, -1, 0};
   ops::LoraLayer layer = {view(x, {kTokens, kIn}),
                           view(weight, {kOut, kIn}),
@@ -55,24 +60,27 @@ struct LoraCase {
 
 TEST(ArrayOps, LoraForwardOfARaggedBatch) {
   LoraCase c;
-  ops::Runtime runtime(2);
+  ops::Runtime runtime(2, test_device());
   EXPECT_EQ(runtime.num_threads(), 2);
-  std::vector<float> y(c.kTokens * c.kOut, NAN);
-  ops::lora_forward(runtime, c.layer, view(y, {c.kTokens, c.kOut}));
+  EXPECT_EQ(runtime.device(), test_device());
+  SharedVector<float> y(c.kTokens * c.kOut, NAN);
+  runtime.synchronously([&] { ops::lora_forward(runtime, c.layer, view(y, {c.kTokens, c.kOut})); });
   for (std::int64_t i = 0; i < c.kTokens; ++i)
     for (std::int64_t j = 0; j < c.kOut; ++j) EXPECT_NEAR(y[i * c.kOut + j], c.y(i, j), 1e-4);
 }
 
 TEST(ArrayOps, LoraGradientsAddUpOverWindows) {
   LoraCase c;
-  ops::Runtime first(1);
+  ops::Runtime first(1, test_device());
   ops::Runtime runtime = std::move(first);
   auto grad_y = normal(c.kTokens * c.kOut, 5);
-  const auto backward = [&](std::vector<float>& grad_x, std::vector<float>& grad_a, std::vector<float>& grad_b) {
-    ops::lora_backward(runtime, c.layer, view(grad_y, {c.kTokens, c.kOut}), view(grad_x, {c.kTokens, c.kIn}),
-                       view(grad_a, {2, c.kRank, c.kIn}), view(grad_b, {2, c.kOut, c.kRank}));
+  const auto backward = [&](SharedVector<float>& grad_x, SharedVector<float>& grad_a, SharedVector<float>& grad_b) {
+    runtime.synchronously([&] {
+      ops::lora_backward(runtime, c.layer, view(grad_y, {c.kTokens, c.kOut}), view(grad_x, {c.kTokens, c.kIn}),
+                         view(grad_a, {2, c.kRank, c.kIn}), view(grad_b, {2, c.kOut, c.kRank}));
+    });
   };
-  std::vector<float> grad_x(c.x.size(), NAN), grad_a(c.a.size()), grad_b(c.b.size());
+  SharedVector<float> grad_x(c.x.size(), NAN), grad_a(c.a.size()), grad_b(c.b.size());
   backward(grad_x, grad_a, grad_b);
   // The loss sum(grad_y * y) is linear in each entry.
   const auto loss = [&] {
@@ -98,6 +106,43 @@ TEST(ArrayOps, LoraGradientsAddUpOverWindows) {
   for (std::size_t i = 0; i < grad_b.size(); ++i) EXPECT_NEAR(twice_b[i], 2 * grad_b[i], 1e-4);
 }
 
+TEST(ArrayOps, SampledTokensComeBack) {
+  ops::Runtime runtime(1, test_device());
+  auto logits = normal(3 * 40, 6), logprobs = SharedVector<float>(3, NAN);
+  SharedVector<std::int32_t> tokens(3, -1);
+  runtime.synchronously([&] {
+    ops::sample(runtime, view(logits, {3, 40}), {.temperature = 0.0f}, TensorView(tokens.data(), DType::kInt32, {3}),
+                view(logprobs, {3}));
+  });
+  for (std::int64_t row = 0; row < 3; ++row) {
+    const float* begin = logits.data() + 40 * row;
+    EXPECT_EQ(tokens[row], std::max_element(begin, begin + 40) - begin);
+    double total = 0;
+    for (int i = 0; i < 40; ++i) total += std::exp(begin[i]);
+    EXPECT_NEAR(logprobs[row], begin[tokens[row]] - std::log(total), 1e-4);
+  }
+}
+
+// Outputs in memory that only the device reaches.
+TEST(ArrayOps, DownloadsFromTheDevice) {
+  ops::Runtime runtime(1, test_device());
+  MemoryLedger ledger;
+  const Buffer y(test::test_runtime().allocator(), ledger, MemoryTag::kWorkspace, 4 * sizeof(float));
+  auto gate = normal(4, 7), up = SharedVector<float>(4, 2.0f);
+  float got[4] = {};
+  runtime.synchronously([&] {
+    ops::silu_mul(runtime, view(gate, {1, 4}), view(up, {1, 4}), y.view(DType::kFloat32, {1, 4}));
+    runtime.download(got, y.data(), sizeof(got));
+  });
+  for (int i = 0; i < 4; ++i) EXPECT_NEAR(got[i], 2 * gate[i] / (1 + std::exp(-gate[i])), 1e-5);
+}
+
+TEST(ArrayOps, AnErrorComesThrough) {
+  ops::Runtime runtime(1, test_device());
+  EXPECT_THROW(runtime.synchronously([&] { ops::linear(runtime, {}, {}, {}, {}); }), InvalidArgument);
+  EXPECT_THROW(ops::Runtime(1, Device{DeviceKind::kCuda, 99}), Error);
+}
+
 template <class F>
 std::string message_of(F&& f) {
   try {
@@ -110,8 +155,8 @@ std::string message_of(F&& f) {
 
 TEST(ArrayOps, ErrorsNameTheArgument) {
   LoraCase c;
-  ops::Runtime runtime(1);
-  std::vector<float> y(c.kTokens * c.kOut);
+  ops::Runtime runtime(1, test_device());
+  SharedVector<float> y(c.kTokens * c.kOut);
   const auto run = [&] { ops::lora_forward(runtime, c.layer, view(y, {c.kTokens, c.kOut})); };
   c.indptr = {0, 3, 4, 8};
   EXPECT_EQ(message_of(run), "lora_forward: indptr goes from 0 to 8, wanted from 0 to 7");

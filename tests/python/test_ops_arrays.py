@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import inspect
 import multiprocessing
 import re
@@ -148,20 +149,77 @@ def test_jax() -> None:
 
 
 class OnCuda:
-    shape = (3, 8)
+    """Says that it is on a GPU. With a pointer, so does what it exports: enough for refusals, which read nothing."""
 
-    def __dlpack__(self, **options: Any) -> Any:
-        raise RuntimeError("no such device here")
+    def __init__(self, array: np.ndarray | None = None, index: int = 0, device_type: int = 2) -> None:
+        self.array, self.index, self.device_type = array, index, device_type
+        self.shape = (3, 8) if array is None else array.shape
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return (2, 0)
+        return (self.device_type, self.index)
+
+    def __dlpack__(self, **options: Any) -> Any:
+        if self.array is None:
+            raise RuntimeError("no such device here")
+        ndim = self.array.ndim
+        self.sizes = (ctypes.c_int64 * ndim)(*self.array.shape)
+        self.managed = ManagedTensor(
+            self.array.ctypes.data, self.device_type, self.index, ndim, 2, 32, 1, self.sizes, None, 0, None, None
+        )
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        return new(ctypes.addressof(self.managed), b"dltensor", None)
 
 
-def test_another_device_is_unsupported() -> None:
+class ManagedTensor(ctypes.Structure):
+    """DLManagedTensor of float32 (dlpack.h)."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+        ("manager_ctx", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    )
+
+
+def test_what_cannot_be_shared_is_unsupported() -> None:
     weight = randn(5, 8)
-    for call in (lambda: fc.ops.linear(OnCuda(), weight), lambda: fc.ops.rms_norm(weight, OnCuda())):
-        with pytest.raises(fc.Unsupported, match=r"(linear: x|rms_norm: weight) is not in the CPU's memory"):
-            call()
+    with pytest.raises(fc.Unsupported, match="rms_norm: weight is on a device that does not share its memory, wanted"):
+        fc.ops.rms_norm(weight, OnCuda())
+    with pytest.raises(fc.Unsupported, match="an output beside OnCuda on a GPU, wanted arrays of torch or cupy"):
+        fc.ops.linear(OnCuda(), weight)
+    with pytest.raises(fc.Unsupported, match="rms_norm: weight is on DLPack device 10, wanted the CPU or a CUDA GPU"):
+        fc.ops.rms_norm(weight, OnCuda(randn(8), device_type=10))
+
+
+def test_arrays_of_a_call_are_on_one_device() -> None:
+    weight = randn(8)
+    with pytest.raises(fc.InvalidArgument, match=r"rms_norm: weight is on cuda:1, x on cpu, wanted both on one device"):
+        fc.ops.rms_norm(randn(3, 8), OnCuda(weight, 1))
+    state = [OnCuda(randn(4)) for _ in range(4)]
+    with pytest.raises(fc.InvalidArgument, match=r"adamw: grad is on cpu, param on cuda:0, wanted both on one device"):
+        fc.ops.adamw_(state[0], randn(4), state[2], state[3], 1)
+    for device_type in (2, 13):  # managed memory too
+        with pytest.raises(fc.InvalidArgument, match=r"exp_avg is on cuda:3, param on cuda:0"):
+            fc.ops.adamw_(state[0], state[1], OnCuda(weight, 3, device_type), state[3], 1)
+
+
+def test_page_locked_memory_is_the_cpus() -> None:
+    x, weight = randn(3, 8), randn(8)
+    np.testing.assert_array_equal(fc.ops.rms_norm(x, OnCuda(weight, device_type=3)), fc.ops.rms_norm(x, weight))
+
+
+def test_a_gpu_that_is_not_there_is_a_device_error() -> None:
+    with pytest.raises(fc.DeviceError, match="cuda"):
+        fc.ops.adamw_(*(OnCuda(randn(4), index=99) for _ in range(4)), 1)
 
 
 X, W, A, B = randn(6, 8), randn(5, 8), randn(2, 3, 8), randn(2, 5, 3)

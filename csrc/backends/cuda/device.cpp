@@ -12,6 +12,21 @@ namespace cuda {
 
 namespace {
 
+/// The thread's device, until it is the one before again.
+class CurrentDevice {
+ public:
+  explicit CurrentDevice(int index) {
+    require_cuda(cudaGetDevice(&before_), "cudaGetDevice");
+    require_cuda(cudaSetDevice(index), "cudaSetDevice");
+  }
+  ~CurrentDevice() { cudaSetDevice(before_); }
+  CurrentDevice(const CurrentDevice&) = delete;
+  CurrentDevice& operator=(const CurrentDevice&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
 class Runtime final : public DeviceRuntime {
  public:
   explicit Runtime(int index)
@@ -30,6 +45,17 @@ class Runtime final : public DeviceRuntime {
   void synchronize(void* stream) override {
     require_cuda(cudaStreamSynchronize(static_cast<Stream*>(stream)->handle), "a kernel or copy before");
   }
+  std::shared_ptr<void> borrow() override {
+    auto current = std::make_shared<CurrentDevice>(index_);
+    require_cuda(cudaDeviceSynchronize(), "a kernel or copy before");
+    return current;
+  }
+  std::string name() const override {
+    cudaDeviceProp properties;
+    require_cuda(cudaGetDeviceProperties(&properties, index_), "cudaGetDeviceProperties");
+    return properties.name;
+  }
+  std::size_t cache_bytes() const override { return stream_.l2_bytes; }
 
  private:
   int index_;

@@ -10,8 +10,8 @@ void kv_write(const Object& k_, const Object& v_, const Object& k_pages, const O
   Call call("kv_write");
   const auto k = call.read(k_, "k"), v = call.read(v_, "v");
   const ops::PagedKv kv{call.write(k_pages, "k_pages"), call.write(v_pages, "v_pages"),
-                        call.read(block_tables, "block_tables"), call.read(indptr, "indptr"),
-                        call.read(positions, "positions")};
+                        call.read_on_host(block_tables, "block_tables"), call.read_on_host(indptr, "indptr"),
+                        call.read_on_host(positions, "positions")};
   call.run([&](auto& runtime) { ops::kv_write(runtime, k, v, kv); });
 }
 
@@ -21,8 +21,8 @@ void attention(const Object& q_, const Object& k_pages, const Object& v_pages, c
   Call call("attention");
   const auto q = call.read(q_, "q");
   const ops::PagedKv kv{call.read(k_pages, "k_pages"), call.read(v_pages, "v_pages"),
-                        call.read(block_tables, "block_tables"), call.read(indptr, "indptr"),
-                        call.read(positions, "positions")};
+                        call.read_on_host(block_tables, "block_tables"), call.read_on_host(indptr, "indptr"),
+                        call.read_on_host(positions, "positions")};
   const auto scale = static_cast<float>(call.number(scale_, "scale"));
   const auto sliding_window = call.integer(sliding_window_, "sliding_window");
   const auto y = call.write(y_, "y"), lse = call.write(lse_, "lse");
@@ -41,7 +41,7 @@ void attention_backward_window(const Object& grad_y, const Object& q, const Obje
                                     .lse = call.read(lse, "lse"),
                                     .k_pages = call.read(k_pages, "k_pages"),
                                     .v_pages = call.read(v_pages, "v_pages"),
-                                    .block_table = call.read(block_table, "block_table"),
+                                    .block_table = call.read_on_host(block_table, "block_table"),
                                     .position = call.integer(position, "position"),
                                     .scale = static_cast<float>(call.number(scale, "scale")),
                                     .sliding_window = call.integer(sliding_window, "sliding_window")};

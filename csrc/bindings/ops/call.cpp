@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <unistd.h>
 
+#include <map>
 #include <memory>
 #include <optional>
 
@@ -77,11 +78,24 @@ nb::object exportable(nb::handle array) {
   }
 }
 
-constexpr const char* kOnlyCpu = ", wanted the CPU's: the array ops of this build know no other";
+constexpr const char* kWanted = ", wanted the CPU or a CUDA GPU";
+
+std::string name_of(Device device) {
+  return device.kind == DeviceKind::kCpu ? "cpu" : "cuda:" + std::to_string(device.index);
+}
+
+/// Page-locked memory is the host's too.
+std::optional<Device> to_device(int type, int index) {
+  if (type == nb::device::cpu::value || type == nb::device::cuda_host::value) return Device{};
+  if (type == nb::device::cuda::value || type == nb::device::cuda_managed::value)
+    return Device{DeviceKind::kCuda, index};
+  return std::nullopt;
+}
 
 struct Shared {
   std::mutex mutex;
-  std::unique_ptr<ops::Runtime> runtime;
+  std::unique_ptr<ops::Runtime> cpu;
+  std::map<int, std::unique_ptr<ops::Runtime>> gpus;
   pid_t process = 0;
 };
 // Never destroyed: a daemon thread may still be inside an op when the process ends.
@@ -94,35 +108,39 @@ Shared& shared() {
 
 std::mutex& Call::runtime_mutex() { return shared().mutex; }
 
-ops::Runtime& Call::shared_runtime() {
+ops::Runtime& Call::shared_runtime(Device device) {
   auto& state = shared();
   if (state.process != getpid()) {
-    static_cast<void>(state.runtime.release());  // the threads stayed in the process that this one was forked from
+    // The threads stayed in the process that this one was forked from.
+    static_cast<void>(state.cpu.release());
+    for (auto& [index, runtime] : state.gpus) static_cast<void>(runtime.release());
+    state.gpus.clear();
     state.process = getpid();
   }
-  if (!state.runtime) state.runtime = std::make_unique<ops::Runtime>();
-  return *state.runtime;
+  auto& runtime = device.kind == DeviceKind::kCpu ? state.cpu : state.gpus[device.index];
+  if (!runtime) runtime = std::make_unique<ops::Runtime>(device.kind == DeviceKind::kCpu ? 0 : 1, device);
+  return *runtime;
 }
 
 void set_num_threads(int num_threads) {
   auto runtime = std::make_unique<ops::Runtime>(num_threads);
   const std::lock_guard lock(Call::runtime_mutex());
-  Call::shared_runtime();
-  shared().runtime.swap(runtime);
+  Call::shared_runtime({});
+  shared().cpu.swap(runtime);
 }
 
 int num_threads() {
   const std::lock_guard lock(Call::runtime_mutex());
-  return Call::shared_runtime().num_threads();
+  return Call::shared_runtime({}).num_threads();
 }
 
 void Call::refuse(nb::handle got, const char* name, const char* wanted) const {
   throw InvalidArgument(label(name) + " is " + text_of(got) + " (" + class_name(got) + "), wanted " + wanted);
 }
 
-TensorView Call::view(Array array, bool as_bfloat16, const char* name) {
-  if (array.device_type() != nb::device::cpu::value)
-    throw Unsupported(label(name) + " is on DLPack device " + std::to_string(array.device_type()) + kOnlyCpu);
+Call::Placed Call::place(Array array, bool as_bfloat16, const char* name) {
+  const auto device = to_device(array.device_type(), array.device_id());
+  if (!device) throw Unsupported(label(name) + " is on DLPack device " + std::to_string(array.device_type()) + kWanted);
   const int ndim = static_cast<int>(array.ndim());
   if (ndim < 1 || ndim > TensorView::kMaxDims)
     throw InvalidArgument(label(name) + " has " + std::to_string(ndim) + " dimensions, wanted 1 to 4");
@@ -140,21 +158,63 @@ TensorView Call::view(Array array, bool as_bfloat16, const char* name) {
   if (out.size() > 0)  // numpy's strides of an array without elements are all 0
     for (int i = 0; i < ndim; ++i) out.set_stride(i, array.stride(i));
   arrays_.push_back(std::move(array));
+  return {out, *device};
+}
+
+TensorView Call::beside_others(const Placed& placed, const char* name) {
+  if (first_ == nullptr) {
+    device_ = placed.device;
+    first_ = name;
+  }
+  if (placed.device != device_)
+    throw InvalidArgument(label(name) + " is on " + name_of(placed.device) + ", " + first_ + " on " + name_of(device_) +
+                          ", wanted both on one device");
+  return placed.view;
+}
+
+Call::Placed Call::import(nb::handle array, const char* name) {
+  if (Array in; nb::try_cast(exportable(array), in, false)) return place(std::move(in), false, name);
+  if (is_numpy_bfloat16(array)) return place(nb::cast<Array>(array.attr("view")("uint16"), false), true, name);
+  if (is_elsewhere(array)) throw Unsupported(label(name) + " is on a device that does not share its memory" + kWanted);
+  refuse(array, name, "an array with __dlpack__ (numpy, torch, ...)");
+}
+
+TensorView Call::read(nb::handle array, const char* name) { return beside_others(import(array, name), name); }
+
+TensorView Call::read_on_host(nb::handle array, const char* name) {
+  const Placed placed = import(array, name);
+  TensorView view = placed.view;
+  // With more dimensions it is nothing that an op reads: its shape is refused.
+  if (placed.device.kind == DeviceKind::kCpu || view.size() == 0 || view.ndim() > 2) return view;
+  std::int64_t span = 1;  // elements from the first to behind the last
+  for (int i = 0; i < view.ndim(); ++i) {
+    if (view.stride(i) < 0) throw InvalidArgument(label(name) + " has a negative stride");
+    span += (view.shape(i) - 1) * view.stride(i);
+  }
+  auto& copy = host_copies_.emplace_back(static_cast<std::size_t>(span) * dtype_size(view.dtype()));
+  {
+    const nb::gil_scoped_release released;
+    const std::lock_guard lock(runtime_mutex());
+    ops::Runtime& runtime = shared_runtime(placed.device);
+    runtime.synchronously([&] { runtime.download(copy.data(), view.data(), copy.size()); });
+  }
+  TensorView out = view.ndim() == 1 ? TensorView(copy.data(), view.dtype(), {view.shape(0)})
+                                    : TensorView(copy.data(), view.dtype(), {view.shape(0), view.shape(1)});
+  for (int i = 0; i < out.ndim(); ++i) out.set_stride(i, view.stride(i));
   return out;
 }
 
-TensorView Call::read(nb::handle array, const char* name) {
-  if (Array in; nb::try_cast(exportable(array), in, false)) return view(std::move(in), false, name);
-  if (is_numpy_bfloat16(array)) return view(nb::cast<Array>(array.attr("view")("uint16"), false), true, name);
-  if (is_elsewhere(array)) throw Unsupported(label(name) + " is not in the CPU's memory" + kOnlyCpu);
-  refuse(array, name, "an array with __dlpack__ (numpy, torch, ...)");
+TensorView Call::read_on_host_optional(nb::handle array, const char* name) {
+  return array.is_none() ? TensorView() : read_on_host(array, name);
 }
 
 TensorView Call::write(nb::handle array, const char* name) {
   using Writable = nb::ndarray<>;
-  if (Writable out; nb::try_cast(exportable(array), out, false)) return view(Array(out), false, name);
+  if (Writable out; nb::try_cast(exportable(array), out, false))
+    return beside_others(place(Array(out), false, name), name);
   if (is_numpy_bfloat16(array))
-    if (Writable out; nb::try_cast(array.attr("view")("uint16"), out, false)) return view(Array(out), true, name);
+    if (Writable out; nb::try_cast(array.attr("view")("uint16"), out, false))
+      return beside_others(place(Array(out), true, name), name);
   read(array, name);  // names what else may be wrong with it
   throw InvalidArgument(label(name) + " is read-only, wanted an array to write to");
 }

@@ -31,13 +31,13 @@ struct LoraArguments {
       scaling = static_cast<float>(call.number(scaling_, "scaling"));
       layer.scaling = {&scaling, 1};
     } else {
-      const TensorView values = call.read(scaling_, "scaling");
+      const TensorView values = call.read_on_host(scaling_, "scaling");
       if (values.ndim() != 1 || values.dtype() != DType::kFloat32 || !values.contiguous())
         call.refuse(scaling_, "scaling", "a number or contiguous float32 [num_adapters]");
       layer.scaling = {values.as<const float>(), static_cast<std::size_t>(values.shape(0))};
     }
-    layer.indptr = call.read_optional(indptr, "indptr");
-    layer.adapter_ids = call.read_optional(adapter_ids, "adapter_ids");
+    layer.indptr = call.read_on_host_optional(indptr, "indptr");
+    layer.adapter_ids = call.read_on_host_optional(adapter_ids, "adapter_ids");
   }
   LoraArguments(const LoraArguments&) = delete;
   LoraArguments& operator=(const LoraArguments&) = delete;

@@ -1,14 +1,17 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <span>
 
 #include "flexcore/error.h"
 #include "flexcore/tensor.h"
 
-/// The engine's kernels on arrays that the caller owns, in the CPU's memory. Nothing is copied; outputs are the
-/// caller's too.
+/// The engine's kernels on arrays that the caller owns, in the memory of the runtime's device. Nothing is copied;
+/// outputs are the caller's too. Arrays that say how others are laid out are in the host's memory: scaling, indptr,
+/// adapter_ids, block_tables, and the positions of sequences.
 ///
 /// Shapes stand beside the arguments. "float" is float32 or bfloat16, each array its own, unless told otherwise;
 /// sums are float32 everywhere. The elements of a row lie side by side; rows may have gaps except where "contiguous" is
@@ -19,14 +22,24 @@
 /// then. Results do not depend on the number of threads, and a row's result does not depend on the other rows.
 namespace flexcore::ops {
 
-/// Threads and scratch memory for calls. One thread at a time may use it.
+/// A device with threads and scratch memory for calls. One thread at a time may use it.
+///
+/// On a GPU, calls go to a stream of the runtime's own and may return before they are done; the GPU must be the calling
+/// thread's current one, and what others write must be complete. `synchronously` sees to all of that.
 class Runtime {
  public:
-  explicit Runtime(int num_threads = 0);  // 0: every core this process may use
+  /// num_threads 0: every core this process may use. Throws DeviceError when there is no such device.
+  explicit Runtime(int num_threads = 0, Device device = {});
   ~Runtime();
   Runtime(Runtime&&) noexcept;
   Runtime& operator=(Runtime&&) noexcept;
   int num_threads() const;
+  Device device() const;
+  /// Waits for everything that was given to the device before, then calls body() with the device as the thread's own,
+  /// and waits for its results.
+  void synchronously(const std::function<void()>& body);
+  /// Copies bytes of the device's memory to the host, after the calls before.
+  void download(void* host, const void* device, std::size_t bytes);
   struct Impl;
   Impl& impl() { return *impl_; }
 
@@ -52,10 +65,10 @@ struct LoraLayer {
   TensorView lora_a;  // [rank, in_features], or [num_adapters, rank, in_features]; float32, contiguous; rank 1..256
   TensorView lora_b;  // [out_features, rank], or [num_adapters, out_features, rank]; float32, contiguous
   std::span<const float> scaling;  // [num_adapters], or one for all of them: alpha / rank
-  /// [num_segments + 1] int32, from 0 to num_tokens; not given: one segment. Segment i is rows [indptr[i],
-  /// indptr[i+1]).
+  /// [num_segments + 1] int32 of the host, from 0 to num_tokens; not given: one segment. Segment i is rows
+  /// [indptr[i], indptr[i+1]).
   TensorView indptr;
-  TensorView adapter_ids;  // [num_segments] int32, -1: no adapter; not given: segment i has adapter i
+  TensorView adapter_ids;  // [num_segments] int32 of the host, -1: no adapter; not given: segment i has adapter i
 };
 
 /// y = x W^T + scaling * (x A^T) B^T, each row with its segment's adapter (Hu et al., arXiv 2106.09685). The rank-r
@@ -113,7 +126,7 @@ struct PagedKv {
   TensorView v_pages;       // like k_pages, dtype too. head_dim: a multiple of 8 up to 256
   TensorView block_tables;  // [num_seqs, max_blocks] int32: page of each block of the sequence; unused entries are free
   TensorView indptr;        // [num_seqs + 1] int32, from 0 to num_tokens
-  TensorView positions;     // [num_seqs] int32: position of the sequence's first row
+  TensorView positions;     // [num_seqs] int32: position of the sequence's first row; all three in the host's memory
 };
 
 /// Stores the batch's keys and values in their pages.
@@ -139,7 +152,7 @@ struct AttentionWindow {
   TensorView lse;          // [num_tokens, num_heads] float32, forward's
   TensorView k_pages;      // as in PagedKv
   TensorView v_pages;      // as in PagedKv
-  TensorView block_table;  // [max_blocks] int32, contiguous
+  TensorView block_table;  // [max_blocks] int32 of the host, contiguous
   std::int64_t position = 0;
   float scale = 1.0f;
   std::int64_t sliding_window = 0;

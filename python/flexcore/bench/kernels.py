@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_binary(binary: Path, args: argparse.Namespace) -> int:
-    command = [str(binary), "--filter", args.filter, "--threads", str(args.num_threads)]
+    command = [str(binary), "--device", args.device, "--filter", args.filter, "--threads", str(args.num_threads)]
     command += ["--quick"] if args.quick else []
     if args.json == "-":
         return subprocess.run([*command, "--json", "-"], check=False).returncode

@@ -7,6 +7,10 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from flexcore._core import Unsupported
+
+_GPU = (2, 13)  # DLPack's numbers of CUDA memory, plain and managed
+
 
 class Array(Protocol):
     """Anything that shares its memory through DLPack: numpy, torch, jax, cupy, ..."""
@@ -35,11 +39,30 @@ def _torch(array: Any) -> Any:
     return torch if torch is not None and isinstance(array, torch.Tensor) else None
 
 
+def _cupy(array: Any) -> Any:
+    cupy = sys.modules.get("cupy")
+    return cupy if cupy is not None and isinstance(array, cupy.ndarray) else None
+
+
+def _on_gpu(array: Any) -> bool:
+    try:
+        return int(array.__dlpack_device__()[0]) in _GPU
+    except Exception:  # no such method, or it fails: the compiled module says what is wrong
+        return False
+
+
 def empty(like: Any, *shape: int, dtype: str | None = None) -> Any:
-    """Memory for an output: a torch tensor for a torch tensor, else a numpy array. `dtype` None: that of `like`."""
+    """Memory for an output, on the device of `like`: a torch tensor for one, cupy's for its own, else a numpy array.
+    `dtype` None: that of `like`."""
     torch = _torch(like)
     if torch is not None:
         return like.new_empty(shape, dtype=like.dtype if dtype is None else getattr(torch, dtype), requires_grad=False)
+    cupy = _cupy(like)
+    if cupy is not None:
+        with like.device:
+            return cupy.empty(shape, like.dtype if dtype is None else dtype)
+    if not isinstance(like, np.ndarray) and _on_gpu(like):
+        raise Unsupported(f"an output beside {type(like).__name__} on a GPU, wanted arrays of torch or cupy there")
     if dtype is None:
         own = getattr(like, "dtype", None)
         return np.empty(shape, own if isinstance(own, np.dtype) else "float32")  # jax's dtypes are numpy's
@@ -54,7 +77,7 @@ def zeros(like: Any, *shape: int, dtype: str) -> Any:
 
 def give(like: Any, out: Any) -> Any:
     """An output made by `empty` as an array of the framework of `like`, over the same memory."""
-    if isinstance(like, np.ndarray) or _torch(like) is not None or not hasattr(like, "__array_namespace__"):
+    if isinstance(like, np.ndarray) or _torch(like) or _cupy(like) or not hasattr(like, "__array_namespace__"):
         return out
     namespace = like.__array_namespace__()
     # numpy does not export its bfloat16.

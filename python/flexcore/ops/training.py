@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-import numpy as np
+from typing import Any, cast
 
 from flexcore import _ops
 from flexcore.ops._arrays import A, Array, dim, empty, give, shape_of
@@ -29,7 +27,10 @@ def linear_cross_entropy(
     rows = dim(hidden, 0)
     loss = empty(hidden, rows, dtype="float32")
     grad_hidden = None if grad_scale is None else empty(hidden, *shape_of(hidden))
-    scales: Array | None = np.full(rows, grad_scale, np.float32) if isinstance(grad_scale, (int, float)) else grad_scale
+    scales: Any = grad_scale
+    if isinstance(grad_scale, (int, float)):
+        scales = empty(hidden, rows, dtype="float32")
+        scales[...] = grad_scale
     _ops.linear_cross_entropy(hidden, weight, labels, scales, loss, grad_hidden)
     return cast(A, give(hidden, loss)), None if grad_hidden is None else cast(A, give(hidden, grad_hidden))
 

@@ -32,7 +32,8 @@ struct Noise {
   }
 };
 
-/// Where arrays lie: the host's memory, unless a device's kernels need another that the host reaches too.
+/// Where arrays lie: the host's memory, memory that host and device both reach (then results can be checked), or the
+/// device's own (then they can only be timed).
 inline Allocator*& array_allocator() {
   static Allocator* allocator = &host_allocator();
   return allocator;
@@ -59,11 +60,13 @@ class Array {
   static constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
  private:
-  Array(std::initializer_list<std::int64_t> shape, DType dtype) {
+  friend class Integers;
+  friend class PackedNoise;
+
+  Array(std::initializer_list<std::int64_t> shape, DType dtype, Allocator& allocator = *array_allocator()) {
     std::int64_t count = 1;
     for (const auto extent : shape) count *= extent;
-    buffer_ = Buffer(*array_allocator(), ledger(), MemoryTag::kWorkspace,
-                     static_cast<std::size_t>(count) * dtype_size(dtype));
+    buffer_ = Buffer(allocator, ledger(), MemoryTag::kWorkspace, static_cast<std::size_t>(count) * dtype_size(dtype));
     view_ = buffer_.view(dtype, shape);
   }
   static MemoryLedger& ledger() {
@@ -73,10 +76,14 @@ class Array {
   template <class F>
   void fill(F&& value) {
     const std::int64_t count = view_.size();
+    const bool elsewhere = buffer_.allocator().device().kind != DeviceKind::kCpu;
+    const Buffer made = elsewhere ? Buffer(host_allocator(), ledger(), MemoryTag::kWorkspace, view_.bytes()) : Buffer();
+    std::byte* const to = elsewhere ? made.data() : buffer_.data();
     if (view_.dtype() == DType::kBFloat16)
-      for (std::int64_t i = 0; i < count; ++i) view_.as<bfloat16>()[i] = to_bfloat16(value(i));
+      for (std::int64_t i = 0; i < count; ++i) reinterpret_cast<bfloat16*>(to)[i] = to_bfloat16(value(i));
     else
-      for (std::int64_t i = 0; i < count; ++i) view_.as<float>()[i] = value(i);
+      for (std::int64_t i = 0; i < count; ++i) reinterpret_cast<float*>(to)[i] = value(i);
+    if (elsewhere) buffer_.allocator().upload(buffer_.data(), to, view_.bytes());
   }
 
   Buffer buffer_;
@@ -87,8 +94,8 @@ class Array {
 class Integers {
  public:
   explicit Integers(const std::vector<std::int32_t>& values)
-      : bytes_(DType::kFloat32, {static_cast<std::int64_t>(values.size())}) {
-    std::copy(values.begin(), values.end(), view().as<std::int32_t>());
+      : bytes_({static_cast<std::int64_t>(values.size())}, DType::kFloat32) {
+    bytes_.buffer_.allocator().upload(view().data(), values.data(), view().bytes());
   }
   TensorView view() const { return TensorView(bytes_.view().data(), DType::kInt32, {bytes_.size()}); }
 
@@ -101,7 +108,8 @@ class PackedNoise {
  public:
   PackedNoise(OpContext& context, DType dtype, std::int64_t out_features, std::int64_t in_features, std::uint64_t seed)
       : noise{seed, 1.0f / std::sqrt(static_cast<float>(in_features))} {
-    const Array source(dtype, {out_features, in_features}, noise);
+    Array source({out_features, in_features}, dtype, host_allocator());
+    source.fill(noise);
     std::size_t size = 0;
     run(context, PackedWeightBytesArgs{out_features, in_features, dtype, &size});
     bytes_ = Array(DType::kFloat32, {static_cast<std::int64_t>((size + 3) / 4)}, 0.0f);

@@ -109,25 +109,28 @@ struct Rotary {
       : x(kBF16, {rows, heads, dim}, Noise{1}),
         y(kBF16, {rows, heads, dim}),
         cos(kF32, {rows, dim / 2}, Noise{2, 0.5f}),
-        sin(kF32, {rows, dim / 2}, Noise{3, 0.5f}) {
-    for (std::int64_t i = 0; i < rows; ++i) positions.push_back(static_cast<std::int32_t>(rows - 1 - i));
+        sin(kF32, {rows, dim / 2}, Noise{3, 0.5f}),
+        positions(backwards(rows)) {}
+  static std::vector<std::int32_t> backwards(std::int64_t rows) {
+    std::vector<std::int32_t> all;
+    for (std::int64_t i = 0; i < rows; ++i) all.push_back(static_cast<std::int32_t>(rows - 1 - i));
+    return all;
   }
   void run(OpContext& context) {
-    const TensorView index(positions.data(), DType::kInt32, {static_cast<std::int64_t>(positions.size())});
-    flexcore::run(context, RotaryArgs{x.view(), y.view(), index, cos.view(), sin.view()});
+    flexcore::run(context, RotaryArgs{x.view(), y.view(), positions.view(), cos.view(), sin.view()});
   }
   Accuracy check() const {
     Accuracy accuracy{.allowed = epsilon(kBF16)};
     const std::int64_t dim = x.view().shape(2), half = dim / 2;
     sample(x.size(), 200, [&](std::int64_t i) {
-      const std::int64_t d = i % dim, position = positions[static_cast<std::size_t>(i / (dim * x.view().shape(1)))];
+      const std::int64_t d = i % dim, row = i / (dim * x.view().shape(1)), position = x.view().shape(0) - 1 - row;
       const double c = cos.at(position, d % half), s = sin.at(position, d % half);
       accuracy.see(y[i], d < half ? x[i] * c - x[i + half] * s : x[i] * c + x[i - half] * s);
     });
     return accuracy;
   }
   Array x, y, cos, sin;
-  std::vector<std::int32_t> positions;
+  Integers positions;
 };
 
 // Too few operations a byte for anything but bandwidth to matter: no FLOPs are counted.
