@@ -4,7 +4,8 @@
 #   bench/gpu.sh              every stage; a failed one does not stop the next. Exit status 1 if any failed
 #   bench/gpu.sh --dry-run    the stages, their limits and what they would run with
 # STAGES="build cpp" chooses stages, MODELS="llama-3.2-1b llama-3.1-8b" shapes of random models, BUDGET seconds in all
-# (570; more for a slow machine), ARCH CUDA architectures, PYTHON the interpreter. The numbers go to $OUT/gpu.json ($OUT: bench/results), logs beside them.
+# (570; more for a slow machine), ARCH CUDA architectures, PYTHON the interpreter. What was found goes to $OUT/gpu.json, the
+# end of the logs to $OUT/gpu.log ($OUT: bench/results).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 root=$PWD
@@ -30,9 +31,7 @@ suites=(RmsNorm Rotary SiluMul Rows Elementwise KvWrite AdamW Sgd SumSquares Opt
 wheels=(gguf jinja2 markupsafe rich markdown-it-py mdurl pygments tokenizers safetensors pytest pluggy iniconfig packaging
         hypothesis sortedcontainers pyyaml tqdm scikit-build-core pathspec pybind11 nanobind ninja pytest-xdist execnet)
 
-for folder in /usr/local/cuda/bin; do
-  if [ -d "$folder" ]; then PATH=$PATH:$folder; fi
-done
+PATH=$PATH:/usr/local/cuda/bin
 export PATH PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # The interpreter's own cmake and ninja, if it has them.
 PATH=$(dirname "$(command -v "$PYTHON")"):$PATH
@@ -64,7 +63,7 @@ pack() {
   mkdir -p "$travel/debs" "$travel/wheels"
   (cd "$travel/debs" && apt-get -q download libgtest-dev libbenchmark-dev libbenchmark1debian 2>&1 | grep -v '^W: Download')
   for deb in "$travel"/debs/*.deb; do dpkg -x "$deb" "$travel"; done
-  rm -rf "$travel/debs" "$travel/usr/share" "$travel/usr/src"
+  rm -rf "${travel:?}"/{debs,usr/share,usr/src}
   # pip matches the platform's number exactly, so every usual one is named.
   platforms=()
   for number in 17 27 28 34; do platforms+=(--platform "manylinux_2_${number}_x86_64"); done
@@ -160,17 +159,22 @@ stage_model() {
   for model in $MODELS; do "$PYTHON" bench/random_model.py "$model" "$work/models/$model" || return 1; done
 }
 
-bench() {  # bench VERB OPTION...: for every model
-  local model status=0
+bench() {  # bench NAME VERB OPTION...: for every model
+  local name=$1 model status=0
+  shift
   for model in $MODELS; do
-    echo "$1, $model"
-    "$PYTHON" -m flexcore bench "$@" --model "$work/models/$model" --device cuda --json "$results/$1-$model.json" || status=1
+    echo "$name, $model"
+    "$PYTHON" -m flexcore bench "$@" --model "$work/models/$model" --device cuda --max-num-batched-tokens 2048 \
+      --json "$results/$name-$model.json" || status=1
   done
   return $status
 }
-stage_latency() { bench latency --input-len 128 1024 --batch-size 1 16 64 --num-iters 3 --max-num-batched-tokens 2048; }
-stage_throughput() { bench throughput --num-prompts 128 --train-steps 8 --max-num-batched-tokens 2048; }
-stage_coserve() { bench coserve --seconds 6 --max-num-batched-tokens 2048; }
+stage_latency() {
+  bench latency latency --input-len 128 1024 --batch-size 1 16 64 --num-iters 3 &&
+    bench latency-eager latency --input-len 128 --batch-size 1 16 64 --num-iters 3 --enforce-eager
+}
+stage_throughput() { bench throughput throughput --num-prompts 128 --train-steps 8; }
+stage_coserve() { bench coserve coserve --seconds 6; }
 
 run_stage() {  # run_stage NAME SECONDS: in a process of its own, so that it can be stopped
   local name=$1 seconds=$2 begin=$SECONDS status outcome
