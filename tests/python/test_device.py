@@ -36,14 +36,14 @@ def test_the_environment_names_a_device(numpy_model: Path, monkeypatch: pytest.M
     with pytest.raises(fc.DeviceError, match=NOT_THERE):
         fc.Engine(numpy_model)
     engine = fc.Engine(numpy_model, fc.EngineConfig(device="cpu"))  # what the caller says is stronger
-    assert engine.model_info.device == "cpu"
+    assert engine.model().device == "cpu"
 
 
 @without_gpu
 def test_auto_serves_on_the_cpu(numpy_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FLEXCORE_DEVICE", raising=False)
     engine = fc.Engine(numpy_model, fc.EngineConfig(max_model_len=64, num_threads=1))
-    assert engine.model_info.device == "cpu"
+    assert engine.model().device == "cpu"
     engine.submit_batch([[1, 2, 3]], fc.SamplingParams(max_tokens=4, ignore_eos=True))
     tokens = 0
     while engine.has_work():
