@@ -56,7 +56,7 @@ def test_an_error_leaves_nothing_behind(numpy_model: Path) -> None:
     for _ in range(3):
         with pytest.raises(fc.DeviceError):
             fc.Engine(numpy_model, fc.EngineConfig(device="cuda"))
-        assert fc.Engine(numpy_model, fc.EngineConfig(device="auto", max_model_len=64)).model_info.device == "cpu"
+        assert fc.Engine(numpy_model, fc.EngineConfig(device="auto", max_model_len=64)).model().device == "cpu"
 
 
 def test_doctor_tells_of_cuda(tmp_path: Path) -> None:
