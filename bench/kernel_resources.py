@@ -111,8 +111,8 @@ def readable(names: list[str]) -> dict[str, str]:
             if c == "(" and depth == 0 and not name[i:].startswith("(int)"):
                 end = i
                 break
-        name = re.sub(r"\((?:int|bool)\)", lambda m: m[0] if m[0] == "(bool)" else "", name[:end])
-        result[mangled] = name.replace("(bool)1", "true").replace("(bool)0", "false").replace("(LoraMode)", "")
+        name = name[:end].replace("(int)", "").replace("(LoraMode)", "")
+        result[mangled] = name.replace("(bool)1", "true").replace("(bool)0", "false")
     return result
 
 

@@ -21,7 +21,8 @@ class HostRuntime final : public DeviceRuntime {
   Allocator& pinned() override { return host_allocator(); }
   void* stream() override { return nullptr; }
   void synchronize(void*) override {}
-  std::shared_ptr<void> borrow() override { return nullptr; }
+  std::shared_ptr<void> enter() override { return nullptr; }
+  void synchronize_with_others() override {}
   std::string name() const override { return "cpu"; }
   std::size_t cache_bytes() const override {
     const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);

@@ -37,8 +37,8 @@ class DeviceRuntime {
   virtual void* stream() = 0;
   /// Another, whose work runs beside that of the first; null where there is none.
   virtual void* second_stream() { return nullptr; }
-  /// Makes the device the calling thread's, before any other call from it.
-  virtual void enter() {}
+  /// Makes the device the calling thread's own for as long as the result lives; all other calls are made so.
+  virtual std::shared_ptr<void> enter() = 0;
   /// Whether running work again is cheaper than running it: whether `record` does anything.
   virtual bool records() const { return false; }
   /// Records what `work` runs with `context`, and runs nothing. All that ops are given by reference (spans, segments,
@@ -52,15 +52,15 @@ class DeviceRuntime {
   /// Returns when everything that was given to the stream is done. Throws DeviceError for what failed on the way.
   virtual void synchronize(void* stream) = 0;
   void synchronize() { synchronize(stream()); }
-  /// Makes the device the calling thread's own for as long as the result lives. Everything that anybody gave to the
-  /// device before is done then: arrays that others made can be read.
-  virtual std::shared_ptr<void> borrow() = 0;
+  /// Returns when everything that anybody gave to the device is done: arrays that others made can be read.
+  virtual void synchronize_with_others() = 0;
   /// As its maker calls it, and the bytes of its last cache before memory.
   virtual std::string name() const = 0;
   virtual std::size_t cache_bytes() const = 0;
 };
 
-/// Throws DeviceError when there is no such device, or no such backend in this build.
+/// Throws DeviceError when there is no such device, or no such backend in this build. The calling thread's own device
+/// stays what it was.
 std::unique_ptr<DeviceRuntime> open_device(Device device);
 std::unique_ptr<DeviceRuntime> open_cuda_device(int index);  // backends/cuda
 /// Those that this build can use: 0 without the backend, a driver or a GPU.

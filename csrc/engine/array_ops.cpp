@@ -20,7 +20,8 @@ int Runtime::num_threads() const { return impl_->threads.size(); }
 Device Runtime::device() const { return impl_->context.device; }
 
 void Runtime::synchronously(const std::function<void()>& body) {
-  const auto borrowed = impl_->device->borrow();
+  const auto entered = impl_->device->enter();
+  impl_->device->synchronize_with_others();
   try {
     body();
   } catch (...) {

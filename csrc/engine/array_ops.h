@@ -1,7 +1,5 @@
 #pragma once
 
-#include <future>
-
 #include "backends/register.h"
 #include "core/thread_pool.h"
 #include "flexcore/ops.h"
@@ -12,11 +10,7 @@
 namespace flexcore::ops {
 
 struct Runtime::Impl {
-  // Opening a GPU makes it the thread's current device, which here is the caller's to choose: so in another thread.
-  Impl(int num_threads, Device where)
-      : device(std::async(std::launch::async, open_device, where).get()),
-        registry(make_op_registry()),
-        threads(num_threads) {
+  Impl(int num_threads, Device where) : device(open_device(where)), registry(make_op_registry()), threads(num_threads) {
     context.registry = &registry;
     context.device = where;
     context.threads = &threads;

@@ -40,6 +40,7 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
       sizes(engine_sizes(model, config)),
       threads(config.num_threads),
       device(open_device(sizes.device)),
+      entered(device->enter()),
       scratch(device->allocator(), ledger),
       registry(make_op_registry()),
       context{&registry, sizes.device, &threads, &scratch, device->stream()},
@@ -56,16 +57,17 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
   executor = std::make_unique<Executor>(context, *device, ledger, compiled, weights, model, sizes.compute, sizes.limits,
                                         scratch_sizes, !config.enforce_eager);
   calibrate();
+  entered.reset();
 }
 
 Engine::Impl::~Impl() {
   try {
-    device->enter();
+    entered = device->enter();
   } catch (const Error&) {  // the driver is going away, and its memory with it
   }
 }
 
-Engine::Impl::Entry::Entry(const Impl& impl) : lock_(impl.mutex) { impl.device->enter(); }
+Engine::Impl::Entry::Entry(const Impl& impl) : lock_(impl.mutex), entered_(impl.device->enter()) {}
 
 double Engine::Impl::now_ms() const {
   return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();

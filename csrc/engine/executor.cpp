@@ -157,9 +157,9 @@ std::size_t Executor::workspace_bytes(const CompiledModel& model, const Training
 
 void Executor::reserve(const TrainingProgram& program) {
   const LaneBytes bytes = lane_bytes(model_, program, limits_.max_rows);
-  const std::byte* before = forward_.workspace();
-  forward_.reserve_workspace(beside_ != nullptr ? bytes.forward : std::max(bytes.forward, bytes.backward));
-  if (forward_.workspace() != before) recorded_.clear();
+  const std::size_t forward = beside_ != nullptr ? bytes.forward : std::max(bytes.forward, bytes.backward);
+  if (forward > forward_.workspace_bytes()) recorded_.clear();  // the workspace moves, even where it cannot grow
+  forward_.reserve_workspace(forward);
   if (beside_ != nullptr) beside_->reserve_workspace(bytes.backward);
 }
 
@@ -275,33 +275,38 @@ TensorView Executor::forward(std::span<const RowGroup> groups) {
 // keeps outgrowing what was recorded is not worth recording.
 void Executor::run_recorded(const RecordedKey& key, const std::function<void()>& work) {
   constexpr int kMostAttempts = 12;
-  constexpr std::size_t kMostRecordings = 64;
   Recorded& entry = recorded_[key];
   entry.used = num_batches_;
-  if (std::exchange(entry.seen, true) && (entry.work != nullptr || entry.attempts < kMostAttempts)) {
-    if (entry.work != nullptr && entry.work->replay()) {
-      ++num_replayed_;
+  const bool replayed = entry.work != nullptr && entry.work->replay();
+  if (!replayed) {
+    if (!std::exchange(entry.seen, true) || entry.attempts == kMostAttempts) {
+      entry.work.reset();
+      work();
       return;
     }
-    if (entry.attempts < kMostAttempts) {
-      entry.work = device_.record(forward_.context(), ledger_, work, entry.work.get());
-      ++entry.attempts, ++num_recorded_, ++num_replayed_;
-      require<DeviceError>(entry.work->replay(), "forward: a batch does not fit what was recorded of it");
-      while (true) {
-        std::size_t count = 0, bytes = 0;
-        auto oldest = recorded_.end();
-        for (auto i = recorded_.begin(); i != recorded_.end(); ++i) {
-          if (i->second.work == nullptr) continue;
-          ++count, bytes += i->second.work->bytes();
-          if (oldest == recorded_.end() || i->second.used < oldest->second.used) oldest = i;
-        }
-        if (count <= 1 || (count <= kMostRecordings && bytes <= kMostRecordedBytes)) return;
-        recorded_.erase(oldest);
-      }
-    }
-    entry.work.reset();
+    ++entry.attempts;
+    entry.work = device_.record(forward_.context(), ledger_, work, entry.work.get());
+    ++num_recorded_;
+    require<DeviceError>(entry.work->replay(), "forward: a batch does not fit what was recorded of it");
+    forget_old_recordings();
   }
-  work();
+  ++num_replayed_;
+}
+
+// Those that were used longest ago, until the others are few and small enough; never the last one.
+void Executor::forget_old_recordings() {
+  constexpr std::size_t kMostRecordings = 64;
+  while (true) {
+    std::size_t count = 0, bytes = 0;
+    auto oldest = recorded_.end();
+    for (auto i = recorded_.begin(); i != recorded_.end(); ++i) {
+      if (i->second.work == nullptr) continue;
+      ++count, bytes += i->second.work->bytes();
+      if (oldest == recorded_.end() || i->second.used < oldest->second.used) oldest = i;
+    }
+    if (count <= 1 || (count <= kMostRecordings && bytes <= kMostRecordedBytes)) return;
+    recorded_.erase(oldest);
+  }
 }
 
 TensorView Executor::run_sample(const Layout& layout, const TensorView& hidden) {

@@ -99,6 +99,7 @@ class Executor {
   bool fix(Layout& layout, std::span<const Segment> segments, std::vector<std::int32_t>& tokens,
            std::vector<std::int32_t>& positions);
   void run_recorded(const RecordedKey& key, const std::function<void()>& work);
+  void forget_old_recordings();
   void run_loss(const Layout& layout, const TensorView& hidden);
   void run_score(const Layout& layout, const TensorView& hidden);
   TensorView run_sample(const Layout& layout, const TensorView& hidden);

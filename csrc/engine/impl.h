@@ -67,6 +67,7 @@ struct Engine::Impl {
 
    private:
     std::lock_guard<std::mutex> lock_;
+    std::shared_ptr<void> entered_;
   };
 
   // engine.cpp
@@ -119,6 +120,7 @@ struct Engine::Impl {
   MemoryLedger ledger;  // outlives everything that reserves
   ThreadPool threads;
   std::unique_ptr<DeviceRuntime> device;
+  std::shared_ptr<void> entered;  // while the engine is made and while it ends
   Arena scratch;
   OpRegistry registry;
   OpContext context;

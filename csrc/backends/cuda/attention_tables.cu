@@ -201,18 +201,18 @@ constexpr std::int64_t kMostTileRows = 128, kMostBlocks = 2;
 }  // namespace
 
 // Items: a tile of at least 16 rows, or the last of a span, each; a tile is split when it has over 5/4 of a block's
-// share, so the splits are under 9/5 of the blocks. Kept for keys of two kinds (with and without a sliding window).
+// share, so the splits are under 9/5 of the blocks. As many sequences as may be sampled. Kept for keys of two kinds
+// (with and without a sliding window).
 std::int64_t attention_tables_bytes(const ScratchShape& s, const DeviceSize& device) {
-  constexpr std::int64_t kSplits = 2, kKinds = 2;
+  constexpr std::int64_t kSplits = 2, kKinds = 2, kLeastOwnedKeys = 16;
   const std::int64_t blocks = kMostBlocks * device.num_multiprocessors, group = s.num_heads / s.num_kv_heads;
   const std::int64_t items = s.rows * (group / 16 + 1) + s.rows + kSplits * blocks;
   const std::int64_t merges = kSplits * blocks * kMostTileRows / kMergeRows;
-  const std::int64_t key_items = s.rows * (s.positions / 64 + 2);
-  const std::int64_t pages = s.rows * ceil_div(s.positions, s.block_size);
+  const std::int64_t key_items = s.sampled_rows * (ceil_div(s.positions, kLeastOwnedKeys) + 1);
+  const std::int64_t pages = s.sampled_rows * ceil_div(s.positions, s.block_size);
   const auto bytes = [](std::int64_t count, std::size_t size) { return count * static_cast<std::int64_t>(size) + 64; };
   return kKinds * (bytes(items, sizeof(AttentionItem)) + bytes(merges, sizeof(AttentionMerge)) +
-                   bytes(std::min(key_items, s.rows + 2 * pages), sizeof(AttentionKeyItem)) +
-                   bytes(std::min(pages, (s.sampled_rows + 1) * ceil_div(s.positions, s.block_size)), 4)) +
+                   bytes(key_items, sizeof(AttentionKeyItem)) + bytes(pages, sizeof(std::int32_t))) +
          s.rows * 64;  // and where each row's keys, values and saved tensors go
 }
 

@@ -35,7 +35,7 @@ class Runtime final : public DeviceRuntime {
   Allocator& pinned() override { return pinned_; }
   void* stream() override { return &stream_; }
   void* second_stream() override { return &second_stream_; }
-  void enter() override { require_cuda(cudaSetDevice(index_), "cudaSetDevice"); }
+  std::shared_ptr<void> enter() override { return std::make_shared<CurrentDevice>(index_); }
   bool records() const override { return true; }
   std::unique_ptr<RecordedWork> record(OpContext& context, MemoryLedger& ledger, const std::function<void()>& work,
                                        const RecordedWork* previous) override {
@@ -45,11 +45,7 @@ class Runtime final : public DeviceRuntime {
   void synchronize(void* stream) override {
     require_cuda(cudaStreamSynchronize(static_cast<Stream*>(stream)->handle), "a kernel or copy before");
   }
-  std::shared_ptr<void> borrow() override {
-    auto current = std::make_shared<CurrentDevice>(index_);
-    require_cuda(cudaDeviceSynchronize(), "a kernel or copy before");
-    return current;
-  }
+  void synchronize_with_others() override { require_cuda(cudaDeviceSynchronize(), "a kernel or copy before"); }
   std::string name() const override {
     cudaDeviceProp properties;
     require_cuda(cudaGetDeviceProperties(&properties, index_), "cudaGetDeviceProperties");
@@ -64,8 +60,7 @@ class Runtime final : public DeviceRuntime {
   PinnedAllocator pinned_;
 };
 
-// Raises the error before anything else is made on a machine without a driver or a device.
-cudaStream_t open_stream(int device) {
+void require_device(int device) {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) {
@@ -76,7 +71,9 @@ cudaStream_t open_stream(int device) {
   }
   require<DeviceError>(0 <= device && device < count, "device: cuda:", device, ", but this machine has ", count,
                        " CUDA devices");
-  require_cuda(cudaSetDevice(device), "cudaSetDevice");
+}
+
+cudaStream_t make_stream() {
   cudaStream_t stream = nullptr;
   require_cuda(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "cudaStreamCreate");
   return stream;
@@ -84,7 +81,7 @@ cudaStream_t open_stream(int device) {
 
 }  // namespace
 
-Stream::Stream(int device) : handle(open_stream(device)), staging(handle) {
+Stream::Stream(int device) : handle(make_stream()), staging(handle) {
   cudaDeviceProp properties;
   require_cuda(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties");
   num_multiprocessors = properties.multiProcessorCount;
@@ -154,6 +151,10 @@ int num_cuda_devices() {
   return 0;
 }
 
-std::unique_ptr<DeviceRuntime> open_cuda_device(int index) { return std::make_unique<cuda::Runtime>(index); }
+std::unique_ptr<DeviceRuntime> open_cuda_device(int index) {
+  cuda::require_device(index);
+  const cuda::CurrentDevice current(index);
+  return std::make_unique<cuda::Runtime>(index);
+}
 
 }  // namespace flexcore
