@@ -85,7 +85,8 @@ TEST_F(EngineFailureTest, InTheMiddleOfTrainingFailsItsJobsAlone) {
   const JobId again = impl_->start_job("a", examples(6), config);
   tokens_of(0);
   EXPECT_EQ(impl_->find_job(again).status, JobStatus::kSucceeded);
-  EXPECT_EQ(impl_->find_job(again).loss, loss);
+  // Elsewhere the last places depend on how the job was cut into steps, which depends on the time that they take.
+  EXPECT_NEAR(impl_->find_job(again).loss, loss, test::on_cpu() ? 0 : 1e-4);
 }
 
 TEST_F(EngineFailureTest, OfRequestsAloneReachesTheCallerAndLosesNothing) {

@@ -165,9 +165,9 @@ TEST_F(EngineTest, ReplayedStepsGiveTheTokensOfEagerOnes) {
     engine.finetune("b", examples(2), {.learning_rate = 0.05});
     drain(engine);
     for (int round = 0; round < 3; ++round) {
-      for (int i = 0; i < 8; ++i)
+      for (int i = 0; i < (test::emulated() ? 6 : 8); ++i)
         engine.submit({.prompt_token_ids = tokens(2 + 5 * (i + round), static_cast<std::uint64_t>(i)),
-                       .sampling = {.max_tokens = 4 + 5 * i, .temperature = 0.0, .ignore_eos = true},
+                       .sampling = {.max_tokens = 4 + 3 * i, .temperature = 0.0, .ignore_eos = true},
                        .adapter = round == 0   ? ""
                                   : i % 3 == 0 ? ""
                                   : i % 3 == 1 ? "a"
@@ -190,7 +190,7 @@ TEST_F(EngineTest, ReplayedStepsGiveTheTokensOfEagerOnes) {
   const auto stats = replaying.stats();
   EXPECT_EQ(eager.stats().at("graphs_replayed"), 0);
   if (test::on_cpu()) return;
-  EXPECT_GT(stats.at("graphs_replayed"), 60);
+  EXPECT_GT(stats.at("graphs_replayed"), 40);
   EXPECT_LT(stats.at("graphs_recorded"), stats.at("graphs_replayed") / 2);
 }
 
