@@ -25,6 +25,7 @@ const AttentionCut kCut{.tile_rows = {16, 32, 64, 128}, .key_tile = 128, .owned_
 void check_tables(const Shape& shape, const std::vector<AttentionSpan>& spans) {
   OpFixture ops(1);
   const AttentionTables tables = attention_tables(ops.context(), spans, shape.heads, shape.cut);
+  test_runtime().synchronize();
   const simt::DeviceAccess access;
   EXPECT_EQ(tables.num_merges > 0, shape.wants_splits);
   std::map<std::pair<int, int>, std::map<int, const AttentionItem*>> of_row;  // (span's row, row) -> by first key
@@ -107,6 +108,7 @@ TEST(AttentionTables, SplitsOnlyWhereBlocksAreFew) {
   OpFixture ops(1);
   const std::vector<AttentionSpan> prompt{{0, 32, 0, table.data()}};
   const auto tables = attention_tables(ops.context(), prompt, {.group = 4, .num_kv_heads = 1, .block_size = 16}, kCut);
+  test_runtime().synchronize();
   const simt::DeviceAccess access;
   EXPECT_EQ(tables.num_items, 8);
   EXPECT_EQ(tables.items[0].tile_rows, 16);
