@@ -11,6 +11,7 @@
 #include <regex>
 
 #include "backends/register.h"
+#include "cases/array.h"
 #include "device_peaks.h"
 #include "engine/impl.h"
 #include "memory/arena.h"
