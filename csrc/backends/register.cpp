@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <fstream>
+
 #include "backends/cpu/scratch.h"
 
 namespace flexcore {
@@ -23,7 +25,13 @@ class HostRuntime final : public DeviceRuntime {
   void synchronize(void*) override {}
   std::shared_ptr<void> enter() override { return nullptr; }
   void synchronize_with_others() override {}
-  std::string name() const override { return "cpu"; }
+  std::string name() const override {
+    std::ifstream file("/proc/cpuinfo");
+    for (std::string line; std::getline(file, line);)
+      if (line.rfind("model name", 0) == 0 && line.find(": ") != std::string::npos)
+        return line.substr(line.find(": ") + 2);
+    return "cpu";
+  }
   std::size_t cache_bytes() const override {
     const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
     return bytes > 0 ? static_cast<std::size_t>(bytes) : std::size_t{32} << 20;

@@ -1,7 +1,9 @@
 #include <algorithm>
+#include <cmath>
 #include <utility>
 
 #include "engine/impl.h"
+#include "engine/step_time_file.h"
 
 namespace flexcore {
 
@@ -9,10 +11,13 @@ namespace {
 
 constexpr double kBudgetMs = 1200.0;  // of all probes; large models get fewer of them
 constexpr std::int64_t kProbeContext = 128;
+constexpr double kStillHolds = 0.4;          // of a probe's time: beyond it, kept coefficients are of another machine
+constexpr std::int64_t kWorthKeeping = 200;  // steps
 
 }  // namespace
 
-// Probe steps with made-up tokens fit the step-time model; what runs later corrects it.
+// Probe steps with made-up tokens fit the step-time model; what runs later corrects it. Where an earlier engine left
+// its coefficients, a few probes see whether they still hold.
 void Engine::Impl::calibrate() {
   const std::int64_t context_tokens = std::min(kProbeContext, sizes.max_model_len - 1);
   const std::int64_t capacity = std::min(sizes.limits.max_rows, sizes.max_model_len);
@@ -92,14 +97,37 @@ void Engine::Impl::calibrate() {
   decode(1);
   if (!out_of_time()) prefill(small);
   if (!out_of_time()) finetune(small);
+  const auto forget_peaks = [&] {
+    for (std::size_t i = 0; i < static_cast<std::size_t>(MemoryTag::kCount); ++i)
+      ledger.reset_peak(static_cast<MemoryTag>(i));
+  };
+  const StepTimeFile file(model, config, device->name(), threads.size());
+  if (const auto known = file.load()) {
+    cost.restore(*known);
+    // Most of them: the first ones also touch memory for the first time.
+    const auto near = std::count_if(samples.begin(), samples.end(), [&](const CostModel::Sample& sample) {
+      return std::abs(sample.measured_ms / cost.predict_ms(sample.features) - 1.0) < kStillHolds;
+    });
+    if (2 * near > static_cast<std::ptrdiff_t>(samples.size())) {
+      for (const auto& sample : samples) cost.observe(sample.features, sample.measured_ms);
+      forget_peaks();
+      return;
+    }
+  }
   if (!out_of_time()) decode(many);
   if (!out_of_time()) prefill(large);
   if (!out_of_time()) finetune(large);
   if (!out_of_time()) decode(1);
   if (!out_of_time()) decode(many);
   cost.fit(samples);
-  for (std::size_t i = 0; i < static_cast<std::size_t>(MemoryTag::kCount); ++i)
-    ledger.reset_peak(static_cast<MemoryTag>(i));
+  file.save(cost.coefficients());
+  forget_peaks();
+}
+
+// What serving has taught goes to the next engine.
+void Engine::Impl::keep_step_times() const {
+  if (cost.num_observed() >= kWorthKeeping)
+    StepTimeFile(model, config, device->name(), threads.size()).save(cost.coefficients());
 }
 
 }  // namespace flexcore

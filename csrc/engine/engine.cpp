@@ -56,11 +56,16 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
   weights.load(SafetensorsModel(model_path), specs);
   executor = std::make_unique<Executor>(context, *device, ledger, compiled, weights, model, sizes.compute, sizes.limits,
                                         scratch_sizes, !config.enforce_eager);
+  slo_classes.emplace("", 0);
+  for (const auto& [name, slo] : config.slo_classes)
+    slo_classes.emplace(name, static_cast<std::int64_t>(slo_classes.size()));
+  attainment.resize(slo_classes.size());
   calibrate();
   entered.reset();
 }
 
 Engine::Impl::~Impl() {
+  keep_step_times();
   try {
     entered = device->enter();
   } catch (const Error&) {  // the driver is going away, and its memory with it
@@ -94,6 +99,8 @@ void Engine::Impl::validate(const Request& request) const {
   const auto length = static_cast<std::int64_t>(request.prompt_token_ids.size());
   require(length < sizes.max_model_len, "prompt_token_ids: ", length, " tokens, wanted fewer than max_model_len (",
           sizes.max_model_len, ")");
+  require(std::isfinite(request.waited_ms) && request.waited_ms >= 0.0, "waited_ms: ", request.waited_ms,
+          ", wanted >= 0");
   require(s.max_tokens >= 1, "max_tokens: ", s.max_tokens, ", wanted >= 1");
   require(s.min_tokens >= 0 && s.min_tokens <= s.max_tokens, "min_tokens: ", s.min_tokens, ", wanted 0 to max_tokens (",
           s.max_tokens, ")");
@@ -116,6 +123,7 @@ void Engine::Impl::validate(const Request& request) const {
             ", wanted -infinity or finite as float32");
   }
   if (!request.adapter.empty()) adapters.get(request.adapter);
+  require(slo_classes.contains(request.slo_class), "slo_class: \"", request.slo_class, "\" is not one of slo_classes");
   const std::int64_t tokens = max_total_tokens(request);
   const std::int64_t needed = (tokens + sizes.limits.block_size - 1) / sizes.limits.block_size;
   require(needed <= blocks.num_blocks(), "max_tokens: the request may grow to ", tokens, " tokens = ", needed,
@@ -148,7 +156,8 @@ RequestId Engine::Impl::submit(const Request& request) {
     sequence.max_total_tokens = max_total_tokens(request);
     sequence.cache_key = state->adapter ? state->adapter->cache_key() : 0;
     sequence.use_prefix_cache = config.enable_prefix_caching;
-    sequence.arrival_ms = now_ms();
+    sequence.slo_class = slo_classes.at(request.slo_class);
+    sequence.arrival_ms = now_ms() - request.waited_ms;
     scheduler.add(&sequence);
     requests.emplace(id, std::move(state));
     counters["requests_submitted"] += 1;
@@ -323,6 +332,16 @@ std::map<std::string, double> Engine::stats() const {
   stats["step_time_margin"] = impl.cost.margin();
   stats["step_time_overrun_share"] = impl.cost.overrun_share();
   stats["step_time_observed"] = static_cast<double>(impl.cost.num_observed());
+  for (const auto& [name, index] : impl.slo_classes) {
+    const auto& kept = impl.attainment[static_cast<std::size_t>(index)];
+    const std::string prefix = str("slo.", name.empty() ? "default" : name, ".");
+    stats[prefix + "requests"] = kept.requests;
+    stats[prefix + "kept_ttft"] = kept.kept_ttft;
+    stats[prefix + "kept_tpot"] = kept.kept_tpot;
+    stats[prefix + "kept"] = kept.kept;
+  }
+  for (const auto& [name, quantile] : {std::pair("p50", 0.5), std::pair("p95", 0.95), std::pair("p99", 0.99)})
+    stats[str("step_time_error_", name)] = impl.cost.error_quantile(quantile);
   const auto coefficients = impl.cost.coefficients();
   const auto names = CostModel::term_names();
   for (std::size_t i = 0; i < names.size(); ++i) stats[str("step_time_ms.", names[i])] = coefficients[i];
@@ -351,11 +370,22 @@ ModelInfo Engine::model() const {
           .num_threads = impl.threads.size()};
 }
 
-void Engine::set_slo(const SLO& slo) {
+void Engine::set_slo(const SLO& slo, const std::string& slo_class) {
   const Impl::Entry entry(*impl_);
-  require(slo.tpot_ms > 0 && slo.ttft_ms > 0, "slo: tpot_ms ", slo.tpot_ms, ", ttft_ms ", slo.ttft_ms, ", wanted > 0");
-  impl_->config.slo = slo;
-  impl_->scheduler.set_objective(slo.tpot_ms, slo.ttft_ms);
+  impl_->set_slo(slo, slo_class);
+}
+
+void Engine::set_policy(const std::string& policy) {
+  const Impl::Entry entry(*impl_);
+  impl_->scheduler.set_policy(policy);
+  impl_->config.policy = policy;
+}
+
+void Engine::Impl::set_slo(const SLO& slo, const std::string& name) {
+  check(slo, "slo");
+  const auto index = slo_classes.try_emplace(name, static_cast<std::int64_t>(slo_classes.size())).first->second;
+  scheduler.set_objective(index, slo);
+  attainment.resize(slo_classes.size());
 }
 
 }  // namespace flexcore

@@ -53,6 +53,7 @@ std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& pro
 ScratchBytes scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes);
 /// Throws InvalidArgument that names the field.
 void check(const EngineConfig& config);
+void check(const SLO& slo, const std::string& name);
 /// "auto" is what FLEXCORE_DEVICE says, or a GPU if there is one, or the CPU. Throws InvalidArgument.
 Device parse_device(const std::string& name);
 
@@ -72,6 +73,7 @@ struct Engine::Impl {
 
   // engine.cpp
   double now_ms() const;
+  void set_slo(const SLO& slo, const std::string& name);
   std::uint64_t request_seed(RequestId id, const SamplingParams& sampling, std::int64_t index) const;
   void check_tokens(std::span<const std::int32_t> tokens, const char* argument) const;
   RequestId submit(const Request& request);
@@ -91,6 +93,7 @@ struct Engine::Impl {
                                      std::vector<std::vector<std::pair<std::int32_t, float>>>& top,
                                      std::vector<std::string>& errors);
   void emit_token(RequestState& request, const SamplingResult& result);
+  void count_attainment(const Sequence& sequence);
 
   // finetune.cpp
   JobId start_job(const std::string& adapter, std::vector<Example> examples, const FinetuneConfig& config);
@@ -112,6 +115,7 @@ struct Engine::Impl {
                                       std::int64_t window_tokens, std::int64_t backward_window_tokens);
   // calibrate.cpp
   void calibrate();
+  void keep_step_times() const;
 
   mutable std::mutex mutex;
   EngineConfig config;
@@ -132,6 +136,11 @@ struct Engine::Impl {
   CostModel cost;
   Scheduler scheduler;
 
+  struct Attainment {
+    double requests = 0, kept_ttft = 0, kept_tpot = 0, kept = 0;  // that ended with their last token
+  };
+  std::map<std::string, std::int64_t> slo_classes;  // the scheduler's index; "" is 0
+  std::vector<Attainment> attainment;               // by that index
   std::map<RequestId, std::unique_ptr<RequestState>> requests;
   std::vector<TokenEvent> token_events;  // to be reported when a step ends
   RequestId next_request = 1;

@@ -18,6 +18,12 @@ constexpr std::int64_t kMaxBlockSize = 1 << 16;
 
 }  // namespace
 
+void check(const SLO& slo, const std::string& name) {
+  require(slo.tpot_ms > 0 && slo.ttft_ms > 0, name, ": tpot_ms ", slo.tpot_ms, ", ttft_ms ", slo.ttft_ms,
+          ", wanted > 0");
+  require(slo.attainment > 0 && slo.attainment < 1, name, ": attainment ", slo.attainment, ", wanted between 0 and 1");
+}
+
 void check(const EngineConfig& c) {
   const auto positive = [](std::int64_t value, const char* name) {
     require(value >= 1, name, ": ", value, ", wanted >= 1");
@@ -32,8 +38,14 @@ void check(const EngineConfig& c) {
   require(c.dtype == "bfloat16" || c.dtype == "float32", "dtype: \"", c.dtype,
           "\", wanted \"bfloat16\" or \"float32\"");
   require(c.num_threads >= 0, "num_threads: ", c.num_threads, ", wanted >= 0");
-  require(c.slo.tpot_ms > 0 && c.slo.ttft_ms > 0, "slo: tpot_ms ", c.slo.tpot_ms, ", ttft_ms ", c.slo.ttft_ms,
-          ", wanted > 0");
+  check(c.slo, "slo");
+  for (const auto& [name, slo] : c.slo_classes) {
+    require(!name.empty(), "slo_classes: a class without a name; the default objective is slo");
+    check(slo, str("slo_classes[\"", name, "\"]"));
+  }
+  require(c.min_finetune_share >= 0 && c.min_finetune_share <= 1, "min_finetune_share: ", c.min_finetune_share,
+          ", wanted 0 to 1");
+  make_policy(c.policy);
   if (c.kv_cache_memory_bytes) positive(*c.kv_cache_memory_bytes, "kv_cache_memory_bytes");
   if (c.finetune_memory_bytes) positive(*c.finetune_memory_bytes, "finetune_memory_bytes");
   parse_device(c.device);
@@ -94,8 +106,10 @@ SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& c
   SchedulerConfig scheduler{.max_num_seqs = sizes.limits.max_sampled_rows,
                             .max_num_batched_tokens = sizes.limits.max_rows,
                             .num_layers = model.num_layers,
-                            .tpot_ms = config.slo.tpot_ms,
-                            .ttft_ms = config.slo.ttft_ms};
+                            .objectives = {config.slo},
+                            .policy = config.policy,
+                            .min_finetune_share = config.min_finetune_share};
+  for (const auto& [name, slo] : config.slo_classes) scheduler.objectives.push_back(slo);
   if (config.finetune_memory_bytes)  // LoRA at every linear keeps the most
     scheduler.max_finetune_tokens_in_flight = std::max<std::int64_t>(
         1, *config.finetune_memory_bytes / finetune_bytes(model, compiled.training(compiled.all_sites()), 1));

@@ -211,9 +211,22 @@ void Engine::Impl::emit_token(RequestState& request, const SamplingResult& resul
   const bool done = event.finish_reason != FinishReason::kNone;
   token_events.push_back(std::move(event));
   if (done) {
+    count_attainment(sequence);
     finish(sequence.id);
     counters["requests_finished"] += 1;
   }
+}
+
+void Engine::Impl::count_attainment(const Sequence& sequence) {
+  const SLO& slo = scheduler.objectives()[static_cast<std::size_t>(sequence.slo_class)];
+  const double gaps = static_cast<double>(sequence.num_generated() - 1);
+  const bool ttft = sequence.first_token_ms - sequence.arrival_ms <= slo.ttft_ms;
+  const bool tpot = now_ms() - sequence.first_token_ms <= slo.tpot_ms * gaps || gaps == 0.0;
+  Attainment& of_class = attainment[static_cast<std::size_t>(sequence.slo_class)];
+  of_class.requests += 1;
+  of_class.kept_ttft += ttft;
+  of_class.kept_tpot += tpot;
+  of_class.kept += ttft && tpot;
 }
 
 }  // namespace flexcore

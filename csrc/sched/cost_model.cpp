@@ -15,8 +15,9 @@ using Vector = std::array<double, kTerms>;
 constexpr double kForgetting = 0.9;      // of one direction a step; with all twelve in use, about 100 steps of memory
 constexpr double kMaxVariance = 1e4;     // of theta, which is about 1, in units of the error's variance
 constexpr double kMinUsualError = 0.02;  // below this, differences are noise
-constexpr double kGate = 3.0;            // usual errors that one step may count for
-constexpr int kRobustRounds = 4;         // reweightings of a fit
+constexpr double kRestoredPrecision = 10.0;  // of coefficients from an earlier run: a few steps overrule them
+constexpr double kGate = 3.0;                // usual errors that one step may count for
+constexpr int kRobustRounds = 4;             // reweightings of a fit
 
 constexpr std::array<const char*, kTerms> kTermNames = {
     "any_forward",      "decode_rows",           "decode_context",         "prefill_tokens",
@@ -85,7 +86,9 @@ void CostModel::fit(std::span<const Sample> samples) {
     terms.push_back(t);
     measured.push_back(sample.measured_ms);
   }
+  const double quantile_asked = margin_quantile_;
   *this = CostModel();
+  margin_quantile_ = quantile_asked;
   if (terms.empty()) return;
 
   std::vector<double> sorted = measured;
@@ -127,6 +130,20 @@ void CostModel::fit(std::span<const Sample> samples) {
   precision_ = normal;
   for (double e : error) record(e);
   update_statistics();
+  fitted_ = true;
+}
+
+void CostModel::restore(std::span<const double> coefficients) {
+  const double quantile = margin_quantile_;
+  *this = CostModel();
+  margin_quantile_ = quantile;
+  double typical_ms = 0.0;
+  for (int i = 0; i < kTerms; ++i) {
+    coefficients_[i] = std::max(0.0, coefficients[static_cast<std::size_t>(i)]);
+    typical_ms += coefficients_[i] * scale_[i];
+  }
+  time_scale_ = std::max(typical_ms, 1e-6);
+  set_diagonal(precision_, kRestoredPrecision);
   fitted_ = true;
 }
 
@@ -184,16 +201,28 @@ void CostModel::record(double relative_error) {
   recent_error_[static_cast<std::size_t>(num_errors_++) % recent_error_.size()] = static_cast<float>(relative_error);
 }
 
+double CostModel::error_quantile(double quantile) const {
+  const auto count = std::min<std::size_t>(static_cast<std::size_t>(num_errors_), recent_error_.size());
+  if (count == 0) return 0.0;
+  std::array<float, 128> sorted = recent_error_;
+  const auto end = sorted.begin() + static_cast<std::ptrdiff_t>(count);
+  const auto nth = sorted.begin() + static_cast<std::ptrdiff_t>(quantile * static_cast<double>(count - 1) + 0.5);
+  std::nth_element(sorted.begin(), nth, end);
+  return static_cast<double>(*nth);
+}
+
+void CostModel::set_margin_quantile(double quantile) {
+  margin_quantile_ = quantile;
+  update_statistics();
+}
+
 void CostModel::update_statistics() {
   const auto count = std::min<std::size_t>(static_cast<std::size_t>(num_errors_), recent_error_.size());
   if (count == 0) return;
-  std::array<float, 128> sorted = recent_error_;
-  const auto end = sorted.begin() + static_cast<std::ptrdiff_t>(count);
-  overrun_share_ = static_cast<double>(std::count_if(sorted.begin(), end, [](float e) { return e > 0.1f; })) /
+  const auto end = recent_error_.begin() + static_cast<std::ptrdiff_t>(count);
+  overrun_share_ = static_cast<double>(std::count_if(recent_error_.begin(), end, [](float e) { return e > 0.1f; })) /
                    static_cast<double>(count);
-  const auto nth = sorted.begin() + static_cast<std::ptrdiff_t>(0.95 * static_cast<double>(count - 1) + 0.5);
-  std::nth_element(sorted.begin(), nth, end);
-  margin_ = std::clamp(static_cast<double>(*nth), 0.0, 0.5);
+  margin_ = std::clamp(error_quantile(margin_quantile_), 0.0, 0.5);
 }
 
 double CostModel::usual_error() const {

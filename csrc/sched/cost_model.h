@@ -35,8 +35,11 @@ class CostModel {
 
   /// 0 until there is a fit, or kWarmup observations.
   double predict_ms(const StepFeatures& features) const;
-  /// Upper quantile (0.95) of the recent relative error in [0, 0.5]: multiply a prediction by 1 + margin() to be safe.
+  /// Upper quantile of the recent relative error in [0, 0.5]: multiply a prediction by 1 + margin() to be safe.
   double margin() const { return margin_; }
+  void set_margin_quantile(double quantile);
+  /// Of the recent relative error, measured / predicted - 1; 0 when nothing was observed.
+  double error_quantile(double quantile) const;
   /// Times that are not finite and positive, and steps without work, are ignored.
   void observe(const StepFeatures& features, double measured_ms);
   /// Least squares over probes, from scratch; useless samples are ignored as in `observe`.
@@ -46,6 +49,8 @@ class CostModel {
   };
   void fit(std::span<const Sample> samples);
   bool fitted() const { return fitted_; }
+  /// Goes on from coefficients that were good once, in the order of term_names().
+  void restore(std::span<const double> coefficients);
 
   std::span<const double> coefficients() const { return coefficients_; }  // ms a unit
   static std::span<const char* const> term_names();
@@ -73,7 +78,7 @@ class CostModel {
   std::array<float, 128> recent_error_{};  // measured / predicted - 1, ring
   std::int64_t num_errors_ = 0;            // ever put in the ring
   std::int64_t num_observed_ = 0;
-  double margin_ = 0.0;
+  double margin_ = 0.0, margin_quantile_ = 0.95;
   double overrun_share_ = 0.0;
   bool fitted_ = false;
 };

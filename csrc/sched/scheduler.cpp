@@ -3,9 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <limits>
 
 #include "core/check.h"
 #include "sched/search.h"
+#include "sched/slack.h"
 
 namespace flexcore {
 namespace {
@@ -25,14 +27,15 @@ std::string explain(const StepPlan& plan) {
   const auto rest = [&] { return sizeof text - static_cast<std::size_t>(length); };
   if (!plan.preempted.empty()) length += std::snprintf(text + length, rest(), ", preempted %zu", plan.preempted.size());
   if (!plan.restarted.empty()) length += std::snprintf(text + length, rest(), ", restarted %zu", plan.restarted.size());
-  std::snprintf(text + length, rest(), ": predicted %.1f of %.1f ms", plan.predicted_ms, plan.budget_ms);
+  length += std::snprintf(text + length, rest(), ": predicted %.1f of %.1f ms", plan.predicted_ms, plan.budget_ms);
+  std::snprintf(text + length, rest(), "%s%s", plan.reason.empty() ? "" : ", ", plan.reason.c_str());
   return text;
 }
 
 }  // namespace
 
 Scheduler::Scheduler(const SchedulerConfig& config, BlockManager& blocks, CostModel& cost)
-    : config_(config), blocks_(blocks), cost_(cost) {
+    : config_(config), policy_(make_policy(config.policy)), blocks_(blocks), cost_(cost) {
   const auto at_least_one = [](const char* name, std::int64_t value) {
     require(value >= 1, "Scheduler: ", name, " is ", value, ", wanted at least 1");
   };
@@ -41,14 +44,27 @@ Scheduler::Scheduler(const SchedulerConfig& config, BlockManager& blocks, CostMo
   at_least_one("num_layers", config.num_layers);
   at_least_one("min_prefill_tokens", config.min_prefill_tokens);
   at_least_one("min_finetune_tokens", config.min_finetune_tokens);
-  set_objective(config.tpot_ms, config.ttft_ms);
+  require(config.min_finetune_share >= 0.0 && config.min_finetune_share <= 1.0, "Scheduler: min_finetune_share is ",
+          config.min_finetune_share, ", wanted 0 to 1");
+  config_.objectives.clear();
+  for (const SLO& slo : config.objectives) set_objective(static_cast<std::int64_t>(config_.objectives.size()), slo);
+  require(!config_.objectives.empty(), "Scheduler: no objectives");
 }
 
-void Scheduler::set_objective(double tpot_ms, double ttft_ms) {
-  require(tpot_ms > 0.0, "Scheduler.set_objective: tpot_ms is ", tpot_ms, ", wanted above 0");
-  require(ttft_ms > 0.0, "Scheduler.set_objective: ttft_ms is ", ttft_ms, ", wanted above 0");
-  config_.tpot_ms = tpot_ms;
-  config_.ttft_ms = ttft_ms;
+void Scheduler::set_objective(std::int64_t slo_class, const SLO& slo) {
+  auto& objectives = config_.objectives;
+  const auto index = static_cast<std::size_t>(slo_class);
+  require(slo_class >= 0 && index <= objectives.size(), "Scheduler.set_objective: class ", slo_class, ", wanted 0 to ",
+          objectives.size());
+  require(slo.tpot_ms > 0.0, "Scheduler.set_objective: tpot_ms is ", slo.tpot_ms, ", wanted above 0");
+  require(slo.ttft_ms > 0.0, "Scheduler.set_objective: ttft_ms is ", slo.ttft_ms, ", wanted above 0");
+  require(slo.attainment > 0.0 && slo.attainment < 1.0, "Scheduler.set_objective: attainment is ", slo.attainment,
+          ", wanted between 0 and 1");
+  if (index == objectives.size()) objectives.emplace_back();
+  objectives[index] = slo;
+  double attainment = 0.0;
+  for (const SLO& each : objectives) attainment = std::max(attainment, each.attainment);
+  cost_.set_margin_quantile(attainment);
 }
 
 void Scheduler::add(Sequence* sequence) {
@@ -57,8 +73,12 @@ void Scheduler::add(Sequence* sequence) {
   const std::int64_t needed = blocks_.blocks_for(std::max(num_tokens(*sequence), sequence->max_total_tokens - 1));
   require<OutOfMemory>(needed <= blocks_.num_blocks(), "Scheduler.add: sequence ", sequence->id, " needs ", needed,
                        " pages of ", blocks_.block_size(), " tokens, the pool has ", blocks_.num_blocks());
+  require(sequence->slo_class >= 0 && static_cast<std::size_t>(sequence->slo_class) < config_.objectives.size(),
+          "Scheduler.add: sequence ", sequence->id, " has slo_class ", sequence->slo_class, ", wanted 0 to ",
+          config_.objectives.size() - 1);
   sequence->state = Sequence::State::kWaiting;
   waiting_.push_back(sequence);
+  policy_->arrived(sequence->arrival_ms);
 }
 
 void Scheduler::finish(Sequence* sequence) {
@@ -107,7 +127,8 @@ void Scheduler::add_training(TrainSequence* sequence) {
 }
 
 bool Scheduler::has_training() const {
-  return std::any_of(jobs_.begin(), jobs_.end(), [](const Job& j) { return !j.paused && !j.sequences.empty(); });
+  return policy_->trains() &&
+         std::any_of(jobs_.begin(), jobs_.end(), [](const Job& j) { return !j.paused && !j.sequences.empty(); });
 }
 
 Scheduler::Job& Scheduler::job(std::int64_t job_id, const char* op) {
@@ -118,25 +139,67 @@ Scheduler::Job& Scheduler::job(std::int64_t job_id, const char* op) {
 
 StepPlan Scheduler::plan(double now_ms) {
   StepPlan plan;
-  plan.budget_ms = budget_ms();
-  Step step{.plan = plan,
-            .rows_left = config_.max_num_batched_tokens,
-            .rows_for_finetune = 0,
-            .prefill_budget_ms = plan.budget_ms};
+  Step step{.plan = plan, .rows_left = config_.max_num_batched_tokens, .rows_for_finetune = 0};
   begin_jobs(step);
-  plan_decode(step);
-  plan_prefill(step);
-  plan_finetune(step, now_ms);
+  StepFeatures decode;
+  for (const Sequence* sequence : running_) {
+    if (!is_decode(*sequence)) continue;
+    ++decode.decode_rows;
+    ++decode.sampled_rows;
+    decode.decode_context += num_tokens(*sequence);
+  }
+  const StepLimits limits = step_limits(running_, config_.objectives, now_ms, cost_.predict_ms(decode));
+  step.prefill_budget_ms = limits.prefill_ms / (1.0 + cost_.margin());
+
+  Load load{.now_ms = now_ms,
+            .inference = has_inference(),
+            .training = has_training(),
+            .num_waiting = num_waiting(),
+            .idle_ms = idle_ms()};
+  step.serves = policy_->serves(load);
+  if (step.serves) plan_inference(step);
+  const StepFeatures inference = plan.features;
+  plan_finetune(step, load, limits);
+  if (plan.empty() && !step.serves) {  // nothing could be trained
+    step.serves = true;
+    plan_inference(step);
+  }
   plan.predicted_ms = cost_.predict_ms(plan.features);
+  plan.finetune_ms = plan.predicted_ms - cost_.predict_ms(inference);
   plan.explain = explain(plan);
   return plan;
 }
 
-double Scheduler::budget_ms() const {
-  double objective = config_.tpot_ms;
-  // Nobody is waited for: only the request that may come next is, and for at most this one step.
-  if (!has_inference()) objective = std::max(objective, std::min(config_.ttft_ms / 4.0, config_.max_idle_step_ms));
-  return objective / (1.0 + cost_.margin());
+void Scheduler::plan_inference(Step& step) {
+  plan_decode(step);
+  plan_prefill(step);
+}
+
+/// The longest step while nobody is there: only the request that may come next waits for it.
+double Scheduler::idle_ms() const {
+  double longest = std::numeric_limits<double>::infinity();
+  for (const SLO& slo : config_.objectives)
+    longest = std::min(longest, std::max(slo.tpot_ms, std::min(slo.ttft_ms / 4.0, config_.max_idle_step_ms)));
+  return longest;
+}
+
+/// Somebody without a token has used up half of its time, or needs half of what is left: no step is made longer.
+bool Scheduler::first_token_is_due(double now_ms) const {
+  constexpr std::size_t kMostLookedAt = 64;  // of those who wait, so that a long queue costs nothing
+  double work_ms = 0.0;
+  const auto due = [&](const Sequence& sequence) {
+    if (sequence.num_generated() > 0) return false;
+    const double ttft = config_.objectives[static_cast<std::size_t>(sequence.slo_class)].ttft_ms;
+    const double left = ttft - (now_ms - sequence.arrival_ms);
+    const std::int64_t begin = sequence.num_computed_tokens, end = num_tokens(sequence);
+    work_ms += cost_.predict_ms({.prefill_tokens = end - begin, .prefill_context = context_sum(begin, end)});
+    return left < std::max(ttft / 2.0, 2.0 * work_ms);
+  };
+  for (const Sequence* sequence : running_)
+    if (due(*sequence)) return true;
+  for (std::size_t i = 0; i < std::min(waiting_.size(), kMostLookedAt); ++i)
+    if (due(*waiting_[i])) return true;
+  return false;
 }
 
 std::int64_t Scheduler::blocks_held(bool in_backward) const {
@@ -255,7 +318,7 @@ void Scheduler::plan_prefill(Step& step) {
     if (count > 0 && blocks_.reserve(sequence->block_table, sequence->num_computed_tokens + count))
       add_work(step, *sequence, count, false);
   }
-  while (!waiting_.empty() && !step.short_of_pages) {
+  while (!waiting_.empty() && !step.short_of_pages && !step.holds_admission) {
     Sequence& sequence = *waiting_.front();
     BlockManager::Prefix prefix;
     if (sequence.use_prefix_cache) prefix = blocks_.find_prefix(sequence.cache_key, sequence.tokens);
@@ -292,10 +355,17 @@ void Scheduler::commit(const StepPlan& plan) {
       sequence.rows_left = sequence.length;
     }
   }
-  for (const BackwardUnit& unit : plan.backward) commit_backward(unit);
+  std::int64_t sequences_done = 0;
+  for (const BackwardUnit& unit : plan.backward) sequences_done += commit_backward(unit);
+  // A forced piece may be more than was owed, and is then paid off; what was given freely is no credit.
+  owed_ms_ += config_.min_finetune_share * plan.predicted_ms - plan.finetune_ms;
+  if (!plan.counts_for_floor || (plan.features.any_finetune() && !plan.floor)) owed_ms_ = 0.0;
+  policy_->stepped(plan, sequences_done);
 }
 
-void Scheduler::commit_backward(const BackwardUnit& unit) {
+/// How many sequences are done with it.
+std::int64_t Scheduler::commit_backward(const BackwardUnit& unit) {
+  std::int64_t done = 0;
   for (const TrainWindow& window : unit.windows) {
     TrainSequence& sequence = *window.sequence;
     if (!sequence.started) continue;
@@ -309,9 +379,11 @@ void Scheduler::commit_backward(const BackwardUnit& unit) {
     blocks_.release(sequence.block_table);
     sequence.started = false;
     sequence.done = true;
+    ++done;
     std::erase(started_, &sequence);
     std::erase(job(sequence.job_id, "commit").sequences, &sequence);
   }
+  return done;
 }
 
 }  // namespace flexcore

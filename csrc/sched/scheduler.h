@@ -3,11 +3,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <deque>
+#include <memory>
+#include <string>
 #include <vector>
 
+#include "flexcore/config.h"
 #include "sched/block_manager.h"
 #include "sched/cost_model.h"
 #include "sched/plan.h"
+#include "sched/policy.h"
 
 namespace flexcore {
 
@@ -15,14 +19,14 @@ struct SchedulerConfig {
   std::int64_t max_num_seqs = 64;             // running sequences, training ones included (they take at most half)
   std::int64_t max_num_batched_tokens = 512;  // rows of a forward pass, and of one backward unit
   std::int64_t num_layers = 0;
-  double tpot_ms = 100.0;
-  double ttft_ms = 2000.0;
+  std::vector<SLO> objectives = {SLO{}};              // by Sequence::slo_class
+  std::string policy = "hybrid";                      // policy.h
   std::int64_t max_finetune_tokens_in_flight = 1024;  // over all jobs; one sequence may always run
 
-  std::int64_t min_prefill_tokens = 32;         // a step's prefill is not cut below this to keep tpot_ms
-  std::int64_t min_finetune_tokens = 16;        // no window is cut below this: each costs a pass over weights
-  std::int64_t max_steps_without_finetune = 8;  // after so many in a row, one minimal piece runs whatever the time
-  double max_idle_step_ms = 500.0;              // longest step while no request is there
+  std::int64_t min_prefill_tokens = 32;   // a step's prefill is not cut below this to keep tpot_ms
+  std::int64_t min_finetune_tokens = 16;  // no window is cut below this: each costs a pass over weights
+  double min_finetune_share = 0.02;       // of the time, whatever the objectives; in minimal pieces
+  double max_idle_step_ms = 500.0;        // longest step while no request is there
 
   std::int64_t max_training_seqs() const { return std::max<std::int64_t>(1, max_num_seqs / 2); }
   /// The most tokens in flight when every training sequence has at most `length`.
@@ -31,19 +35,25 @@ struct SchedulerConfig {
   }
 };
 
+struct StepLimits;
+
 /// Decides what one iteration does. Inference first: decode rows, then prefill chunks; then finetuning, forward windows
-/// and backward units, up to the step time that the objective leaves (FlexLLM, arXiv 2402.18789, section 6.2). Holds
-/// pointers to sequences that the engine owns. Same input, same plan. Not thread-safe.
+/// and backward units, as much as the policy allows: with the hybrid one, up to the step time that the objectives of
+/// the requests leave. Holds pointers to sequences that the engine owns. Same input, same plan. Not thread-safe.
 ///
 /// Pages. A request takes the pages of all its tokens at admission, then one at a time; a training sequence takes all
 /// of its pages at its start. When they run out: training sequences in their forward phase give theirs back first
 /// (plan.restarted), then the youngest request is preempted. Backward phases keep theirs, and run until they are done.
 class Scheduler {
  public:
-  /// Throws InvalidArgument on a limit below 1.
+  /// Throws InvalidArgument on a limit below 1, an objective that is not positive, an unknown policy.
   Scheduler(const SchedulerConfig& config, BlockManager& blocks, CostModel& cost);
 
-  void set_objective(double tpot_ms, double ttft_ms);
+  /// Of a class that exists, or of the next one. Holds from the next plan on, for running requests too.
+  void set_objective(std::int64_t slo_class, const SLO& slo);
+  /// From the next plan on. Throws InvalidArgument.
+  void set_policy(const std::string& policy) { policy_ = make_policy(policy); }
+  std::span<const SLO> objectives() const { return config_.objectives; }
 
   /// Waits for admission. Throws InvalidArgument when it has no tokens, OutOfMemory when the pool could never hold it.
   void add(Sequence* sequence);
@@ -79,7 +89,6 @@ class Scheduler {
     bool paused = false;
     bool idle = true;                       // had nothing to do at the last plan
     double service = 0.0;                   // predicted ms given, divided by weight
-    std::int64_t denied_steps = 0;          // in a row, first in line, and no piece fitted
     std::vector<TrainSequence*> sequences;  // in order, those that are done left out
     // Of the plan in the making:
     bool forward_work = false;    // some sequence is not through its forward
@@ -102,13 +111,17 @@ class Scheduler {
     StepPlan& plan;
     std::int64_t rows_left;          // of the forward pass
     std::int64_t rows_for_finetune;  // of those, kept from prefill for a starved job
-    double prefill_budget_ms;
-    double finetune_budget_ms = 0.0;
-    bool short_of_pages = false;  // a decode row found no page: nobody is admitted or started
-    bool blocked = false;         // a waiting request found no slot or no pages
-    bool drain = false;           // what is missing is held by backward phases: run only those
-    bool stuck = false;           // nothing was planned: one piece runs whatever its time, paused jobs' too
-    bool waking = false;          // the backward phases of paused jobs run
+    double prefill_budget_ms = 0.0;
+    double finetune_budget_ms = 0.0;       // of the whole step
+    std::int64_t finetune_layer_rows = 0;  // that the policy allows: a forward row counts once a layer
+    bool serves = true;                    // requests get something
+    bool starved = false;                  // finetuning has had less than its floor
+    bool holds_admission = false;          // so that it finds a slot and pages
+    bool short_of_pages = false;           // a decode row found no page: nobody is admitted or started
+    bool blocked = false;                  // a waiting request found no slot or no pages
+    bool drain = false;                    // what is missing is held by backward phases: run only those
+    bool stuck = false;                    // nothing was planned: one piece runs whatever its time, paused jobs' too
+    bool waking = false;                   // the backward phases of paused jobs run
   };
   enum class Outcome : std::uint8_t { kGiven, kNoFit, kNothing };
 
@@ -121,14 +134,17 @@ class Scheduler {
   bool make_room(Step& step, std::int64_t missing_blocks);
   std::int64_t prefill_chunk(const Step& step, std::int64_t begin, std::int64_t end) const;
   void add_work(Step& step, Sequence& sequence, std::int64_t count, bool decode);
+  void plan_inference(Step& step);
   void plan_decode(Step& step);
   void plan_prefill(Step& step);
-  double budget_ms() const;
-  void commit_backward(const BackwardUnit& unit);
+  double idle_ms() const;
+  bool first_token_is_due(double now_ms) const;
+  std::int64_t commit_backward(const BackwardUnit& unit);
 
   // scheduler_finetune.cpp
   void begin_jobs(Step& step);
-  void plan_finetune(Step& step, double now_ms);
+  void plan_finetune(Step& step, Load load, const StepLimits& limits);
+  double least_piece_ms() const;
   void fill(Step& step);
   Job* neediest(const Step& step);
   Outcome give(Step& step, Job& job, bool force);
@@ -146,6 +162,8 @@ class Scheduler {
   void charge(Job& job, double ms);
 
   SchedulerConfig config_;
+  std::unique_ptr<Policy> policy_;
+  double owed_ms_ = 0.0;  // to finetuning, from its floor
   BlockManager& blocks_;
   CostModel& cost_;
   std::deque<Sequence*> waiting_;

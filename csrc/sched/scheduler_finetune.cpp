@@ -1,10 +1,13 @@
 // The finetuning half of the scheduler: what fills a step after inference.
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
+#include "core/check.h"
 #include "sched/scheduler.h"
 #include "sched/search.h"
+#include "sched/slack.h"
 
 namespace flexcore {
 namespace {
@@ -14,6 +17,7 @@ constexpr double kForwardProxyMs = 1e-3;
 constexpr double kBackwardProxyMs = 2e-3;
 // A training sequence starts only when every running request has room for so many more tokens.
 constexpr std::int64_t kGrowthTokens = 64;
+constexpr double kDeepDebt = 4.0;  // pieces
 
 StepFeatures with_forward(StepFeatures f, std::int64_t begin, std::int64_t end) {
   f.finetune_tokens += end - begin;
@@ -21,14 +25,10 @@ StepFeatures with_forward(StepFeatures f, std::int64_t begin, std::int64_t end) 
   return f;
 }
 
-/// A request without a token that has used up half of its time: the step is not made longer than it needs.
-bool is_late(const Sequence& sequence, double now_ms, double ttft_ms) {
-  return sequence.num_generated() == 0 && now_ms - sequence.arrival_ms > ttft_ms / 2.0;
-}
-
 }  // namespace
 
 void Scheduler::begin_jobs(Step& step) {
+  step.starved = cost_.fitted() && has_training() && owed_ms_ > 0.0 && owed_ms_ >= least_piece_ms();
   double least_service = std::numeric_limits<double>::infinity();
   const auto has_work = [](const Job& j) { return !j.paused && !j.sequences.empty(); };
   for (const Job& j : jobs_)
@@ -43,15 +43,25 @@ void Scheduler::begin_jobs(Step& step) {
     const auto in_forward =
         std::find_if(j.sequences.begin(), j.sequences.end(), [](const TrainSequence* s) { return !s->in_backward(); });
     j.forward_work = in_forward != j.sequences.end();
-    if (j.paused || !j.forward_work || j.denied_steps < config_.max_steps_without_finetune) continue;
-    // Prefill leaves rows to a job that has waited long enough, so that its piece fits.
+    if (j.paused || !j.forward_work || !step.starved) continue;
+    // Slots and pages too, when it has none or what it has in flight is not enough to catch up.
+    const bool short_of_sequences = started_.empty() || owed_ms_ > kDeepDebt * least_piece_ms();
+    if (short_of_sequences && (!running_.empty() || blocks_.blocks_for((*in_forward)->length) <= blocks_.num_free()))
+      step.holds_admission = true;
+    // Prefill leaves rows to a job, so that its piece fits.
     const std::int64_t window = std::max((*in_forward)->window_tokens, least_rows());
     const std::int64_t most = config_.max_num_batched_tokens / 2;
     step.rows_for_finetune = std::max(step.rows_for_finetune, std::min(window, most));
   }
 }
 
-void Scheduler::plan_finetune(Step& step, double now_ms) {
+/// What the floor has to have saved up for: one minimal window beside requests.
+double Scheduler::least_piece_ms() const {
+  const StepFeatures beside{.decode_rows = 1, .sampled_rows = 1};
+  return cost_.predict_ms(with_forward(beside, 0, least_rows())) - cost_.predict_ms(beside);
+}
+
+void Scheduler::plan_finetune(Step& step, Load load, const StepLimits& limits) {
   flights_.clear();
   for (TrainSequence* sequence : started_) {
     const auto owner = static_cast<std::size_t>(&job(sequence->job_id, "plan") - jobs_.data());
@@ -62,10 +72,34 @@ void Scheduler::plan_finetune(Step& step, double now_ms) {
   step.drain = step.drain && std::any_of(flights_.begin(), flights_.end(), [&](const Flight& flight) {
                  return flight.rows > 0 && !jobs_[flight.job].paused;
                });
-  const auto late = [&](const Sequence* s) { return is_late(*s, now_ms, config_.ttft_ms); };
-  const bool hurry = !step.drain && (std::any_of(running_.begin(), running_.end(), late) ||
-                                     (!waiting_.empty() && late(waiting_.front())));
-  step.finetune_budget_ms = hurry ? 0.0 : step.plan.budget_ms;
+  load.inference_rows = config_.max_num_batched_tokens - step.rows_left;
+  load.limit_ms = limits.finetune_ms;
+  const auto tpot = [&](const Sequence* s) {
+    return config_.objectives[static_cast<std::size_t>(s->slo_class)].tpot_ms;
+  };
+  for (const Sequence* sequence : running_)
+    if (sequence->num_generated() == 0) load.limit_ms = std::min(load.limit_ms, tpot(sequence));
+  if (!waiting_.empty()) load.limit_ms = std::min(load.limit_ms, tpot(waiting_.front()));
+  const bool due = !step.drain && first_token_is_due(load.now_ms);
+  if (due) load.limit_ms = 0.0;
+
+  const Allowance allowance = policy_->allowance(load);
+  constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
+  step.finetune_budget_ms = allowance.step_ms / (1.0 + cost_.margin());
+  step.finetune_layer_rows =
+      allowance.tokens > kMost / config_.num_layers ? kMost : allowance.tokens * config_.num_layers;
+  step.starved = step.starved && allowance.floor;
+  step.plan.budget_ms = step.finetune_budget_ms;
+  step.plan.counts_for_floor = allowance.floor && load.training;
+  if (!step.serves)
+    step.plan.reason = "requests wait";
+  else if (!load.inference)
+    step.plan.reason = "nobody waits";
+  else if (due)
+    step.plan.reason = "a first token is due";
+  else if (limits.tightest != nullptr && limits.slack_ms < 0.0)
+    step.plan.reason = str("request ", limits.tightest->id, " is ", std::lround(-limits.slack_ms), " ms behind");
+  if (allowance.tokens == 0) return;
   fill(step);
   if (step.plan.empty() && (has_inference() || has_training())) {
     step.stuck = true;
@@ -75,21 +109,24 @@ void Scheduler::plan_finetune(Step& step, double now_ms) {
 }
 
 void Scheduler::fill(Step& step) {
-  bool first_in_line = true;
-  bool may_force = true;
+  bool first_in_line = true, may_force = true;
+  double owed_ms = owed_ms_;
   while (Job* next = neediest(step)) {
     // Paused jobs run for the pages that they hold, not beside others.
     if (next->paused && !step.plan.empty() && !step.waking) return;
     step.waking = next->paused;
     Outcome outcome = give(step, *next, false);
-    const bool starved = first_in_line && (step.drain || next->denied_steps >= config_.max_steps_without_finetune);
-    if (outcome == Outcome::kNoFit && may_force && (starved || step.stuck)) {
+    const bool starved = first_in_line && (step.drain || step.starved);
+    const bool forced = outcome != Outcome::kGiven && may_force && (starved || step.stuck);
+    if (forced) {
+      const double before_ms = cost_.predict_ms(step.plan.features);
       outcome = give(step, *next, true);
-      may_force = false;
+      step.plan.floor = step.plan.floor || outcome == Outcome::kGiven;
+      owed_ms -= cost_.predict_ms(step.plan.features) - before_ms;
+      if (outcome != Outcome::kNothing)
+        may_force = outcome == Outcome::kGiven && step.starved && owed_ms >= least_piece_ms();
     }
-    if (outcome == Outcome::kNoFit && first_in_line) ++next->denied_steps;
-    if (outcome == Outcome::kGiven) next->denied_steps = 0;
-    if (outcome != Outcome::kNothing) first_in_line = false;
+    if (outcome != Outcome::kNothing && !(forced && may_force)) first_in_line = false;
     if (outcome != Outcome::kGiven) next->exhausted = true;
   }
 }
@@ -137,7 +174,7 @@ Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
         std::find_if(job.sequences.begin(), job.sequences.end(), [](const TrainSequence* s) { return !s->started; });
     if (pending == job.sequences.end()) return outcome;
     TrainSequence& sequence = **pending;
-    if (!room_to_start(step, sequence, force)) return outcome;
+    if (!room_to_start(step, sequence, force)) return step.holds_admission && !force ? Outcome::kNoFit : outcome;
     count = forward_rows(step, sequence, force);
     if (count == 0) return Outcome::kNoFit;
     blocks_.reserve(sequence.block_table, sequence.length);
@@ -155,6 +192,7 @@ Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
                              : kForwardProxyMs * static_cast<double>(count * config_.num_layers));
   step.plan.forward.push_back({&sequence, begin, end});
   step.rows_left -= count;
+  step.finetune_layer_rows -= std::min(step.finetune_layer_rows, count * config_.num_layers);
   flight->used = true;
   ++job.windows;
   return Outcome::kGiven;
@@ -162,7 +200,7 @@ Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
 
 /// Whether a pending sequence may take its pages now. Sequences of paused jobs make room when nobody else is at work.
 bool Scheduler::room_to_start(Step& step, const TrainSequence& sequence, bool force) {
-  if (step.short_of_pages || step.blocked || (!waiting_.empty() && !force)) return false;
+  if (step.short_of_pages || step.blocked || (!waiting_.empty() && step.serves && !force)) return false;
   const std::int64_t pages = blocks_.blocks_for(sequence.length) + growth_blocks(force ? 1 : kGrowthTokens);
   const std::int64_t slots = config_.max_training_seqs();
   const auto room = [&] {
@@ -200,12 +238,14 @@ std::int64_t Scheduler::forward_rows(const Step& step, const TrainSequence& sequ
   const auto in_time = [&](std::int64_t count) {
     return fits(step, with_forward(step.plan.features, begin, begin + count));
   };
+  const std::int64_t rows = std::min(step.rows_left, step.finetune_layer_rows / config_.num_layers);
   if (sequence.window_tokens > 0) {
     const std::int64_t window = std::min({sequence.window_tokens, remaining, config_.max_num_batched_tokens});
     if (force) return std::min(window, step.rows_left);
-    return window <= step.rows_left && in_time(window) ? window : 0;
+    return window <= rows && in_time(window) ? window : 0;
   }
-  const std::int64_t high = std::min(remaining, step.rows_left), least = std::min(least_rows(), remaining);
+  const std::int64_t high = std::min(remaining, force ? step.rows_left : rows),
+                     least = std::min(least_rows(), remaining);
   if (force) return std::min(high, least);
   const std::int64_t count = high < least ? 0 : largest_that(high, in_time);
   return count < least ? 0 : without_sliver(count, remaining);
@@ -219,8 +259,9 @@ Scheduler::Outcome Scheduler::give_backward(Step& step, Job& job, bool force) {
   if (top == nullptr) return Outcome::kNothing;
   const std::int64_t program = top->sequence->program, layer = top->layer;
 
-  StepFeatures f = collect(step, job, program, layer, config_.max_num_batched_tokens);
-  if (!force && !fits(step, f)) {
+  const std::int64_t most = std::min(config_.max_num_batched_tokens, step.finetune_layer_rows);
+  StepFeatures f = collect(step, job, program, layer, most);
+  if (!force && !unit_.empty() && !fits(step, f)) {
     const std::int64_t rows = f.backward_layer_tokens - step.plan.features.backward_layer_tokens;
     const std::int64_t limit =
         largest_that(rows, [&](std::int64_t count) { return fits(step, collect(step, job, program, layer, count)); });
@@ -244,6 +285,7 @@ Scheduler::Outcome Scheduler::give_backward(Step& step, Job& job, bool force) {
   const double ms =
       cost_.fitted() ? cost_.predict_ms(f) - cost_.predict_ms(step.plan.features) : kBackwardProxyMs * all_rows;
   step.plan.features = f;
+  step.finetune_layer_rows -= std::min(step.finetune_layer_rows, static_cast<std::int64_t>(all_rows));
   BackwardUnit& unit = step.plan.backward.emplace_back();
   unit.program = program;
   unit.layer = layer;
@@ -312,7 +354,7 @@ std::int64_t Scheduler::without_sliver(std::int64_t rows, std::int64_t available
 }
 
 bool Scheduler::fits(const Step& step, const StepFeatures& features) const {
-  return !cost_.fitted() || cost_.predict_ms(features) <= step.finetune_budget_ms;
+  return step.finetune_budget_ms > 0.0 && (!cost_.fitted() || cost_.predict_ms(features) <= step.finetune_budget_ms);
 }
 
 void Scheduler::charge(Job& job, double ms) { job.service += std::max(0.0, ms) / job.weight; }

@@ -19,6 +19,7 @@ struct Sequence {
   std::uint64_t cache_key = 0;  // (adapter, version): prefixes are shared only within one key
   bool use_prefix_cache = true;
   State state = State::kWaiting;
+  std::int64_t slo_class = 0;  // whose objective it is promised
   double arrival_ms = 0.0;
   double first_token_ms = -1.0;  // time of the first generated token; < 0: none yet
 

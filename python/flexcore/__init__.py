@@ -23,10 +23,15 @@ from flexcore._core import (
     OutOfMemory,
     PlannedTensor,
     SamplingParams,
+    SimulatedJob,
+    SimulatedRequest,
+    Simulation,
+    SimulationConfig,
     StepReport,
     TokenEvent,
     Unsupported,
     __version__,
+    simulate,
 )
 from flexcore.engine import Engine, plan
 from flexcore.records import refuse_unknown_fields
@@ -57,6 +62,10 @@ __all__ = [
     "PlannedTensor",
     "RequestOutput",
     "SamplingParams",
+    "SimulatedJob",
+    "SimulatedRequest",
+    "Simulation",
+    "SimulationConfig",
     "StepReport",
     "TokenEvent",
     "Tokenizer",
@@ -65,9 +74,20 @@ __all__ = [
     "datasets",
     "ops",
     "plan",
+    "simulate",
 ]
 
-for _record in (SLO, EngineConfig, Example, FinetuneConfig, LoraConfig, SamplingParams):
+for _record in (
+    SLO,
+    EngineConfig,
+    Example,
+    FinetuneConfig,
+    LoraConfig,
+    SamplingParams,
+    SimulatedJob,
+    SimulatedRequest,
+    SimulationConfig,
+):
     refuse_unknown_fields(_record)
 
 # Imported on first use: tokenizers, jinja2 and the array module are not everybody's business.

@@ -23,7 +23,8 @@ class SLO:
     _fields: tuple[str, ...]
     tpot_ms: float
     ttft_ms: float
-    def __init__(self, tpot_ms: float = 100.0, ttft_ms: float = 2000.0) -> None: ...
+    attainment: float
+    def __init__(self, tpot_ms: float = 100.0, ttft_ms: float = 2000.0, attainment: float = 0.99) -> None: ...
 
 class EngineConfig:
     _fields: tuple[str, ...]
@@ -40,6 +41,9 @@ class EngineConfig:
     num_threads: int
     seed: int
     slo: SLO
+    slo_classes: dict[str, SLO]
+    policy: str
+    min_finetune_share: float
     def __init__(
         self,
         device: str = "auto",
@@ -55,6 +59,9 @@ class EngineConfig:
         num_threads: int = 0,
         seed: int = 0,
         slo: SLO = ...,
+        slo_classes: Mapping[str, SLO] = ...,
+        policy: str = "hybrid",
+        min_finetune_share: float = 0.02,
     ) -> None: ...
 
 class SamplingParams:
@@ -340,16 +347,94 @@ def plan(
     model: _Path, config: EngineConfig | None = None, lora: LoraConfig | None = None, sequence_length: int = 1024
 ) -> MemoryPlan: ...
 
+class SimulatedRequest:
+    _fields: tuple[str, ...]
+    arrival_ms: float
+    prompt_tokens: int
+    output_tokens: int
+    slo_class: str
+    def __init__(
+        self, arrival_ms: float = 0.0, prompt_tokens: int = 1, output_tokens: int = 1, slo_class: str = ""
+    ) -> None: ...
+
+class SimulatedJob:
+    _fields: tuple[str, ...]
+    lengths: list[int]
+    batch_size: int
+    weight: float
+    def __init__(self, lengths: Sequence[int] = ..., batch_size: int = 8, weight: float = 1.0) -> None: ...
+
+class SimulationConfig:
+    _fields: tuple[str, ...]
+    engine: EngineConfig
+    num_layers: int
+    num_blocks: int
+    max_finetune_tokens_in_flight: int
+    step_time_ms: dict[str, float]
+    noise: float
+    stall_share: float
+    stall_ms: float
+    between_steps_ms: float
+    optimizer_ms: float
+    duration_ms: float
+    def __init__(
+        self,
+        engine: EngineConfig = ...,
+        num_layers: int = 30,
+        num_blocks: int = 4096,
+        max_finetune_tokens_in_flight: int = 1024,
+        step_time_ms: Mapping[str, float] = ...,
+        noise: float = 0.0,
+        stall_share: float = 0.0,
+        stall_ms: float = 0.0,
+        between_steps_ms: float = 0.0,
+        optimizer_ms: float = 0.0,
+        duration_ms: float = 60_000.0,
+    ) -> None: ...
+
+class Simulation:
+    _fields: tuple[str, ...]
+    @property
+    def answers(self) -> dict[str, NDArray[Any]]: ...
+    @property
+    def gaps_ms(self) -> NDArray[np.float32]: ...
+    @property
+    def steps(self) -> dict[str, NDArray[Any]]: ...
+    @property
+    def end_ms(self) -> float: ...
+    @property
+    def finetune_tokens(self) -> float: ...
+    @property
+    def backward_layer_tokens(self) -> float: ...
+    @property
+    def trained_tokens(self) -> float: ...
+    @property
+    def optimizer_steps(self) -> int: ...
+    @property
+    def blocks_free(self) -> int: ...
+
+def simulate(
+    requests: Sequence[SimulatedRequest],
+    jobs: Sequence[SimulatedJob] = (),
+    config: SimulationConfig | None = None,
+) -> Simulation: ...
+
 class Engine:
     def __init__(self, model: _Path, config: EngineConfig | None = None) -> None: ...
     def submit(
-        self, prompt_token_ids: _Ids, sampling: SamplingParams | None = None, adapter: str | None = None
+        self,
+        prompt_token_ids: _Ids,
+        sampling: SamplingParams | None = None,
+        adapter: str | None = None,
+        slo_class: str | None = None,
+        waited_ms: float = 0.0,
     ) -> int: ...
     def submit_batch(
         self,
         prompts: Sequence[_Ids],
         sampling: SamplingParams | Sequence[SamplingParams] | None = None,
         adapter: str | Sequence[str | None] | None = None,
+        slo_class: str | Sequence[str | None] | None = None,
     ) -> list[int]: ...
     def step(self) -> StepReport: ...
     def cancel(self, request_id: int) -> bool: ...
@@ -385,4 +470,5 @@ class Engine:
     def memory_peak(self) -> dict[str, int]: ...
     def stats(self) -> dict[str, float]: ...
     def model(self) -> ModelInfo: ...
-    def set_slo(self, slo: SLO) -> None: ...
+    def set_slo(self, slo: SLO, slo_class: str | None = None) -> None: ...
+    def set_policy(self, policy: str) -> None: ...

@@ -25,6 +25,7 @@ inline constexpr std::int64_t kHidden = 32, kIntermediate = 48, kHeads = 4, kKvH
 class EngineTest : public ::testing::Test {
  protected:
   EngineTest() {
+    setenv("FLEXCORE_CACHE", dir_.path("cache").c_str(), 1);
     dir_.write("config.json", R"({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 32,
       "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50,
       "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true,

@@ -50,8 +50,9 @@ std::string play(unsigned seed) {
   config.max_num_seqs = dice.one_of({1, 2, 3, 8, 64});
   config.max_num_batched_tokens = dice.one_of({1, 5, 16, 64, 512});
   config.num_layers = dice.between(1, 5);
-  config.tpot_ms = dice.one_of({1.0, 20.0, 100.0});
-  config.ttft_ms = dice.one_of({20.0, 2000.0});
+  config.objectives[0].tpot_ms = dice.one_of({1.0, 20.0, 100.0});
+  config.objectives[0].ttft_ms = dice.one_of({20.0, 2000.0});
+  config.min_finetune_share = dice.one_of({0.0, 0.02, 0.3});
   config.max_finetune_tokens_in_flight = dice.one_of({1, 50, 200});
   const int block_size = dice.one_of({1, 4, 16});
   const int longest = dice.between(2, 120);

@@ -230,7 +230,7 @@ TEST(Scheduler, InFlightTokensAreLimited) {
 
 TEST(Scheduler, StepsStayWithinTheirBudget) {
   SchedulerConfig config = small();
-  config.tpot_ms = 30.0;
+  config.objectives[0].tpot_ms = 30.0;
   World world(config, 128);
   world.cost = simple_costs();
   world.scheduler.add_job(1, 1.0);
@@ -250,7 +250,7 @@ TEST(Scheduler, StepsStayWithinTheirBudget) {
 
 TEST(Scheduler, PrefillIsCutForThoseWhoDecode) {
   SchedulerConfig config = small();
-  config.tpot_ms = 25.0;
+  config.objectives[0].tpot_ms = 25.0;
   config.min_prefill_tokens = 8;
   World world(config, 64);
   world.cost = simple_costs();
@@ -260,27 +260,31 @@ TEST(Scheduler, PrefillIsCutForThoseWhoDecode) {
   const StepPlan cut = world.step();
   EXPECT_LE(cut.predicted_ms, cut.budget_ms);
   EXPECT_GT(cut.features.prefill_tokens, 30);
-  world.scheduler.set_objective(1.0, 2000.0);  // out of reach: the least chunk
+  world.scheduler.set_objective(0, {1.0, 2000.0});  // out of reach: the least chunk
   EXPECT_EQ(world.step().features.prefill_tokens, 8);
 }
 
 TEST(Scheduler, FinetuningIsNeverStarved) {
-  SchedulerConfig config = small();
-  config.tpot_ms = 1.0;  // out of reach
-  World world(config, 64);
-  world.cost = simple_costs();
-  world.scheduler.add_job(1, 1.0);
-  const TrainSequence& t = world.example(1, 40);
-  world.request(4, 400);
-  int since = 0;
-  for (int i = 0; i < 400 && !t.done; ++i) {
-    const StepPlan plan = world.step();
-    since = plan.features.any_finetune() ? 0 : since + 1;
-    EXPECT_LE(since, config.max_steps_without_finetune);
-    EXPECT_LE(plan.features.finetune_tokens, config.min_finetune_tokens);
-    EXPECT_LE(plan.features.backward_units, 1);
+  for (const double share : {0.0, 0.02, 0.2}) {
+    SchedulerConfig config = small();
+    config.objectives[0].tpot_ms = 1.0;  // out of reach
+    config.min_finetune_share = share;
+    World world(config, 256);
+    world.cost = simple_costs();
+    world.scheduler.add_job(1, 1.0);
+    for (int i = 0; i < 100; ++i) world.example(1, 40);
+    world.request(4, 400);
+    double all_ms = 0.0, finetune_ms = 0.0;
+    for (int i = 0; i < 300; ++i) {
+      const StepPlan plan = world.step();
+      all_ms += plan.predicted_ms;
+      finetune_ms += plan.finetune_ms;
+      EXPECT_EQ(plan.floor, plan.features.any_finetune());
+      EXPECT_LE(plan.features.finetune_tokens, config.min_finetune_tokens);
+      EXPECT_LE(plan.features.backward_units, 1);
+    }
+    EXPECT_NEAR(finetune_ms / all_ms, share, 0.01) << share;
   }
-  EXPECT_TRUE(t.done);
 }
 
 TEST(Scheduler, ALateFirstTokenIsNotHeldUp) {
@@ -303,7 +307,7 @@ TEST(Scheduler, JobsShareByWeight) {
   std::int64_t program = 0;
   for (int i = 0; i < 200; ++i)
     for (const std::int64_t id : {1, 2}) world.example(id, 60).program = program++ % 2;  // no unit is shared
-  world.scheduler.set_objective(40.0, 100.0);
+  world.scheduler.set_objective(0, {40.0, 100.0});
   for (int i = 0; i < 150; ++i) {
     const StepPlan plan = world.step();
     for (const TrainWindow& w : plan.forward) ms[w.sequence->job_id] += 0.5 * static_cast<double>(w.end - w.begin);
@@ -346,7 +350,7 @@ TEST(Scheduler, BackwardPhasesAreRunToTheirEnd) {
   world.scheduler.add_job(1, 1.0);
   const TrainSequence& t = world.example(1, 100, 0, 10);
   while (!t.in_backward()) world.step();
-  world.scheduler.set_objective(1.0, 2000.0);  // no time for anything
+  world.scheduler.set_objective(0, {1.0, 2000.0});  // no time for anything
   Sequence& s = world.request(60, 4);
   int steps = 0;
   for (; !t.done; ++steps) {
@@ -405,7 +409,7 @@ TEST(Scheduler, RefusesWhatCouldNeverRun) {
   EXPECT_THROW(world.scheduler.pause_job(3, true), InvalidArgument);
   EXPECT_THROW(world.example(1, 0), InvalidArgument);
   EXPECT_THROW(world.example(1, 65), OutOfMemory);
-  EXPECT_THROW(world.scheduler.set_objective(0.0, 1.0), InvalidArgument);
+  EXPECT_THROW(world.scheduler.set_objective(0, {0.0, 1.0}), InvalidArgument);
   EXPECT_THROW(Scheduler(SchedulerConfig{}, world.blocks, world.cost), InvalidArgument);  // num_layers is 0
   world.request(9, 56);
   world.run();

@@ -21,9 +21,13 @@ void set_target_modules(LoraConfig& config, py::handle value, const std::string&
 }
 
 void register_engine_config(py::module_& m) {
-  Record<SLO>(m, "SLO", "Latency objective: milliseconds per output token, and to the first token.")
+  Record<SLO>(
+      m, "SLO",
+      "Latency objective: milliseconds per output token (mean of a request) and to the first token, kept for this "
+      "share of requests.")
       .field("tpot_ms", &SLO::tpot_ms)
       .field("ttft_ms", &SLO::ttft_ms)
+      .field("attainment", &SLO::attainment)
       .done();
   Record<EngineConfig>(m, "EngineConfig",
                        "How an engine runs. dtype \"float32\" is the exact mode; num_threads 0 takes every core.")
@@ -40,6 +44,9 @@ void register_engine_config(py::module_& m) {
       .field("num_threads", &EngineConfig::num_threads)
       .field("seed", &EngineConfig::seed)
       .nested("slo", &EngineConfig::slo)
+      .field("slo_classes", &EngineConfig::slo_classes)
+      .field("policy", &EngineConfig::policy)
+      .field("min_finetune_share", &EngineConfig::min_finetune_share)
       .done();
 }
 

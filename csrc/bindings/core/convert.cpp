@@ -118,7 +118,7 @@ std::string to_path(py::handle value, const std::string& where) {
   return to_string(value.attr("__fspath__")(), where);
 }
 
-std::string to_adapter(py::handle value, const std::string& where) {
+std::string to_name(py::handle value, const std::string& where) {
   if (value.is_none()) return {};
   if (!PyUnicode_Check(value.ptr())) refuse(where, value, "an adapter's name or None");
   return value.cast<std::string>();

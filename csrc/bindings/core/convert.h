@@ -30,7 +30,7 @@ double to_double(py::handle value, const std::string& where);
 bool to_bool(py::handle value, const std::string& where);
 std::string to_string(py::handle value, const std::string& where);
 std::string to_path(py::handle value, const std::string& where);               // str or os.PathLike
-std::string to_adapter(py::handle value, const std::string& where);            // None is the base model, ""
+std::string to_name(py::handle value, const std::string& where);               // None is ""
 std::vector<std::int32_t> to_ids(py::handle value, const std::string& where);  // sequence or numpy array of ints
 std::vector<Example> to_examples(py::handle value, const std::string& where);  // Examples, or dicts with their fields
 
@@ -88,6 +88,11 @@ T convert(py::handle value, const std::string& where) {
     return to_string(value, where);
   } else if constexpr (std::is_same_v<T, std::vector<std::string>>) {
     return to_strings(value, where);
+  } else if constexpr (std::is_same_v<T, std::vector<std::int64_t>>) {
+    return to_vector(value, where, "a list of ints", to_int64);
+  } else if constexpr (std::is_same_v<T, std::map<std::string, double>>) {
+    const auto pairs = to_pairs(value, where, "a dict from name to float", to_string, to_double);
+    return {pairs.begin(), pairs.end()};
   } else if constexpr (std::is_same_v<T, std::vector<std::int32_t>>) {
     return to_ids(value, where);
   } else if constexpr (std::is_same_v<T, std::array<double, 2>>) {
@@ -96,6 +101,9 @@ T convert(py::handle value, const std::string& where) {
     return {pair[0], pair[1]};
   } else if constexpr (std::is_same_v<T, std::map<std::int32_t, double>>) {
     const auto pairs = to_pairs(value, where, "a dict from token id to float", to_int32, to_double);
+    return {pairs.begin(), pairs.end()};
+  } else if constexpr (std::is_same_v<T, std::map<std::string, SLO>>) {
+    const auto pairs = to_pairs(value, where, "a dict from name to flexcore.SLO", to_string, convert<SLO>);
     return {pairs.begin(), pairs.end()};
   } else if constexpr (std::is_same_v<T, std::vector<std::pair<std::string, std::int64_t>>>) {
     return to_pairs(value, where, "a dict from module pattern to int", to_string, to_int64);
@@ -113,13 +121,16 @@ template <class T>
 py::object to_python(const T& value) {
   if constexpr (is_optional<T>::value) {
     return value ? to_python(*value) : py::none();
-  } else if constexpr (std::is_same_v<T, std::vector<std::string>> || std::is_same_v<T, std::vector<std::int32_t>>) {
+  } else if constexpr (std::is_same_v<T, std::vector<std::string>> || std::is_same_v<T, std::vector<std::int32_t>> ||
+                       std::is_same_v<T, std::vector<std::int64_t>>) {
     py::list out(value.size());
     for (std::size_t i = 0; i < value.size(); ++i) out[i] = py::cast(value[i]);
     return out;
   } else if constexpr (std::is_same_v<T, std::array<double, 2>>) {
     return py::make_tuple(value[0], value[1]);
   } else if constexpr (std::is_same_v<T, std::map<std::int32_t, double>> ||
+                       std::is_same_v<T, std::map<std::string, double>> ||
+                       std::is_same_v<T, std::map<std::string, SLO>> ||
                        std::is_same_v<T, std::vector<std::pair<std::string, std::int64_t>>> ||
                        std::is_same_v<T, std::vector<std::pair<std::string, double>>>) {
     py::dict out;

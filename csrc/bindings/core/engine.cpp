@@ -42,21 +42,24 @@ std::vector<T> broadcast(const py::object& value, std::size_t count, const std::
   return out;
 }
 
-RequestId submit(Engine& self, const py::object& prompt, const py::object& sampling, const py::object& adapter) {
-  const Request request{to_ids(prompt, "submit: prompt_token_ids"), to_sampling(sampling, "submit: sampling"),
-                        to_adapter(adapter, "submit: adapter")};
+RequestId submit(Engine& self, const py::object& prompt, const py::object& sampling, const py::object& adapter,
+                 const py::object& slo_class, const py::object& waited_ms) {
+  Request request{to_ids(prompt, "submit: prompt_token_ids"), to_sampling(sampling, "submit: sampling"),
+                  to_name(adapter, "submit: adapter"), to_name(slo_class, "submit: slo_class")};
+  request.waited_ms = to_double(waited_ms, "submit: waited_ms");
   return released([&] { return self.submit(request); });
 }
 
 std::vector<RequestId> submit_batch(Engine& self, const py::object& prompts, const py::object& sampling,
-                                    const py::object& adapter) {
+                                    const py::object& adapter, const py::object& slo_class) {
   auto ids = to_vector(prompts, "submit_batch: prompts", "a list of token id lists", to_ids);
   auto params = broadcast<SamplingParams>(sampling, ids.size(), "submit_batch: sampling", to_sampling);
-  auto names = broadcast<std::string>(adapter, ids.size(), "submit_batch: adapter", to_adapter);
+  auto names = broadcast<std::string>(adapter, ids.size(), "submit_batch: adapter", to_name);
+  auto classes = broadcast<std::string>(slo_class, ids.size(), "submit_batch: slo_class", to_name);
   std::vector<Request> requests;
   requests.reserve(ids.size());
   for (std::size_t i = 0; i < ids.size(); ++i)
-    requests.push_back({std::move(ids[i]), std::move(params[i]), std::move(names[i])});
+    requests.push_back({std::move(ids[i]), std::move(params[i]), std::move(names[i]), std::move(classes[i])});
   return released([&] { return self.submit_batch(requests); });
 }
 
@@ -84,11 +87,14 @@ void register_serving(Bound& cls) {
             return std::make_unique<Engine>(Engine::load(path, chosen));
           }),
           py::arg("model"), py::arg("config") = py::none());
-  cls.def("submit", submit, py::arg("prompt_token_ids"), py::arg("sampling") = py::none(),
-          py::arg("adapter") = py::none(),
-          "Queues a request; with n > 1 the ids are consecutive from the one returned.");
+  cls.def(
+      "submit", submit, py::arg("prompt_token_ids"), py::arg("sampling") = py::none(), py::arg("adapter") = py::none(),
+      py::arg("slo_class") = py::none(), py::arg("waited_ms") = 0.0,
+      "Queues a request; with n > 1 the ids are consecutive from the one returned. waited_ms: since it arrived, which "
+      "counts to its first token.");
   cls.def("submit_batch", submit_batch, py::arg("prompts"), py::arg("sampling") = py::none(),
-          py::arg("adapter") = py::none(), "Queues all or none; sampling and adapter are for all, or one for each.");
+          py::arg("adapter") = py::none(), py::arg("slo_class") = py::none(),
+          "Queues all or none; sampling, adapter and slo_class are for all, or one for each.");
   cls.def("step", &Engine::step, Released(),
           "One iteration: inference first, then as much finetuning as the objective leaves room for.");
   cls.def(
@@ -103,7 +109,7 @@ void register_serving(Bound& cls) {
       "score",
       [](Engine& self, const py::object& tokens, const py::object& adapter) {
         const auto ids = to_ids(tokens, "score: token_ids");
-        const std::string name = to_adapter(adapter, "score: adapter");
+        const std::string name = to_name(adapter, "score: adapter");
         auto out = released([&] { return self.score(ids, name); });
         const auto size = static_cast<std::int64_t>(out.size());
         return to_array(std::move(out), {size});
@@ -114,7 +120,7 @@ void register_serving(Bound& cls) {
       "logits",
       [](Engine& self, const py::object& tokens, const py::object& adapter) {
         const auto ids = to_ids(tokens, "logits: token_ids");
-        const std::string name = to_adapter(adapter, "logits: adapter");
+        const std::string name = to_name(adapter, "logits: adapter");
         auto out = released([&] { return self.logits(ids, name); });
         const auto rows = static_cast<std::int64_t>(ids.size());
         const auto size = static_cast<std::int64_t>(out.size());
@@ -222,11 +228,20 @@ void register_state(Bound& cls) {
   cls.def("model", &Engine::model, Released());
   cls.def(
       "set_slo",
-      [](Engine& self, const py::object& slo) {
+      [](Engine& self, const py::object& slo, const py::object& slo_class) {
         const auto objective = convert<SLO>(slo, "set_slo: slo");
-        released([&] { self.set_slo(objective); });
+        const std::string name = to_name(slo_class, "set_slo: slo_class");
+        released([&] { self.set_slo(objective, name); });
       },
-      py::arg("slo"));
+      py::arg("slo"), py::arg("slo_class") = py::none(),
+      "Changes an objective, of running requests too; a name that is new becomes a class.");
+  cls.def(
+      "set_policy",
+      [](Engine& self, const py::object& policy) {
+        const std::string name = to_string(policy, "set_policy: policy");
+        released([&] { self.set_policy(name); });
+      },
+      py::arg("policy"), "EngineConfig.policy, from the next step on.");
 }
 
 }  // namespace

@@ -9,4 +9,5 @@ PYBIND11_MODULE(_core, m) {
   register_reports(m);
   register_engine(m);
   register_plan(m);
+  register_simulate(m);
 }

@@ -19,5 +19,6 @@ void register_config(pybind11::module_& m);
 void register_reports(pybind11::module_& m);  // what engine.h returns
 void register_engine(pybind11::module_& m);
 void register_plan(pybind11::module_& m);
+void register_simulate(pybind11::module_& m);
 
 }  // namespace flexcore::python

@@ -12,8 +12,9 @@ namespace flexcore {
 
 /// Latency objective of a request class.
 struct SLO {
-  double tpot_ms = 100.0;   // time per output token after the first, mean over a request
-  double ttft_ms = 2000.0;  // time to first token, from arrival, queueing included
+  double tpot_ms = 100.0;    // time per output token after the first, mean over a request
+  double ttft_ms = 2000.0;   // time to first token, from arrival, queueing included
+  double attainment = 0.99;  // share of requests that both are promised to; sets the margin of predictions
 };
 
 struct EngineConfig {
@@ -32,6 +33,11 @@ struct EngineConfig {
   int num_threads = 0;         // 0: every core this process may use
   std::uint64_t seed = 0;
   SLO slo;
+  std::map<std::string, SLO> slo_classes = {};  // for requests that name one of them
+  /// How requests and finetuning share the steps: "hybrid"; or, to compare with it, "temporal:N" (a turn of finetuning
+  /// after N inference steps), "dynamic-temporal", "token-cap:N", "inference-only", "finetune-only".
+  std::string policy = "hybrid";
+  double min_finetune_share = 0.02;  // of the time, even when objectives leave none
 };
 
 /// How tokens are chosen. Applied in this order: logit_bias, penalties, temperature, top_k, top_p, min_p.
@@ -57,6 +63,8 @@ struct Request {
   std::vector<std::int32_t> prompt_token_ids;
   SamplingParams sampling = {};
   std::string adapter = {};                     // "" is the base model; "name" the newest version
+  std::string slo_class = {};                   // "" is EngineConfig::slo
+  double waited_ms = 0.0;                       // since it arrived, before it was submitted: counts to its first token
   std::optional<std::int64_t> max_tokens = {};  // short for sampling.max_tokens, which it goes before
 };
 

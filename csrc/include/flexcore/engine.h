@@ -151,7 +151,10 @@ class Engine {
   std::map<std::string, std::int64_t> memory_peak() const;  // since load
   std::map<std::string, double> stats() const;              // counters and the step-time model's state
   ModelInfo model() const;
-  void set_slo(const SLO& slo);
+  /// Changes an objective, of running requests too; a name that is new becomes a class.
+  void set_slo(const SLO& slo, const std::string& slo_class = {});
+  /// EngineConfig::policy, from the next step on.
+  void set_policy(const std::string& policy);
 
   struct Impl;  // defined inside the library
 
