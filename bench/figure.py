@@ -91,8 +91,9 @@ def _coserve(axis, coserve: dict | None) -> None:
         return
     rows = [("alone", 1.0, "")]
     for load in coserve["loads"]:
-        name = f"{load['load']} load\n{load['requests_per_s']:.1f} requests/s"
-        rows.append((name, load["finetuning_kept"], _latency(load["coserving"])))
+        both = load["coserving"]
+        name = f"{load['load']} load\n{both['requests_per_s']:.1f} requests/s"
+        rows.append((name, both["finetuning_kept"], _latency(both)))
     for row, (_, kept, note) in enumerate(rows):
         axis.barh(row, 100 * kept, height=0.42, color=OWN, alpha=1.0 if row else 0.35, zorder=2)
         axis.text(100 * kept + 2, row, f"{kept:.0%}", va="center", fontweight="bold", zorder=4)
@@ -103,9 +104,9 @@ def _coserve(axis, coserve: dict | None) -> None:
 
 
 def _latency(served: dict) -> str:
-    if "tpot_ms_p50" not in served:
+    if "p99_tpot_ms" not in served:
         return ""
-    return f"time per token: p50 {served['tpot_ms_p50']:.0f} ms, p99 {served['tpot_ms_p99']:.0f} ms"
+    return f"time per token: p50 {served['median_tpot_ms']:.0f} ms, p99 {served['p99_tpot_ms']:.0f} ms"
 
 
 def _frame(axis, title: str, unit: str, labels: list[str]) -> None:

@@ -18,7 +18,7 @@ OUT=${OUT:-$root/bench/results}
 
 all=(env build cpp python memcheck racecheck kernels model latency throughput coserve)
 declare -A limit=([env]=40 [build]=240 [cpp]=70 [python]=80 [memcheck]=60 [racecheck]=45 [kernels]=60 [model]=60
-                  [latency]=60 [throughput]=60 [coserve]=75)
+                  [latency]=60 [throughput]=60 [coserve]=110)
 if [ "$BUDGET" -gt 570 ]; then
   for name in "${all[@]}"; do limit[$name]=$((limit[$name] * BUDGET / 570)); done
 fi
@@ -174,7 +174,7 @@ stage_latency() {
     bench latency-eager latency --input-len 128 --batch-size 1 16 64 --num-iters 3 --enforce-eager
 }
 stage_throughput() { bench throughput throughput --num-prompts 128 --train-steps 8; }
-stage_coserve() { bench coserve coserve --seconds 6; }
+stage_coserve() { bench coserve coserve --seconds 4 --shares 0.1 0.5 0.8 --policies hybrid temporal:64; }
 
 run_stage() {  # run_stage NAME SECONDS: in a process of its own, so that it can be stopped
   local name=$1 seconds=$2 begin=$SECONDS status outcome

@@ -66,9 +66,9 @@ def _coserve(coserve: dict) -> str:
         both, alone = load["coserving"], load["serving_alone"]
         cells = [
             load["load"],
-            f"{load['requests_per_s']:.1f}",
-            f"**{load['finetuning_kept']:.0%}**",
-            f"{both['trained_tokens_per_s']:,.0f}",
+            f"{both['requests_per_s']:.1f}",
+            f"**{both['finetuning_kept']:.0%}**",
+            f"{both['finetune_tokens_per_s']:,.0f}",
             _pair(both, "tpot_ms"),
             _pair(alone, "tpot_ms"),
             _pair(both, "ttft_ms"),
@@ -78,7 +78,8 @@ def _coserve(coserve: dict) -> str:
 
 
 def _pair(served: dict, name: str) -> str:
-    return f"{served[f'{name}_p50']:.0f} / {served[f'{name}_p99']:.0f}" if f"{name}_p50" in served else "-"
+    key = f"p99_{name}"
+    return f"{served[f'median_{name}']:.0f} / {served[key]:.0f}" if key in served else "-"
 
 
 def footnote(record: dict) -> str:

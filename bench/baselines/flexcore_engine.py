@@ -8,6 +8,7 @@ import common
 
 import flexcore
 from flexcore.bench import coserve
+from flexcore.bench._sharing import Finetuning
 
 
 def main() -> None:
@@ -89,8 +90,14 @@ def finetune_seconds(engine: flexcore.Engine, load: common.Workload) -> float:
 def run_coserve(args, load: common.Workload) -> dict[str, object]:
     engine = open_engine(args, max_model_len=1024, max_num_seqs=64)
     lora = flexcore.LoraConfig(r=load.rank, lora_alpha=load.alpha, target_modules="all-linear")
-    traffic = coserve.Traffic(seconds=3.0 if args.quick else 12.0, train_len=load.train)
-    return coserve.measure(engine, lora, traffic)
+    traffic = coserve.Traffic(seconds=3.0 if args.quick else 12.0, output_len=(32, 32))
+    bench = coserve.Benchmark(engine, flexcore.SLO(), traffic, Finetuning(lora, load.train))
+    result = bench.run(None, (0.2, 0.7), ("hybrid",))
+    result["loads"] = []
+    for name, alone, both in zip(("light", "heavy"), result["runs"][::2], result["runs"][1::2], strict=True):
+        result["loads"].append({"load": name, "serving_alone": alone, "coserving": both})
+    del result["runs"]
+    return result
 
 
 if __name__ == "__main__":

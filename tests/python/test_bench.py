@@ -74,12 +74,17 @@ def test_latency_and_throughput(numpy_model: Path, tmp_path: Path) -> None:
 
 
 def test_coserve(numpy_model: Path, tmp_path: Path) -> None:
-    sizes = ["--seconds", "0.2", "--input-len", "4", "9", "--output-len", "3", "--train-len", "16"]
-    result = bench(numpy_model, tmp_path, "coserve", *sizes)
-    assert [load["load"] for load in result["loads"]] == ["light", "heavy"]
-    for load in result["loads"]:
-        assert load["serving_alone"]["requests"] == load["coserving"]["requests"] >= 1
-        assert load["coserving"]["tpot_ms_p99"] > 0
+    sizes = ["--seconds", "0.4", "--input-len", "4", "9", "--output-len", "3", "5", "--train-len", "16"]
+    policies = ["hybrid", "temporal:4", "spatial", "separate"]
+    result = bench(numpy_model, tmp_path, "coserve", *sizes, "--request-rate", "15", "30", "--policies", *policies)
+    assert [run["policy"] for run in result["runs"]] == ["inference-only", *policies] * 2
+    for run in result["runs"]:
+        assert run["num_prompts"] == run["completed"] >= 1
+        assert run["p99_tpot_ms"] >= run["median_tpot_ms"] > 0
+        assert 0 <= run["attainment"] <= 1
+        assert (run["finetune_tokens_per_s"] > 0) == (run["policy"] != "inference-only")
+        assert len(run["series"]["end"]) == run["steps"]
+    assert result["finetune_alone_tokens_per_s"] > 0
 
 
 def test_floors(numpy_model: Path) -> None:
