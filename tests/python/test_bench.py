@@ -76,7 +76,11 @@ def test_latency_and_throughput(numpy_model: Path, tmp_path: Path) -> None:
 def test_coserve(numpy_model: Path, tmp_path: Path) -> None:
     sizes = ["--seconds", "0.4", "--input-len", "4", "9", "--output-len", "3", "5", "--train-len", "16"]
     policies = ["hybrid", "temporal:4", "spatial", "separate"]
+    sizes += ["--burst", "2", "--figures", str(tmp_path / "figures" / "co")]
     result = bench(numpy_model, tmp_path, "coserve", *sizes, "--request-rate", "15", "30", "--policies", *policies)
+    for name in ("rates", "steps", "burst"):
+        assert (tmp_path / "figures" / f"co-{name}.png").read_bytes()[:4] == b"\x89PNG"
+        assert "</svg>" in (tmp_path / "figures" / f"co-{name}.svg").read_text()
     assert [run["policy"] for run in result["runs"]] == ["inference-only", *policies] * 2
     for run in result["runs"]:
         assert run["num_prompts"] == run["completed"] >= 1

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.table import Table
 
 import flexcore
 from flexcore import SLO
-from flexcore.bench import _measure, _traces
+from flexcore.bench import _coserve_figures, _measure, _traces
 from flexcore.bench._client import summary
 from flexcore.bench._sharing import (
     ALL,
@@ -83,6 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompts", metavar="FILE", help="JSON lines with prompt, text or turns (default: random tokens)"
     )
+    parser.add_argument(
+        "--figures", metavar="PREFIX", help="write PREFIX-rates.png, .svg and others (needs matplotlib)"
+    )
     group = parser.add_argument_group("sharing")
     group.add_argument("--policies", nargs="+", default=POLICIES, metavar="NAME", help=", ".join(ALL))
     group.add_argument("--train-len", type=int, default=512, metavar="TOKENS")
@@ -110,6 +114,9 @@ def run(args: argparse.Namespace) -> int:
     write_json(args.json, result)
     if args.json != "-":
         out.print(table(result))
+    if args.figures:
+        for path in _coserve_figures.draw(result, Path(args.figures)):
+            err.print(f"wrote {path}", style="dim")
     return 0
 
 
@@ -321,35 +328,36 @@ def _say(what: str) -> None:
 
 
 def table(result: dict[str, Any]) -> Table:
-    grid = Table(
-        "requests/s",
+    names = (
+        "req/s",
         "policy",
-        "kept SLO",
-        "TPOT ms p50 / p99",
-        "TTFT ms p99",
-        "finetune tok/s",
-        "of alone",
-        "efficiency",
+        "SLO\nkept",
+        "TPOT ms\np50 / p99",
+        "TTFT\np99",
+        "tuned\ntok/s",
+        "of\nalone",
+        "eff.",
     )
-    for column in (0, 2, 3, 4, 5, 6, 7):
-        grid.columns[column].justify = "right"
+    grid = Table(*names, box=box.SIMPLE_HEAD, pad_edge=False)  # eighty columns
+    for column, name in zip(grid.columns, names, strict=True):
+        column.justify = "left" if name == "policy" else "right"
+        column.no_wrap = True
     grid.add_row("", "finetune-only", "", "", "", f"{result['finetune_alone_tokens_per_s']:,.0f}", "100%", "")
     rate = None
     for record in result["runs"]:
         if record["requests_per_s"] != rate:
             grid.add_section()
-        tpot = f"{record['median_tpot_ms']:.0f} / {record['p99_tpot_ms']:.0f}" if "p99_tpot_ms" in record else ""
+        alone = "sharing_efficiency" not in record
+        served = "p99_tpot_ms" in record
         grid.add_row(
             f"{record['requests_per_s']:.2f}" if record["requests_per_s"] != rate else "",
-            record["policy"],
+            f"alone, load {record['busy_share']:.2f}" if alone else record["policy"],
             f"{record['attainment']:.1%}",
-            tpot,
-            f"{record['p99_ttft_ms']:,.0f}" if "p99_ttft_ms" in record else "",
-            f"{record['finetune_tokens_per_s']:,.0f}",
-            f"{record['finetuning_kept']:.0%}",
-            f"{record['sharing_efficiency']:.2f}"
-            if "sharing_efficiency" in record
-            else f"load {record['busy_share']:.2f}",
+            f"{record['median_tpot_ms']:.0f} / {record['p99_tpot_ms']:.0f}" if served else "",
+            f"{record['p99_ttft_ms']:,.0f}" if served else "",
+            "" if alone else f"{record['finetune_tokens_per_s']:,.0f}",
+            "" if alone else f"{record['finetuning_kept']:.0%}",
+            "" if alone else f"{record['sharing_efficiency']:.2f}",
             style="bold" if record["policy"] == "hybrid" else None,
         )
         rate = record["requests_per_s"]
