@@ -12,8 +12,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from results import measurements
 
-INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-OWN = "#0b7285"
+from flexcore.bench._coserve_figures import FAINT, GRID, INK, OWN
+
 STYLES = {  # name -> label, colour
     "flexcore": ("flexcore", OWN),
     "transformers bf16": ("transformers\n+ PEFT bf16", "#adb5bd"),

@@ -2,21 +2,14 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <fstream>
 #include <thread>
 
 #include "backends/cpu/isa.h"
+#include "backends/register.h"
 
 namespace flexcore::bench {
 
 namespace {
-
-std::string cpu_name() {
-  std::ifstream file("/proc/cpuinfo");
-  for (std::string line; std::getline(file, line);)
-    if (line.rfind("model name", 0) == 0) return line.substr(line.find(':') + 2);
-  return "unknown";
-}
 
 const char* bound(const Peaks& peaks, const cases::Cost& cost) {
   return peaks.arithmetic_seconds(cost) > peaks.memory_seconds(cost) ? "arithmetic" : "memory";
@@ -90,7 +83,7 @@ Json to_json(const Peaks& peaks) {
 }
 
 Json machine(int num_threads, const std::string& gpu) {
-  Json::Object out{{"cpu", cpu_name()},
+  Json::Object out{{"cpu", open_device({})->name()},
                    {"isa", cpu::isa_name(cpu::active_isa())},
                    {"cores", static_cast<std::int64_t>(std::thread::hardware_concurrency())},
                    {"threads", num_threads}};

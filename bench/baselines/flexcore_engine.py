@@ -93,6 +93,8 @@ def run_coserve(args, load: common.Workload) -> dict[str, object]:
     traffic = coserve.Traffic(seconds=3.0 if args.quick else 12.0, output_len=(32, 32))
     bench = coserve.Benchmark(engine, flexcore.SLO(), traffic, Finetuning(lora, load.train))
     result = bench.run(None, (0.2, 0.7), ("hybrid",))
+    for run in result["runs"]:
+        del run["series"]  # step by step: not what rounds have in common
     result["loads"] = []
     for name, alone, both in zip(("light", "heavy"), result["runs"][::2], result["runs"][1::2], strict=True):
         result["loads"].append({"load": name, "serving_alone": alone, "coserving": both})

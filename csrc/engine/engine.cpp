@@ -65,10 +65,10 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
 }
 
 Engine::Impl::~Impl() {
-  keep_step_times();
   try {
     entered = device->enter();
-  } catch (const Error&) {  // the driver is going away, and its memory with it
+    keep_step_times();
+  } catch (const std::exception&) {  // the driver is going away, and its memory with it
   }
 }
 
@@ -378,7 +378,6 @@ void Engine::set_slo(const SLO& slo, const std::string& slo_class) {
 void Engine::set_policy(const std::string& policy) {
   const Impl::Entry entry(*impl_);
   impl_->scheduler.set_policy(policy);
-  impl_->config.policy = policy;
 }
 
 void Engine::Impl::set_slo(const SLO& slo, const std::string& name) {

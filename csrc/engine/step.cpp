@@ -194,7 +194,8 @@ std::vector<SamplingResult> Engine::Impl::sample(const std::vector<RequestState*
 void Engine::Impl::emit_token(RequestState& request, const SamplingResult& result) {
   Sequence& sequence = request.sequence;
   sequence.tokens.push_back(result.token);
-  if (sequence.first_token_ms < 0) sequence.first_token_ms = now_ms();
+  const double now = now_ms();
+  if (sequence.first_token_ms < 0) sequence.first_token_ms = now;
   TokenEvent event{.request_id = sequence.id,
                    .token_id = result.token,
                    .logprob = result.logprob,
@@ -211,17 +212,15 @@ void Engine::Impl::emit_token(RequestState& request, const SamplingResult& resul
   const bool done = event.finish_reason != FinishReason::kNone;
   token_events.push_back(std::move(event));
   if (done) {
-    count_attainment(sequence);
+    count_attainment(sequence, now);
     finish(sequence.id);
     counters["requests_finished"] += 1;
   }
 }
 
-void Engine::Impl::count_attainment(const Sequence& sequence) {
-  const SLO& slo = scheduler.objectives()[static_cast<std::size_t>(sequence.slo_class)];
-  const double gaps = static_cast<double>(sequence.num_generated() - 1);
-  const bool ttft = sequence.first_token_ms - sequence.arrival_ms <= slo.ttft_ms;
-  const bool tpot = now_ms() - sequence.first_token_ms <= slo.tpot_ms * gaps || gaps == 0.0;
+void Engine::Impl::count_attainment(const Sequence& sequence, double last_token_ms) {
+  const auto [ttft, tpot] =
+      kept(sequence, scheduler.objectives()[static_cast<std::size_t>(sequence.slo_class)], last_token_ms);
   Attainment& of_class = attainment[static_cast<std::size_t>(sequence.slo_class)];
   of_class.requests += 1;
   of_class.kept_ttft += ttft;

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "flexcore/config.h"
+
 namespace flexcore {
 
 /// An inference request as the scheduler sees it. The engine owns it and appends to `tokens` what was sampled.
@@ -25,6 +27,16 @@ struct Sequence {
 
   std::int64_t num_generated() const { return static_cast<std::int64_t>(tokens.size()) - num_prompt_tokens; }
 };
+
+/// Which parts of its objective a request keeps whose last token came at `last_token_ms`.
+struct Kept {
+  bool ttft, tpot;
+};
+inline Kept kept(const Sequence& sequence, const SLO& slo, double last_token_ms) {
+  const auto gaps = static_cast<double>(sequence.num_generated() - 1);
+  return {.ttft = sequence.first_token_ms - sequence.arrival_ms <= slo.ttft_ms,
+          .tpot = last_token_ms - sequence.first_token_ms <= slo.tpot_ms * gaps};
+}
 
 /// A training sequence in flight. It goes forward through all layers window by window, then backward layer by layer,
 /// windows right to left.

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <deque>
-#include <limits>
 #include <memory>
 #include <numbers>
 
@@ -25,15 +23,22 @@ class Simulator {
         blocks_(config.num_blocks, config.engine.block_size, false),
         scheduler_(scheduler_config(), blocks_, cost_) {
     cost_.restore(coefficients_.coefficients());
+    constexpr std::int64_t kMostBlockSize = std::int64_t{1} << 20;
+    require(config.engine.block_size <= kMostBlockSize, "block_size: ", config.engine.block_size, ", wanted at most ",
+            kMostBlockSize);
+    const std::int64_t room = config.num_blocks * config.engine.block_size + 1;  // the last token is not kept
     for (std::size_t i = 0; i < requests.size(); ++i) {
       const auto& request = requests[i];
       const auto refuse = [&](const char* field, auto value, const char* wanted) {
         throw InvalidArgument(str("requests[", i, "].", field, ": ", value, ", wanted ", wanted));
       };
       const double before = i == 0 ? 0.0 : requests[i - 1].arrival_ms;
-      if (!(request.arrival_ms >= before)) refuse("arrival_ms", request.arrival_ms, "at or after the one before");
+      if (!(request.arrival_ms >= before && std::isfinite(request.arrival_ms)))
+        refuse("arrival_ms", request.arrival_ms, "at or after the one before");
       if (request.prompt_tokens < 1) refuse("prompt_tokens", request.prompt_tokens, ">= 1");
       if (request.output_tokens < 1) refuse("output_tokens", request.output_tokens, ">= 1");
+      if (request.prompt_tokens > room - std::min(request.output_tokens, room))
+        refuse("prompt_tokens", request.prompt_tokens, "with output_tokens no more than num_blocks hold");
       if (!classes_.contains(request.slo_class)) refuse("slo_class", request.slo_class, "one of slo_classes");
     }
     for (std::size_t i = 0; i < jobs.size(); ++i) {
@@ -191,10 +196,9 @@ class Simulator {
       result_.gaps_ms.push_back(static_cast<float>(now_ms_ - answer.last_token_ms));
     answer.last_token_ms = now_ms_;
     if (static_cast<std::int64_t>(sequence.tokens.size()) < sequence.max_total_tokens) return;
-    const SLO& slo = scheduler_.objectives()[static_cast<std::size_t>(sequence.slo_class)];
-    const double gaps = static_cast<double>(sequence.num_generated() - 1);
-    answer.kept = answer.first_token_ms - sequence.arrival_ms <= slo.ttft_ms &&
-                  answer.last_token_ms - answer.first_token_ms <= slo.tpot_ms * gaps;
+    const auto [ttft, tpot] =
+        kept(sequence, scheduler_.objectives()[static_cast<std::size_t>(sequence.slo_class)], now_ms_);
+    answer.kept = ttft && tpot;
     scheduler_.finish(&sequence);
     running_.erase(static_cast<std::size_t>(sequence.id));
   }

@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "flexcore/error.h"
 
 namespace flexcore {
@@ -94,6 +96,8 @@ TEST(Simulate, RefusesBadArguments) {
   refused("decoding", {}, {}, unknown);
   refused("requests[1].arrival_ms", {{.arrival_ms = 5.0}, {.arrival_ms = 4.0}}, {}, machine());
   refused("requests[0].output_tokens", {{.output_tokens = 0}}, {}, machine());
+  refused("requests[0].prompt_tokens", {{.prompt_tokens = std::int64_t{1} << 50}}, {}, machine());
+  refused("requests[0].arrival_ms", {{.arrival_ms = HUGE_VAL}}, {}, machine());
   refused("slo_class", {{.slo_class = "fast"}}, {}, machine());
   refused("jobs[0].lengths", {}, {{}}, machine());
   SimulationConfig noisy = machine();

@@ -48,11 +48,12 @@ TEST_F(StepTimeFileTest, WhatIsBrokenIsNothing) {
 TEST_F(StepTimeFileTest, AnEngineLeavesOneForTheNext) {
   load();
   ASSERT_EQ(kept().size(), 1u);
-  const auto written = std::filesystem::last_write_time(kept()[0]);
-  const auto stats = load().stats();
+  std::ifstream file(kept()[0]);
+  const std::string text(std::istreambuf_iterator<char>(file), {});
+  EXPECT_NE(text.find("LlamaForCausalLM 3x32x48"), std::string::npos) << text;
+  for (const char* name : CostModel::term_names()) EXPECT_NE(text.find(name), std::string::npos) << name;
+  load();
   EXPECT_EQ(kept().size(), 1u);
-  EXPECT_GE(std::filesystem::last_write_time(kept()[0]), written);
-  EXPECT_GT(stats.at("step_time_ms.any_forward") + stats.at("step_time_ms.decode_rows"), 0.0);
 }
 
 }  // namespace

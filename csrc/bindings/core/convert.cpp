@@ -120,7 +120,7 @@ std::string to_path(py::handle value, const std::string& where) {
 
 std::string to_name(py::handle value, const std::string& where) {
   if (value.is_none()) return {};
-  if (!PyUnicode_Check(value.ptr())) refuse(where, value, "an adapter's name or None");
+  if (!PyUnicode_Check(value.ptr())) refuse(where, value, "a name or None");
   return value.cast<std::string>();
 }
 

@@ -10,7 +10,7 @@ import numpy as np
 from flexcore import InvalidArgument
 
 INK, FAINT, GRID = "#1f2933", "#7b8794", "#e4e7eb"
-OWN, SERVING, TUNING = "#0b7285", "#495057", "#0b7285"
+OWN, SERVING = "#0b7285", "#495057"
 STYLES = {  # policy -> label, colour
     "hybrid": ("flexcore", OWN),
     "temporal:64": ("temporal sharing, 64", "#e8590c"),
@@ -125,7 +125,7 @@ def _steps(pyplot: Any, result: dict[str, Any], runs: list[dict[str, Any]]) -> A
     ends = (max(1.0, 0.8 * predicted[known].min()), 1.3 * max(predicted.max(), measured.max()))
     axis.fill_between(ends, [0.9 * e for e in ends], [1.1 * e for e in ends], color=GRID, zorder=1, linewidth=0)
     axis.plot(ends, ends, color=FAINT, linewidth=0.8, zorder=2)
-    for mask, colour, label in ((~tunes, SERVING, "serving alone"), (tunes, TUNING, "with finetuning")):
+    for mask, colour, label in ((~tunes, SERVING, "serving alone"), (tunes, OWN, "with finetuning")):
         axis.scatter(
             predicted[mask & known], measured[mask & known], s=7, color=colour, alpha=0.45, label=label, linewidths=0
         )
@@ -157,7 +157,7 @@ def _burst(pyplot: Any, result: dict[str, Any], run: dict[str, Any]) -> Any:
 
     panels = (
         ("Answers, tokens a second", rate(steps["decode_tokens"]), SERVING),
-        ("Finetuning, tokens a second", rate(steps["finetune_tokens"]), TUNING),
+        ("Finetuning, tokens a second", rate(steps["finetune_tokens"]), OWN),
     )
     for axis, (title, values, colour) in zip(axes, panels, strict=False):
         axis.fill_between(edges[:-1], values, step="post", color=colour, linewidth=0, zorder=2)

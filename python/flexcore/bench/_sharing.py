@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -180,13 +181,13 @@ def _stepping(neighbour: Neighbour | None) -> Iterator[None]:
             while not stop.is_set():
                 neighbour.engine.step()
 
-    thread = threading.Thread(target=loop, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as pool:
+        stepping = pool.submit(loop)
+        try:
+            yield
+        finally:
+            stop.set()
+        stepping.result()  # raises what ended it
 
 
 @contextmanager

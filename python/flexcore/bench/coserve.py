@@ -212,11 +212,12 @@ class Benchmark:
         return summary(run.visits, run.seconds, self._slo)["attainment"] >= self._slo.attainment
 
     def _holds_simulated(self, rate: float) -> bool:
-        answers = self.simulate("inference-only", rate).answers
-        return float(np.mean(answers["kept"])) >= self._slo.attainment
+        kept = self.simulate("inference-only", rate).answers["kept"]
+        return len(kept) == 0 or float(np.mean(kept)) >= self._slo.attainment
 
     def simulate(self, policy: str, rate: float) -> flexcore.Simulation:
-        """The same run with a virtual clock, by the step times that the engine knows now."""
+        """About the same run with a virtual clock, by the step times that the engine knows now; max_num_seqs and
+        max_num_batched_tokens are the default ones."""
         model, stats = self._engine.model(), self._engine.stats()
         prefix = "step_time_ms."
         config = flexcore.SimulationConfig(
