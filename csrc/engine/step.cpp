@@ -36,6 +36,7 @@ StepReport Engine::Impl::step() {
   report.outputs = std::exchange(token_events, {});
   report.finetune = std::exchange(job_events, {});
   report.predicted_ms = plan.predicted_ms;
+  report.predicted_upper_ms = plan.predicted_upper_ms;
   report.explain = plan.explain;
   report.elapsed_ms = now_ms() - begin;
   if (!plan.empty()) counters["busy_ms"] += report.elapsed_ms;

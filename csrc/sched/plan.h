@@ -39,12 +39,13 @@ struct StepPlan {
   std::vector<TrainSequence*> restarted;  // gave their pages back; saved activations are to be dropped
   StepFeatures features;
   double predicted_ms = 0.0;
-  double finetune_ms = 0.0;       // of it, for finetuning
-  double budget_ms = 0.0;         // that finetuning was to keep
-  bool floor = false;             // a piece was given in spite of it
-  bool counts_for_floor = false;  // finetuning had work, and the policy has a floor
-  std::string reason;             // for the budget, where there is more to say than the objective
-  std::string explain;            // "decode 12, prefill 0, s=48, units 6: predicted 41.2 of 45 ms"
+  double predicted_upper_ms = 0.0;  // with the margin
+  double finetune_ms = 0.0;         // of it, for finetuning
+  double budget_ms = 0.0;           // that finetuning was to keep
+  bool floor = false;               // a piece was given in spite of it
+  bool counts_for_floor = false;    // finetuning had work, and the policy has a floor
+  std::string reason;               // for the budget, where there is more to say than the objective
+  std::string explain;              // "decode 12, prefill 0, s=48, units 6: predicted 41.2 of 45 ms"
 
   bool empty() const { return inference.empty() && forward.empty() && backward.empty(); }
 };

@@ -165,6 +165,7 @@ StepPlan Scheduler::plan(double now_ms) {
     plan_inference(step);
   }
   plan.predicted_ms = cost_.predict_ms(plan.features);
+  plan.predicted_upper_ms = plan.predicted_ms * (1.0 + cost_.margin());
   plan.finetune_ms = plan.predicted_ms - cost_.predict_ms(inference);
   plan.explain = explain(plan);
   return plan;

@@ -169,6 +169,7 @@ class Simulator {
     result_.steps.push_back({.begin_ms = now_ms_,
                              .elapsed_ms = elapsed,
                              .predicted_ms = plan.predicted_ms,
+                             .predicted_upper_ms = plan.predicted_upper_ms,
                              .budget_ms = plan.budget_ms,
                              .decode_rows = plan.features.decode_rows,
                              .prefill_tokens = plan.features.prefill_tokens,
@@ -190,11 +191,8 @@ class Simulator {
   void emit(Sequence& sequence) {
     sequence.tokens.push_back(0);
     SimulatedAnswer& answer = result_.answers[static_cast<std::size_t>(sequence.id)];
-    if (sequence.num_generated() == 1)
-      sequence.first_token_ms = answer.first_token_ms = now_ms_;
-    else
-      result_.gaps_ms.push_back(static_cast<float>(now_ms_ - answer.last_token_ms));
-    answer.last_token_ms = now_ms_;
+    if (sequence.num_generated() == 1) sequence.first_token_ms = now_ms_;
+    answer.token_ms.push_back(now_ms_);
     if (static_cast<std::int64_t>(sequence.tokens.size()) < sequence.max_total_tokens) return;
     const auto [ttft, tpot] =
         kept(sequence, scheduler_.objectives()[static_cast<std::size_t>(sequence.slo_class)], now_ms_);

@@ -6,10 +6,10 @@
 namespace flexcore {
 namespace {
 
-constexpr double kLongestGap = 1.5;  // of tpot_ms: no step is longer, whatever was earned
-constexpr double kReserve = 0.5;     // of tpot_ms: what finetuning leaves of what was earned
-constexpr double kSpendSteps = 8.0;  // finetuning spends the rest over so many steps
-constexpr double kRepaySteps = 2.0;  // what was lost is won back in so many steps, or in those that are left
+constexpr double kLongestGap = 1.5;    // of tpot_ms: no step is longer, whatever was earned
+constexpr double kReserve = 0.5;       // of tpot_ms: what finetuning leaves to each request, for pieces of prefill
+constexpr double kReserveSteps = 8.0;  // what is above it is spent, and what is missing earned, over so many steps
+constexpr double kRepaySteps = 2.0;    // what was lost is won back in so many steps, or in those that are left
 
 }  // namespace
 
@@ -25,12 +25,10 @@ StepLimits step_limits(std::span<Sequence* const> running, std::span<const SLO> 
     const double left = static_cast<double>(
         std::max<std::int64_t>(1, sequence->max_total_tokens - static_cast<std::int64_t>(sequence->tokens.size())));
     double prefill = tpot, finetune = tpot;
-    if (slack >= 0.0) {
-      prefill += slack;
-      finetune += std::max(0.0, slack - kReserve * tpot) / kSpendSteps;
-    } else if (slack + left * (tpot - least_ms) >= 0.0) {
-      prefill += slack / std::min(left, kRepaySteps);
-      finetune = prefill;
+    if (slack + left * (tpot - least_ms) >= 0.0) {
+      const double repaid = std::min(slack, 0.0) / std::min(left, kRepaySteps);
+      prefill += repaid + std::max(slack, 0.0);
+      finetune += repaid + (std::max(slack, 0.0) - kReserve * tpot) / kReserveSteps;
     }
     limits.prefill_ms = std::min({limits.prefill_ms, prefill, kLongestGap * tpot});
     finetune = std::min(finetune, kLongestGap * tpot);

@@ -36,15 +36,16 @@ TEST(StepLimits, NobodyDecodes) {
 }
 
 TEST(StepLimits, JustBegunMayTakeTheObjective) {
-  EXPECT_DOUBLE_EQ(limits({decoding(1, 300.0)}, 300.0).finetune_ms, 100.0);
-  EXPECT_DOUBLE_EQ(limits({decoding(1, 300.0)}, 310.0).prefill_ms, 95.0);  // 10 ms late: half is won back
+  EXPECT_DOUBLE_EQ(limits({decoding(1, 300.0)}, 300.0).prefill_ms, 100.0);
+  EXPECT_DOUBLE_EQ(limits({decoding(1, 300.0)}, 300.0).finetune_ms, 93.75);  // an eighth of the reserve is put by
+  EXPECT_DOUBLE_EQ(limits({decoding(1, 300.0)}, 310.0).prefill_ms, 95.0);    // 10 ms late: half is won back
 }
 
 TEST(StepLimits, PrefillMaySpendWhatWasEarnedAndFinetuningALittle) {
   const StepLimits earned = limits({decoding(3, 0.0)}, 170.0);  // 30 ms in hand
   EXPECT_DOUBLE_EQ(earned.slack_ms, 30.0);
   EXPECT_DOUBLE_EQ(earned.prefill_ms, 130.0);
-  EXPECT_DOUBLE_EQ(earned.finetune_ms, 100.0);  // within the reserve
+  EXPECT_DOUBLE_EQ(earned.finetune_ms, 97.5);  // 20 are missing in the reserve
   const StepLimits rich = limits({decoding(11, 0.0)}, 300.0);
   EXPECT_DOUBLE_EQ(rich.prefill_ms, 150.0);  // no gap is longer
   EXPECT_DOUBLE_EQ(rich.finetune_ms, 150.0);
@@ -63,11 +64,19 @@ TEST(StepLimits, WhoFollowsThemKeepsTheObjective) {
   }
 }
 
+// Half an objective is left at the end, so that a piece of prefill in the last steps costs nobody the objective.
+TEST(StepLimits, AReserveGrowsFromNothing) {
+  double now = 0.0;
+  for (std::int64_t generated = 1; generated < 30; ++generated)
+    now += limits({decoding(generated, 0.0, 30 - generated)}, now).finetune_ms;
+  EXPECT_NEAR(100.0 * 29.0 - now, 50.0, 2.0);
+}
+
 TEST(StepLimits, WhoIsLostLimitsNoMoreThanAny) {
   const Sequence lost = decoding(2, 0.0, 3);  // 900 ms behind; three steps of 20 would win back 240
   EXPECT_DOUBLE_EQ(limits({lost}, 1000.0).finetune_ms, 100.0);
   const Sequence last = decoding(2, 0.0, 1);  // 60 behind, and the last step may win back 80
-  EXPECT_DOUBLE_EQ(limits({last}, 160.0).finetune_ms, 40.0);
+  EXPECT_DOUBLE_EQ(limits({last}, 160.0).prefill_ms, 40.0);
 }
 
 TEST(StepLimits, TheTightestDecides) {
@@ -80,7 +89,7 @@ TEST(StepLimits, TheTightestDecides) {
   ASSERT_NE(limit.tightest, nullptr);
   EXPECT_EQ(limit.tightest->id, 7);
   EXPECT_DOUBLE_EQ(limit.slack_ms, -40.0);
-  EXPECT_DOUBLE_EQ(limit.finetune_ms, 80.0);
+  EXPECT_DOUBLE_EQ(limit.finetune_ms, 73.75);
 }
 
 }  // namespace

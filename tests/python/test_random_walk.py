@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ STEPS = 150
 PREFIX = random_tokens(30, seed=1)
 PROMPTS = [PREFIX[:cut] + random_tokens(extra, seed=cut) for cut, extra in ((0, 3), (8, 1), (16, 9), (30, 2), (30, 21))]
 SERVED = ["x", "y"]  # adapters that never change
+POLICIES = ["hybrid", "temporal:2", "dynamic-temporal", "token-cap:8", "inference-only", "finetune-only"]
 SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.1, "batch_size": 2, "num_epochs": 2}
 
 
@@ -31,6 +34,20 @@ class Walk:
         self.requests: dict[int, tuple[list[int], fc.SamplingParams, str | None]] = {}
         self.cancelled: set[int] = set()
         self.jobs: dict[int, tuple[int, fc.FinetuneConfig]] = {}
+        self.acts: dict[Callable[[], None], float] = {  # chances
+            self.step: 10.0,
+            self.submit: 2.0,
+            self.cancel: 0.4,
+            self.load_or_unload: 0.5,
+            self.train: 0.5,
+            self.change_job: 0.3,
+            self.measure: 0.3,
+        }
+
+    def go(self, num_acts: int) -> None:
+        acts, weights = list(self.acts), np.array(list(self.acts.values()))
+        for choice in self.rng.choice(len(acts), num_acts, p=weights / weights.sum()):
+            acts[choice]()
 
     def step(self) -> None:
         self.log.take(self.engine.step())
@@ -89,7 +106,12 @@ class Walk:
         assert scores == pytest.approx(self.reference.score(PREFIX), abs=1e-4)
         assert result["loss"] == pytest.approx(self.reference.loss_and_gradients("fixed", examples_of(1)[:1])["loss"])
 
+    def change_sharing(self) -> None:
+        self.engine.set_slo(fc.SLO(tpot_ms=float(self.rng.choice([0.3, 3.0, 1e6])), ttft_ms=50.0))
+        self.engine.set_policy(POLICIES[self.rng.integers(len(POLICIES))])
+
     def finish(self) -> None:
+        self.engine.set_policy("hybrid")
         for job in self.engine.jobs():
             if job.status == "paused":
                 self.engine.resume_job(job.id)
@@ -150,18 +172,7 @@ def test_walk(seed: int, make_engine: MakeEngine, reference: fc.Engine, director
     )
     engine.load_adapter("fixed", directories["fixed"])
     walk = Walk(engine, reference, directories, seed)
-    acts: list[tuple[Callable[[], None], float]] = [
-        (walk.step, 10.0),
-        (walk.submit, 2.0),
-        (walk.cancel, 0.4),
-        (walk.load_or_unload, 0.5),
-        (walk.train, 0.5),
-        (walk.change_job, 0.3),
-        (walk.measure, 0.3),
-    ]
-    chances = np.array([weight for _, weight in acts]) / sum(weight for _, weight in acts)
-    for choice in walk.rng.choice(len(acts), STEPS, p=chances):
-        acts[choice][0]()
+    walk.go(STEPS)
     walk.finish()
     assert is_idle(engine)
     walk.check_requests()
@@ -169,3 +180,35 @@ def test_walk(seed: int, make_engine: MakeEngine, reference: fc.Engine, director
     assert len(walk.requests) > 5 and walk.jobs
     clear(engine)
     assert engine.memory()["adapters"] == 0 and engine.adapters() == []
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_soak(make_engine: MakeEngine, reference: fc.Engine, directories: dict[str, Path]) -> None:
+    """One engine for a long time (FLEXCORE_SOAK_SECONDS=600), objectives and policies changing too: the same answers
+    and losses, and after each round the memory that it began with."""
+    engine = make_engine("mistral", kv_cache_memory_bytes=40 * 3072 * 4, block_size=4, max_num_seqs=6)
+    empty = engine.memory()
+    end = time.monotonic() + float(os.environ.get("FLEXCORE_SOAK_SECONDS", "5"))
+    rounds, requests, steps, jobs, resident = 0, 0, 0, 0, []
+    while time.monotonic() < end or rounds < 2:
+        engine.load_adapter("fixed", directories["fixed"])
+        walk = Walk(engine, reference, directories, seed=1000 + rounds)
+        walk.acts[walk.change_sharing] = 0.3
+        walk.go(4 * STEPS)
+        walk.finish()
+        assert is_idle(engine)
+        walk.check_requests()
+        walk.check_jobs()
+        clear(engine)
+        assert engine.memory() == empty
+        rounds, requests, jobs = rounds + 1, requests + len(walk.requests), jobs + len(walk.jobs)
+        steps += len(walk.log.reports)
+        resident.append(resident_bytes())
+    some = [size >> 20 for size in resident[:: max(1, rounds // 8)]]
+    print(f"{rounds} rounds, {steps} steps, {requests} requests, {jobs} jobs; resident MiB {some}")
+    if rounds >= 40:  # the allocator has seen everything by a quarter of that
+        assert resident[-1] < resident[rounds // 4] + (16 << 20)

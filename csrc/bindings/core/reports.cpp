@@ -59,6 +59,7 @@ void register_step(py::module_& m) {
       .field("num_finetune_backward_tokens", &StepReport::num_finetune_backward_tokens)
       .field("num_backward_units", &StepReport::num_backward_units)
       .field("predicted_ms", &StepReport::predicted_ms)
+      .field("predicted_upper_ms", &StepReport::predicted_upper_ms)
       .field("elapsed_ms", &StepReport::elapsed_ms)
       .field("explain", &StepReport::explain)
       .done();

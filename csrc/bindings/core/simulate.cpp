@@ -18,9 +18,11 @@ py::array_t<M> column(const std::vector<T>& rows, M T::* member) {
 
 py::object answers(const Simulation& simulation) {
   const auto& rows = simulation.answers;
+  py::list tokens;
+  for (const SimulatedAnswer& answer : rows)
+    tokens.append(py::array_t<double>(static_cast<py::ssize_t>(answer.token_ms.size()), answer.token_ms.data()));
   py::dict out;
-  out["first_token_ms"] = column(rows, &SimulatedAnswer::first_token_ms);
-  out["last_token_ms"] = column(rows, &SimulatedAnswer::last_token_ms);
+  out["token_ms"] = tokens;
   out["kept"] = column(rows, &SimulatedAnswer::kept);
   return out;
 }
@@ -31,6 +33,7 @@ py::object steps(const Simulation& simulation) {
   out["begin_ms"] = column(rows, &SimulatedStep::begin_ms);
   out["elapsed_ms"] = column(rows, &SimulatedStep::elapsed_ms);
   out["predicted_ms"] = column(rows, &SimulatedStep::predicted_ms);
+  out["predicted_upper_ms"] = column(rows, &SimulatedStep::predicted_upper_ms);
   out["budget_ms"] = column(rows, &SimulatedStep::budget_ms);
   out["decode_rows"] = column(rows, &SimulatedStep::decode_rows);
   out["prefill_tokens"] = column(rows, &SimulatedStep::prefill_tokens);
@@ -40,10 +43,6 @@ py::object steps(const Simulation& simulation) {
   out["waiting"] = column(rows, &SimulatedStep::waiting);
   out["floor"] = column(rows, &SimulatedStep::floor);
   return out;
-}
-
-py::object gaps(const Simulation& simulation) {
-  return to_array(simulation.gaps_ms, {static_cast<std::int64_t>(simulation.gaps_ms.size())});
 }
 
 Simulation run(const py::object& requests, const py::object& jobs, const py::object& config) {
@@ -85,9 +84,8 @@ void register_simulate(py::module_& m) {
       .field("duration_ms", &SimulationConfig::duration_ms)
       .done();
   Report<Simulation>(m, "Simulation",
-                     "What simulate returns. answers and steps are dicts of numpy arrays, one value a request or step.")
+                     "What simulate returns. answers and steps are dicts of columns, one value a request or step.")
       .property("answers", answers)
-      .property("gaps_ms", gaps)
       .property("steps", steps)
       .field("end_ms", &Simulation::end_ms)
       .field("finetune_tokens", &Simulation::finetune_tokens)

@@ -53,6 +53,7 @@ struct StepReport {
   std::int64_t num_finetune_backward_tokens = 0;  // tokens x layers / num_layers, rounded down
   std::int64_t num_backward_units = 0;            // (layer, window) pieces
   double predicted_ms = 0.0;
+  double predicted_upper_ms = 0.0;  // with the margin that objectives are kept by
   double elapsed_ms = 0.0;
   std::string explain;  // one line: why this mix
 };

@@ -41,13 +41,12 @@ struct SimulationConfig {
 };
 
 struct SimulatedAnswer {
-  double first_token_ms = 0.0;  // on the trace's clock
-  double last_token_ms = 0.0;
-  bool kept = false;  // both objectives
+  std::vector<double> token_ms;  // when each token came, on the trace's clock
+  bool kept = false;             // both objectives
 };
 
 struct SimulatedStep {
-  double begin_ms = 0.0, elapsed_ms = 0.0, predicted_ms = 0.0, budget_ms = 0.0;
+  double begin_ms = 0.0, elapsed_ms = 0.0, predicted_ms = 0.0, predicted_upper_ms = 0.0, budget_ms = 0.0;
   std::int64_t decode_rows = 0, prefill_tokens = 0, finetune_tokens = 0, backward_layer_tokens = 0;
   std::int64_t running = 0, waiting = 0;
   bool floor = false;  // finetuning got a piece in spite of its budget
@@ -55,7 +54,6 @@ struct SimulatedStep {
 
 struct Simulation {
   std::vector<SimulatedAnswer> answers;  // one a request
-  std::vector<float> gaps_ms;            // between the tokens of every answer
   std::vector<SimulatedStep> steps;
   double end_ms = 0.0;
   double finetune_tokens = 0.0;        // forward, until duration_ms

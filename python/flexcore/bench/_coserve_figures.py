@@ -94,12 +94,18 @@ def _rates(pyplot: Any, result: dict[str, Any]) -> Any:
         }
         kept.plot(rates, [100 * run["attainment"] for run in runs], **style)
         if policy != "inference-only":
-            tuned.plot(rates, [100 * run["finetuning_kept"] for run in runs], **style)
+            finetuning = [100 * run["finetuning_kept"] for run in runs]
+            tuned.plot(rates, finetuning, **{**style, "markerfacecolor": "white"})
+            keeps = [run["attainment"] >= result["slo"]["attainment"] for run in runs]
+            filled = (
+                [value for value, keep in zip(column, keeps, strict=True) if keep] for column in (rates, finetuning)
+            )
+            tuned.plot(*filled, **{**style, "linestyle": "", "label": None, "zorder": 3})
     kept.axhline(100 * result["slo"]["attainment"], color=INK, linewidth=0.8, linestyle=":")
     kept.set_ylim(-3, 103)
     tuned.set_ylim(0, 103)
     _frame(kept, "Requests that kept their objective, %", "requests a second")
-    _frame(tuned, "Finetuning, % of finetuning alone", "requests a second")
+    _frame(tuned, "Finetuning, % of finetuning alone", "requests a second; hollow: the objective was not kept")
     handles, labels = kept.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="lower center", ncol=4, frameon=False, fontsize=8.5)
     _title(figure, "Serving and finetuning at once", _where(result))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import flexcore
 from flexcore.bench import _measure
@@ -36,6 +38,7 @@ class Step:
     end: float  # seconds from the start
     elapsed_ms: float
     predicted_ms: float
+    predicted_upper_ms: float  # with the margin
     decode_tokens: int
     prefill_tokens: int
     finetune_tokens: float  # each half of a token's way counts half; of the backward, whole tokens
@@ -52,6 +55,38 @@ class Run:
     finetune_tokens_per_s: float = 0.0  # each half of a token's way, forth and back, counts half
     trained_tokens_per_s: float = 0.0  # of optimizer steps that were taken
     busy_share: float = 0.0  # of the time until `seconds`, taken by steps that serve
+
+    def reactions(self) -> list[tuple[float, int]]:
+        """Of every request that came when nobody was served: seconds until a step serves it, and how many steps that do
+        not began in between."""
+        found = []
+        serves = [step.decode_tokens + step.prefill_tokens > 0 for step in self.steps]
+        begins = [step.end - step.elapsed_ms / 1000 for step in self.steps]
+        index = 0
+        for visit in self.visits:
+            while index < len(begins) and begins[index] < visit.arrival:
+                index += 1
+            if index > 0 and serves[index - 1]:
+                continue
+            answer = next((k for k in range(index, len(begins)) if serves[k]), None)
+            if answer is not None:
+                found.append((begins[answer] - visit.arrival, answer - index))
+        return found
+
+
+class Place(Protocol):
+    """Where a load runs: engines on this machine, or a virtual clock."""
+
+    max_tokens: int  # of a sequence
+
+    def check(self, policy: str) -> None:
+        """Raises InvalidArgument for a policy that it does not know."""
+
+    def describe(self) -> dict[str, Any]:
+        """In the keys of _measure.machine()."""
+
+    def run(self, policy: str, arrivals: Sequence[Arrival], seconds: float) -> Run:
+        """Jobs train meanwhile, unless the policy is inference-only."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +107,85 @@ class Progress:
     def of(cls, engine: flexcore.Engine) -> Progress:
         forward = engine.stats().get("finetune_forward_tokens", 0.0)
         return cls(forward, _measure.trained_tokens(engine), float(sum(job.trained_tokens for job in engine.jobs())))
+
+
+class Engines:
+    """This machine. The policies of one engine share `engine`; those of two load others, with so many threads. Prompts
+    are cut from `texts`, or random tokens."""
+
+    def __init__(
+        self,
+        engine: flexcore.Engine,
+        slo: flexcore.SLO,
+        finetuning: Finetuning,
+        load: Callable[[int], flexcore.Engine] | None = None,
+        texts: Sequence[Sequence[int]] | None = None,
+        seed: int = 1,
+    ):
+        self._engine, self._slo, self._finetuning = engine, slo, finetuning
+        self._load, self._texts, self._seed = load, texts, seed
+        self._engine.set_slo(slo)
+        self.max_tokens = engine.model().max_model_len
+
+    def check(self, policy: str) -> None:
+        if policy not in TWO_ENGINES:
+            self._engine.set_policy(policy)
+
+    def describe(self) -> dict[str, Any]:
+        return _measure.machine(self._engine)
+
+    def run(self, policy: str, arrivals: Sequence[Arrival], seconds: float) -> Run:
+        prompts = self._prompts(arrivals)
+        if policy in TWO_ENGINES:
+            return self._run_two(policy, arrivals, prompts, seconds)
+        self._engine.set_policy(policy)
+        jobs = [] if policy == "inference-only" else start_jobs(self._engine, self._finetuning)
+        try:
+            if jobs:
+                _warm_up(self._engine, seconds)
+            return drive(self._engine, arrivals, prompts, seconds)
+        finally:
+            stop_jobs(self._engine, jobs)
+
+    def _run_two(
+        self, policy: str, arrivals: Sequence[Arrival], prompts: Sequence[Sequence[int]], seconds: float
+    ) -> Run:
+        """A second engine trains: on the same cores, or each has half of them."""
+        cores = sorted(os.sched_getaffinity(0))
+        half = max(1, len(cores) // 2)
+        serving_cores, training_cores = (cores, cores) if policy == "spatial" else (cores[:half], cores[half:] or cores)
+        with on_cores(training_cores):
+            training = self._another(len(training_cores))
+            start_jobs(training, self._finetuning)
+            _warm_up(training, seconds)
+        with on_cores(serving_cores):
+            serving = self._engine if policy == "spatial" else self._another(len(serving_cores))
+            serving.set_policy("inference-only")
+            return drive(serving, arrivals, prompts, seconds, Neighbour(training, training_cores))
+
+    def _another(self, threads: int) -> flexcore.Engine:
+        if self._load is None:
+            raise flexcore.InvalidArgument(f"policies: {', '.join(TWO_ENGINES)} need a second engine")
+        engine = self._load(threads)
+        engine.set_slo(self._slo)
+        return engine
+
+    def _prompts(self, arrivals: Sequence[Arrival]) -> list[list[int]]:
+        source = random.Random(self._seed)
+        vocab = self._engine.model().vocab_size
+        if self._texts is None:
+            return [_measure.random_ids(a.prompt_tokens, vocab, source.randrange(1 << 30)) for a in arrivals]
+        prompts = []
+        for arrival in arrivals:
+            ids: list[int] = []
+            while len(ids) < arrival.prompt_tokens:
+                ids += source.choice(self._texts)
+            prompts.append(ids[: arrival.prompt_tokens])
+        return prompts
+
+
+def _warm_up(engine: flexcore.Engine, seconds: float) -> None:
+    drive(engine, [], [], min(2.0, seconds / 4))
 
 
 def start_jobs(engine: flexcore.Engine, finetuning: Finetuning) -> list[int]:
@@ -157,6 +271,7 @@ def _serve(
                 end,
                 report.elapsed_ms,
                 report.predicted_ms,
+                report.predicted_upper_ms,
                 report.num_decode_tokens,
                 report.num_prefill_tokens,
                 (report.num_finetune_forward_tokens + report.num_finetune_backward_tokens) / 2,

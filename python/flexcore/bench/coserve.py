@@ -7,14 +7,11 @@ alone keeps the objective for the wanted share of requests; the rates are shares
 from __future__ import annotations
 
 import argparse
-import os
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich import box
 from rich.table import Table
 
@@ -22,22 +19,14 @@ import flexcore
 from flexcore import SLO
 from flexcore.bench import _coserve_figures, _measure, _traces
 from flexcore.bench._client import summary
-from flexcore.bench._sharing import (
-    ALL,
-    TWO_ENGINES,
-    Finetuning,
-    Neighbour,
-    Run,
-    drive,
-    on_cores,
-    start_jobs,
-    stop_jobs,
-)
+from flexcore.bench._sharing import ALL, Engines, Finetuning, Place, Run, Step
+from flexcore.bench._simulated import PROFILES, Profile, Simulated, profile
 from flexcore.bench._traces import Arrival
 from flexcore.cli import options
 from flexcore.cli.console import err, out, write_json
 from flexcore.datasets.reader import read_rows
 from flexcore.tokenizer import Tokenizer
+from flexcore.ui import percentile
 
 SHARES = (0.1, 0.25, 0.5, 0.8)  # of saturation; the first is the light load
 POLICIES = ("hybrid", "temporal:64", "temporal:128", "temporal:512", "separate")
@@ -94,6 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--attainment", type=float, default=SLO().attainment, help="share of requests (default: %(default)s)"
     )
+    parser.add_argument(
+        "--simulate",
+        metavar="PROFILE",
+        help=f"no model: a virtual clock with the step times of a JSON file, or {', '.join(PROFILES)}",
+    )
     options.add_lora(parser)
     options.add_engine(parser)
 
@@ -104,12 +98,21 @@ def run(args: argparse.Namespace) -> int:
     )
     finetuning = Finetuning(options.lora_config(args), args.train_len, jobs=args.jobs)
 
-    def load(threads: int) -> flexcore.Engine:
-        return _measure.load_engine(argparse.Namespace(**{**vars(args), "num_threads": threads}))
+    slo = SLO(args.tpot_ms, args.ttft_ms, args.attainment)
+    place: Place
+    guess = None
+    if args.simulate:
+        place = Simulated(profile(args.simulate), slo, finetuning)
+    else:
 
-    engine = load(args.num_threads)
-    texts = _texts(Path(args.prompts), engine) if args.prompts else None
-    bench = Benchmark(engine, SLO(args.tpot_ms, args.ttft_ms, args.attainment), traffic, finetuning, load, texts)
+        def load(threads: int) -> flexcore.Engine:
+            return _measure.load_engine(argparse.Namespace(**{**vars(args), "num_threads": threads}))
+
+        engine = load(args.num_threads)
+        texts = _texts(Path(args.prompts), engine) if args.prompts else None
+        place = Engines(engine, slo, finetuning, load, texts)
+        guess = Simulated(Profile.of(engine, options.engine_config(args)), slo, finetuning)
+    bench = Benchmark(place, slo, traffic, finetuning, guess)
     result = bench.run(args.request_rate, args.shares, args.policies, args.saturation)
     write_json(args.json, result)
     if args.json != "-":
@@ -121,22 +124,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Benchmark:
-    """The policies of one engine share `engine`; those of two load others, with so many threads. Every policy meets the
-    same arrivals at a rate. Prompts are cut from `texts`, or random tokens."""
+    """Every policy meets the same arrivals at a rate. `guess` is where the search for saturation begins."""
 
-    def __init__(
-        self,
-        engine: flexcore.Engine,
-        slo: SLO,
-        traffic: Traffic,
-        finetuning: Finetuning,
-        load: Callable[[int], flexcore.Engine] | None = None,
-        texts: Sequence[Sequence[int]] | None = None,
-    ):
-        self._engine, self._slo, self._load = engine, slo, load
-        self._traffic, self._finetuning, self._texts = traffic, finetuning, texts
-        self._engine.set_slo(slo)
-        self._most_tokens = engine.model().max_model_len
+    def __init__(self, place: Place, slo: SLO, traffic: Traffic, finetuning: Finetuning, guess: Place | None = None):
+        self._place, self._slo, self._traffic, self._finetuning = place, slo, traffic, finetuning
+        self._guess = guess
 
     def run(
         self,
@@ -146,14 +138,14 @@ class Benchmark:
         saturation: float | None = None,
     ) -> dict[str, Any]:
         for name in policies:
-            if name not in TWO_ENGINES:
-                self._engine.set_policy(name)  # an unknown one is refused before anything runs
+            self._place.check(name)  # an unknown one is refused before anything runs
         if rates is None:
             saturation = saturation or self.saturation()
             rates = [share * saturation for share in shares]
-        alone = self._finetuning_alone()
+        _say("finetuning alone")
+        alone = self._place.run("finetune-only", [], self._traffic.seconds).finetune_tokens_per_s
         result: dict[str, Any] = {
-            "machine": _measure.machine(self._engine),
+            "machine": self._place.describe(),
             "slo": {"tpot_ms": self._slo.tpot_ms, "ttft_ms": self._slo.ttft_ms, "attainment": self._slo.attainment},
             "traffic": asdict(self._traffic),
             "train_len": self._finetuning.train_len,
@@ -163,128 +155,50 @@ class Benchmark:
             "runs": [],
         }
         for rate in rates:
-            _say(f"{rate:.2f} requests/s, serving alone")
-            serving = self._record("inference-only", rate, self.serve_alone(rate), alone)
+            serving = self._record("inference-only", rate, alone)
             result["runs"].append(serving)
             for policy in policies:
-                _say(f"{rate:.2f} requests/s, {policy}")
-                record = self._record(policy, rate, self.share(policy, rate), alone)
+                record = self._record(policy, rate, alone)
                 record["sharing_efficiency"] = record["finetuning_kept"] + serving["busy_share"]
                 result["runs"].append(record)
         _compare_with_light_load(result["runs"])
         return result
 
-    def serve_alone(self, rate: float) -> Run:
-        self._engine.set_policy("inference-only")
-        return self._drive(self._engine, rate)
-
-    def share(self, policy: str, rate: float) -> Run:
-        if policy in TWO_ENGINES:
-            return self._share_with_another(policy, rate)
-        self._engine.set_policy(policy)
-        jobs = start_jobs(self._engine, self._finetuning)
-        try:
-            self._warm_up(self._engine)
-            return self._drive(self._engine, rate)
-        finally:
-            stop_jobs(self._engine, jobs)
-
     def saturation(self) -> float:
-        """To within a tenth. The search begins where the scheduler's own step times, simulated, would saturate."""
-        _say("saturation, simulated")
-        rate = self._search(0.25, 2.0, self._holds_simulated)
-        rate = self._search(rate, 1.25, self._holds)
-        return rate * 1.1 if self._holds(rate * 1.1) else rate
+        """To within a tenth."""
+        rate = 0.25
+        if self._guess is not None:
+            rate = self._search(rate, 2.0, self._guess)
+        rate = self._search(rate, 1.25, self._place)
+        return rate * 1.1 if self._holds(rate * 1.1, self._place) else rate
 
-    def _search(self, rate: float, factor: float, holds: Callable[[float], bool]) -> float:
+    def _search(self, rate: float, factor: float, place: Place) -> float:
         """The last of rate * factor^k that holds."""
-        if holds(rate):
-            while holds(rate * factor):
+        if self._holds(rate, place):
+            while self._holds(rate * factor, place):
                 rate *= factor
             return rate
-        while rate > 1e-3 and not holds(rate / factor):
+        while rate > 1e-3 and not self._holds(rate / factor, place):
             rate /= factor
         return rate / factor
 
-    def _holds(self, rate: float) -> bool:
+    def _holds(self, rate: float, place: Place) -> bool:
         _say(f"saturation: {rate:.2f} requests/s")
-        run = self.serve_alone(rate)
+        run = place.run("inference-only", self._arrivals(rate), self._traffic.seconds)
         return summary(run.visits, run.seconds, self._slo)["attainment"] >= self._slo.attainment
 
-    def _holds_simulated(self, rate: float) -> bool:
-        kept = self.simulate("inference-only", rate).answers["kept"]
-        return len(kept) == 0 or float(np.mean(kept)) >= self._slo.attainment
+    def _arrivals(self, rate: float) -> list[Arrival]:
+        return self._traffic.arrivals(rate, self._place.max_tokens)
 
-    def simulate(self, policy: str, rate: float) -> flexcore.Simulation:
-        """About the same run with a virtual clock, by the step times that the engine knows now; max_num_seqs and
-        max_num_batched_tokens are the default ones."""
-        model, stats = self._engine.model(), self._engine.stats()
-        prefix = "step_time_ms."
-        config = flexcore.SimulationConfig(
-            engine=flexcore.EngineConfig(slo=self._slo, policy=policy, block_size=model.block_size),
-            num_layers=model.num_layers,
-            num_blocks=model.num_blocks,
-            step_time_ms={name[len(prefix) :]: value for name, value in stats.items() if name.startswith(prefix)},
-            duration_ms=1000 * self._traffic.seconds,
-        )
-        arrivals = self._traffic.arrivals(rate, self._most_tokens)
-        requests = [flexcore.SimulatedRequest(1000 * a.at, a.prompt_tokens, a.output_tokens) for a in arrivals]
-        job = flexcore.SimulatedJob([self._finetuning.train_len], self._finetuning.batch_size)
-        return flexcore.simulate(requests, [job] * self._finetuning.jobs, config)
+    def _record(self, policy: str, rate: float, alone: float) -> dict[str, Any]:
+        _say(f"{rate:.2f} requests/s, {policy}")
+        run = self._place.run(policy, self._arrivals(rate), self._traffic.seconds)
+        known = [step for step in run.steps if step.predicted_ms > 0]
+        reactions = run.reactions()
 
-    def _finetuning_alone(self) -> float:
-        _say("finetuning alone")
-        return self.share("finetune-only", 0.0).finetune_tokens_per_s
+        def share_of_steps(late: Callable[[Step], bool]) -> float:
+            return sum(late(step) for step in known) / len(known) if known else 0.0
 
-    def _share_with_another(self, policy: str, rate: float) -> Run:
-        """A second engine trains: on the same cores, or each has half of them."""
-        cores = sorted(os.sched_getaffinity(0))
-        half = max(1, len(cores) // 2)
-        serving_cores, training_cores = (cores, cores) if policy == "spatial" else (cores[:half], cores[half:] or cores)
-        with on_cores(training_cores):
-            training = self._another(len(training_cores))
-            start_jobs(training, self._finetuning)
-            self._warm_up(training)
-        with on_cores(serving_cores):
-            serving = self._engine if policy == "spatial" else self._another(len(serving_cores))
-            serving.set_policy("inference-only")
-            return self._drive(serving, rate, Neighbour(training, training_cores))
-
-    def _another(self, threads: int) -> flexcore.Engine:
-        if self._load is None:
-            raise flexcore.InvalidArgument(f"policies: {', '.join(TWO_ENGINES)} need a second engine")
-        engine = self._load(threads)
-        engine.set_slo(self._slo)
-        return engine
-
-    def _warm_up(self, engine: flexcore.Engine) -> None:
-        drive(engine, [], [], min(2.0, self._traffic.seconds / 4))
-
-    def _drive(
-        self,
-        engine: flexcore.Engine,
-        rate: float,
-        training: Neighbour | None = None,
-    ) -> Run:
-        arrivals = self._traffic.arrivals(rate, self._most_tokens)
-        return drive(engine, arrivals, self._prompts(arrivals), self._traffic.seconds, training)
-
-    def _prompts(self, arrivals: Sequence[Arrival]) -> list[list[int]]:
-        source = random.Random(self._traffic.seed)
-        vocab = self._engine.model().vocab_size
-        if self._texts is None:
-            return [_measure.random_ids(a.prompt_tokens, vocab, source.randrange(1 << 30)) for a in arrivals]
-        prompts = []
-        for arrival in arrivals:
-            ids: list[int] = []
-            while len(ids) < arrival.prompt_tokens:
-                ids += source.choice(self._texts)
-            prompts.append(ids[: arrival.prompt_tokens])
-        return prompts
-
-    def _record(self, policy: str, rate: float, run: Run, alone: float) -> dict[str, Any]:
-        predicted = [(step.predicted_ms, step.elapsed_ms) for step in run.steps if step.predicted_ms > 0]
-        overruns = sum(elapsed > 1.1 * expected for expected, elapsed in predicted)
         return {
             "policy": policy,
             "requests_per_s": rate,
@@ -294,14 +208,17 @@ class Benchmark:
             "trained_tokens_per_s": run.trained_tokens_per_s,
             "finetuning_kept": run.finetune_tokens_per_s / alone if alone else 0.0,
             "busy_share": run.busy_share,
+            "reaction_p99_ms": 1000 * percentile([seconds for seconds, _ in reactions] or [0.0], 99),
+            "reaction_max_steps": max((steps for _, steps in reactions), default=0),
             "steps": len(run.steps),
-            "overrun_share": overruns / len(predicted) if predicted else 0.0,
-            "series": _series(run),
+            "overrun_share": share_of_steps(lambda step: step.elapsed_ms > 1.1 * step.predicted_ms),
+            "late_share": share_of_steps(lambda step: step.elapsed_ms > 1.1 * step.predicted_upper_ms),
+            **({"series": _series(run)} if policy == "hybrid" else {}),  # for the figures
         }
 
 
 def _series(run: Run) -> dict[str, list[float]]:
-    """Column by column, rounded: what the figures need."""
+    """Step by step, column by column, rounded."""
     names = ("end", "elapsed_ms", "predicted_ms", "decode_tokens", "prefill_tokens", "finetune_tokens")
     return {name: [round(getattr(step, name), 3) for step in run.steps] for name in names}
 
