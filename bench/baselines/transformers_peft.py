@@ -74,22 +74,29 @@ def decode_seconds(model, batch: int, load: common.Workload) -> float:
 
 def finetune_seconds(model, load: common.Workload) -> float:
     """Of an optimizer step on one sequence. The adapter is taken off again."""
+    tuned, step = finetuning(model, load)
+    step(32, 1)
+    seconds = common.median_seconds(lambda: step(load.train, 1), load)
+    for parameter in tuned.parameters():
+        parameter.grad = None
+    tuned.unload()
+    return seconds
+
+
+def finetuning(model, load: common.Workload):
+    """LoRA at every linear, and a function that takes an optimizer step on a random sequence (tokens, seed)."""
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.LoraConfig(r=load.rank, lora_alpha=load.alpha, target_modules=targets, task_type="CAUSAL_LM")
     tuned = peft.get_peft_model(model, config).train()
     optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
 
-    def step(tokens: int) -> None:
-        row = torch.tensor([common.ids(tokens, model.config.vocab_size, 1)])
+    def step(tokens: int, seed: int) -> None:
+        row = torch.tensor([common.ids(tokens, model.config.vocab_size, seed)])
         tuned(input_ids=row, labels=row).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    step(32)
-    seconds = common.median_seconds(lambda: step(load.train), load)
-    optimizer.zero_grad(set_to_none=True)
-    tuned.unload()
-    return seconds
+    return tuned, step
 
 
 if __name__ == "__main__":

@@ -148,8 +148,9 @@ StepPlan Scheduler::plan(double now_ms) {
     ++decode.sampled_rows;
     decode.decode_context += num_tokens(*sequence);
   }
-  const StepLimits limits = step_limits(running_, config_.objectives, now_ms, cost_.predict_ms(decode));
-  step.prefill_budget_ms = limits.prefill_ms / (1.0 + cost_.margin());
+  const StepLimits limits = step_limits(running_, config_.objectives, now_ms, cost_.predict_ms(decode), cost_.margin());
+  step.prefill_budget_ms = limits.prefill_ms;
+  step.first_token_due = first_token_is_due(now_ms);
 
   Load load{.now_ms = now_ms,
             .inference = has_inference(),
@@ -291,6 +292,7 @@ std::int64_t Scheduler::prefill_chunk(const Step& step, std::int64_t begin, std:
     f.sampled_rows += begin + count == end;
     return cost_.predict_ms(f) <= step.prefill_budget_ms;
   });
+  if (!step.first_token_due) return in_time;
   return std::max(in_time, std::min(rows, config_.min_prefill_tokens - base.prefill_tokens));
 }
 

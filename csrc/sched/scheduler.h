@@ -23,7 +23,8 @@ struct SchedulerConfig {
   std::string policy = "hybrid";                      // policy.h
   std::int64_t max_finetune_tokens_in_flight = 1024;  // over all jobs; one sequence may always run
 
-  std::int64_t min_prefill_tokens = 32;   // a step's prefill is not cut below this to keep tpot_ms
+  std::int64_t min_prefill_tokens =
+      32;  // when a first token is due, a step's prefill is not cut below this to keep tpot_ms
   std::int64_t min_finetune_tokens = 16;  // no window is cut below this: each costs a pass over weights
   double min_finetune_share = 0.02;       // of the time, whatever the objectives; in minimal pieces
   double max_idle_step_ms = 500.0;        // longest step while no request is there
@@ -111,6 +112,7 @@ class Scheduler {
     StepPlan& plan;
     std::int64_t rows_left;          // of the forward pass
     std::int64_t rows_for_finetune;  // of those, kept from prefill for a starved job
+    bool first_token_due = false;    // somebody's time to the first token is at stake
     double prefill_budget_ms = 0.0;
     double finetune_budget_ms = 0.0;       // of the whole step
     std::int64_t finetune_layer_rows = 0;  // that the policy allows: a forward row counts once a layer

@@ -80,12 +80,12 @@ void Scheduler::plan_finetune(Step& step, Load load, const StepLimits& limits) {
   for (const Sequence* sequence : running_)
     if (sequence->num_generated() == 0) load.limit_ms = std::min(load.limit_ms, tpot(sequence));
   if (!waiting_.empty()) load.limit_ms = std::min(load.limit_ms, tpot(waiting_.front()));
-  const bool due = !step.drain && first_token_is_due(load.now_ms);
+  const bool due = !step.drain && step.first_token_due;
   if (due) load.limit_ms = 0.0;
 
   const Allowance allowance = policy_->allowance(load);
   constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
-  step.finetune_budget_ms = allowance.step_ms / (1.0 + cost_.margin());
+  step.finetune_budget_ms = allowance.step_ms;
   step.finetune_layer_rows =
       allowance.tokens > kMost / config_.num_layers ? kMost : allowance.tokens * config_.num_layers;
   step.starved = step.starved && allowance.floor;

@@ -18,8 +18,9 @@ struct StepLimits {
 };
 
 /// `least_ms` is the predicted time of a step that only decodes: a request that even such steps would not bring back to
-/// its objective limits the others no more than any.
+/// its objective limits the others no more than any. Steps may take `margin` times their predicted time longer: what
+/// they did is made good in the steps that follow, and the reserve is for the last ones.
 StepLimits step_limits(std::span<Sequence* const> running, std::span<const SLO> objectives, double now_ms,
-                       double least_ms);
+                       double least_ms, double margin);
 
 }  // namespace flexcore

@@ -125,7 +125,7 @@ class LLM:
     ) -> list[tuple[int, Answer]]:
         """Queues a request; step() fills its answers. For callers that drive the loop themselves."""
         with self._lock:
-            first = self.engine.submit(ids, self._of_engine(sampling), adapter)
+            first = self.engine.submit(ids, self.engine_sampling(sampling), adapter)
             pairs = [(first + k, Answer(k, self.tokenizer, sampling)) for k in range(sampling.n)]
             self._answers.update(pairs)
         return pairs
@@ -237,7 +237,7 @@ class LLM:
             for prompt, tokens, group in zip(prompts, ids, submitted, strict=True)
         ]
 
-    def _of_engine(self, sampling: SamplingParams) -> SamplingParams:
+    def engine_sampling(self, sampling: SamplingParams) -> SamplingParams:
         """`sampling` in tokens alone: stop strings are found here, the tokenizer's end of turn goes in."""
         if not isinstance(sampling, SamplingParams):
             raise InvalidArgument(

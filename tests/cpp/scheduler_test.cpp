@@ -244,7 +244,7 @@ TEST(Scheduler, StepsStayWithinTheirBudget) {
   }
   EXPECT_GT(full, 55);
   const StepPlan idle = world.step();  // nobody waits: whole steps
-  EXPECT_NEAR(idle.budget_ms, 500.0 / (1.0 + world.cost.margin()), 1e-6);
+  EXPECT_EQ(idle.budget_ms, 500.0);
   world.run();
 }
 
@@ -258,9 +258,15 @@ TEST(Scheduler, PrefillIsCutForThoseWhoDecode) {
   EXPECT_EQ(world.step().features.prefill_tokens, 10);
   world.request(200, 5);
   const StepPlan cut = world.step();
-  EXPECT_LE(cut.predicted_ms, 25.0 / (1.0 + world.cost.margin()));
+  EXPECT_LE(cut.predicted_ms, 25.0);
   EXPECT_GT(cut.features.prefill_tokens, 30);
-  world.scheduler.set_objective(0, {1.0, 2000.0});  // out of reach: the least chunk
+  world.scheduler.set_objective(0, {1.0, 4000.0});  // out of reach: twice a step that only decodes
+  const StepPlan late = world.step();
+  EXPECT_GT(late.features.prefill_tokens, 0);
+  EXPECT_LE(late.predicted_ms,
+            2.0 * world.cost.predict_ms({.decode_rows = 1, .decode_context = 20, .sampled_rows = 1}));
+  world.scheduler.set_objective(0, {12.0, 100.0});
+  world.now_ms += 80.0;  // none to the first token: the least chunk
   EXPECT_EQ(world.step().features.prefill_tokens, 8);
 }
 

@@ -19,10 +19,10 @@ Sequence decoding(std::int64_t generated, double first_token_ms, std::int64_t le
   return sequence;
 }
 
-StepLimits limits(std::vector<Sequence> sequences, double now_ms, double least_ms = 20.0) {
+StepLimits limits(std::vector<Sequence> sequences, double now_ms, double least_ms = 20.0, double margin = 0.0) {
   std::vector<Sequence*> running;
   for (auto& sequence : sequences) running.push_back(&sequence);
-  StepLimits result = step_limits(running, std::vector{kSlo}, now_ms, least_ms);
+  StepLimits result = step_limits(running, std::vector{kSlo}, now_ms, least_ms, margin);
   result.tightest = nullptr;  // of the caller's copy
   return result;
 }
@@ -72,6 +72,12 @@ TEST(StepLimits, AReserveGrowsFromNothing) {
   EXPECT_NEAR(100.0 * 29.0 - now, 50.0, 2.0);
 }
 
+TEST(StepLimits, AMarginMakesTheReserveLargerAndTheLongestStepShorter) {
+  EXPECT_DOUBLE_EQ(limits({decoding(11, 0.0)}, 900.0, 20.0, 0.4).finetune_ms, 100.0 + (100.0 - 70.0) / 8.0);
+  EXPECT_DOUBLE_EQ(limits({decoding(11, 0.0)}, 300.0, 20.0, 0.5).prefill_ms, 120.0);
+  EXPECT_DOUBLE_EQ(limits({decoding(11, 0.0)}, 1000.0, 20.0, 0.4).prefill_ms, 100.0 - 20.0 / 8.0);
+}
+
 TEST(StepLimits, WhoIsLostLimitsNoMoreThanAny) {
   const Sequence lost = decoding(2, 0.0, 3);  // 900 ms behind; three steps of 20 would win back 240
   EXPECT_DOUBLE_EQ(limits({lost}, 1000.0).finetune_ms, 100.0);
@@ -85,7 +91,7 @@ TEST(StepLimits, TheTightestDecides) {
   sequences[1].slo_class = 1;
   const std::vector<SLO> objectives{kSlo, {.tpot_ms = 300.0}};
   const std::vector<Sequence*> running{&sequences[0], &sequences[1]};
-  const StepLimits limit = step_limits(running, objectives, 440.0, 20.0);
+  const StepLimits limit = step_limits(running, objectives, 440.0, 20.0, 0.0);
   ASSERT_NE(limit.tightest, nullptr);
   EXPECT_EQ(limit.tightest->id, 7);
   EXPECT_DOUBLE_EQ(limit.slack_ms, -40.0);

@@ -76,7 +76,7 @@ def test_latency_and_throughput(numpy_model: Path, tmp_path: Path) -> None:
 def test_coserve(numpy_model: Path, tmp_path: Path) -> None:
     sizes = ["--seconds", "0.4", "--input-len", "4", "9", "--output-len", "3", "5", "--train-len", "16"]
     policies = ["hybrid", "temporal:4", "spatial", "separate"]
-    sizes += ["--burst", "2", "--figures", str(tmp_path / "figures" / "co")]
+    sizes += ["--repeat", "2", "--burst", "2", "--figures", str(tmp_path / "figures" / "co")]
     result = bench(numpy_model, tmp_path, "coserve", *sizes, "--request-rate", "15", "30", "--policies", *policies)
     for name in ("rates", "steps", "burst"):
         assert (tmp_path / "figures" / f"co-{name}.png").read_bytes()[:4] == b"\x89PNG"
@@ -88,8 +88,8 @@ def test_coserve(numpy_model: Path, tmp_path: Path) -> None:
         assert 0 <= run["attainment"] <= 1
         assert (run["finetune_tokens_per_s"] > 0) == (run["policy"] != "inference-only")
         assert (run["policy"] == "hybrid") == ("series" in run)
-        assert len(run.get("series", {"end": range(run["steps"])})["end"]) == run["steps"]
-    assert result["finetune_alone_tokens_per_s"] > 0
+        assert 0 < len(run.get("series", {"end": [0]})["end"]) <= run["steps"]
+    assert result["finetune_alone_tokens_per_s"] > 0 and len(result["finetune_alone_tokens_per_s_of_runs"]) == 4
 
 
 def test_floors(numpy_model: Path) -> None:

@@ -7,8 +7,9 @@ alone keeps the objective for the wanted share of requests; the rates are shares
 from __future__ import annotations
 
 import argparse
+import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     group = parser.add_argument_group("traffic")
     group.add_argument("--seconds", type=float, default=defaults.seconds, help="of each run (default: %(default)s)")
+    group.add_argument(
+        "--repeat", type=options.positive, default=1, metavar="N", help="runs of each, with other arrivals"
+    )
     group.add_argument("--request-rate", type=float, nargs="+", metavar="PER_S", help="instead of shares of saturation")
     group.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of saturation (default: %(default)s)")
     group.add_argument("--saturation", type=float, metavar="PER_S", help="known from an earlier run: not searched for")
@@ -113,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         place = Engines(engine, slo, finetuning, load, texts)
         guess = Simulated(Profile.of(engine, options.engine_config(args)), slo, finetuning)
     bench = Benchmark(place, slo, traffic, finetuning, guess)
-    result = bench.run(args.request_rate, args.shares, args.policies, args.saturation)
+    result = bench.run(args.request_rate, args.shares, args.policies, args.saturation, args.repeat)
     write_json(args.json, result)
     if args.json != "-":
         out.print(table(result))
@@ -136,31 +140,43 @@ class Benchmark:
         shares: Sequence[float],
         policies: Sequence[str],
         saturation: float | None = None,
+        repeats: int = 1,
     ) -> dict[str, Any]:
         for name in policies:
             self._place.check(name)  # an unknown one is refused before anything runs
         if rates is None:
             saturation = saturation or self.saturation()
             rates = [share * saturation for share in shares]
-        _say("finetuning alone")
-        alone = self._place.run("finetune-only", [], self._traffic.seconds).finetune_tokens_per_s
+        runs: dict[tuple[float, str], list[Run]] = {}
+        alone: list[float] = []
+        # One after the other and again: a machine that is slower for a while is so for all of them.
+        for rate in rates:
+            for repeat in range(repeats):
+                _say("finetuning alone")
+                alone.append(self._place.run("finetune-only", [], self._traffic.seconds).finetune_tokens_per_s)
+                for policy in ("inference-only", *policies):
+                    _say(f"{rate:.2f} requests/s, {policy}")
+                    run = self._place.run(policy, self._arrivals(rate, repeat), self._traffic.seconds)
+                    runs.setdefault((rate, policy), []).append(run)
         result: dict[str, Any] = {
             "machine": self._place.describe(),
             "slo": {"tpot_ms": self._slo.tpot_ms, "ttft_ms": self._slo.ttft_ms, "attainment": self._slo.attainment},
             "traffic": asdict(self._traffic),
+            "repeats": repeats,
             "train_len": self._finetuning.train_len,
             "jobs": self._finetuning.jobs,
             "saturation_requests_per_s": saturation,
-            "finetune_alone_tokens_per_s": alone,
+            "finetune_alone_tokens_per_s": statistics.median(alone),
+            "finetune_alone_tokens_per_s_of_runs": alone,
             "runs": [],
         }
-        for rate in rates:
-            serving = self._record("inference-only", rate, alone)
-            result["runs"].append(serving)
-            for policy in policies:
-                record = self._record(policy, rate, alone)
-                record["sharing_efficiency"] = record["finetuning_kept"] + serving["busy_share"]
-                result["runs"].append(record)
+        for (rate, policy), several in runs.items():
+            record = _record(policy, rate, several, self._slo, result["finetune_alone_tokens_per_s"])
+            if policy == "inference-only":
+                busy = record["busy_share"]
+            else:
+                record["sharing_efficiency"] = record["finetuning_kept"] + busy
+            result["runs"].append(record)
         _compare_with_light_load(result["runs"])
         return result
 
@@ -187,34 +203,38 @@ class Benchmark:
         run = place.run("inference-only", self._arrivals(rate), self._traffic.seconds)
         return summary(run.visits, run.seconds, self._slo)["attainment"] >= self._slo.attainment
 
-    def _arrivals(self, rate: float) -> list[Arrival]:
-        return self._traffic.arrivals(rate, self._place.max_tokens)
+    def _arrivals(self, rate: float, repeat: int = 0) -> list[Arrival]:
+        return replace(self._traffic, seed=self._traffic.seed + repeat).arrivals(rate, self._place.max_tokens)
 
-    def _record(self, policy: str, rate: float, alone: float) -> dict[str, Any]:
-        _say(f"{rate:.2f} requests/s, {policy}")
-        run = self._place.run(policy, self._arrivals(rate), self._traffic.seconds)
-        known = [step for step in run.steps if step.predicted_ms > 0]
-        reactions = run.reactions()
 
-        def share_of_steps(late: Callable[[Step], bool]) -> float:
-            return sum(late(step) for step in known) / len(known) if known else 0.0
+def _record(policy: str, rate: float, runs: Sequence[Run], slo: SLO, alone: float) -> dict[str, Any]:
+    """Requests and steps of all runs together, rates as means."""
+    steps = [step for run in runs for step in run.steps if step.predicted_ms > 0]
+    reactions = [reaction for run in runs for reaction in run.reactions()]
 
-        return {
-            "policy": policy,
-            "requests_per_s": rate,
-            **summary(run.visits, run.seconds, self._slo),
-            "finetune_forward_tokens_per_s": run.finetune_forward_tokens_per_s,
-            "finetune_tokens_per_s": run.finetune_tokens_per_s,
-            "trained_tokens_per_s": run.trained_tokens_per_s,
-            "finetuning_kept": run.finetune_tokens_per_s / alone if alone else 0.0,
-            "busy_share": run.busy_share,
-            "reaction_p99_ms": 1000 * percentile([seconds for seconds, _ in reactions] or [0.0], 99),
-            "reaction_max_steps": max((steps for _, steps in reactions), default=0),
-            "steps": len(run.steps),
-            "overrun_share": share_of_steps(lambda step: step.elapsed_ms > 1.1 * step.predicted_ms),
-            "late_share": share_of_steps(lambda step: step.elapsed_ms > 1.1 * step.predicted_upper_ms),
-            **({"series": _series(run)} if policy == "hybrid" else {}),  # for the figures
-        }
+    def mean(name: str) -> float:
+        return statistics.fmean(getattr(run, name) for run in runs)
+
+    def share_of_steps(late: Callable[[Step], bool]) -> float:
+        return sum(late(step) for step in steps) / len(steps) if steps else 0.0
+
+    finetuned = mean("finetune_tokens_per_s")
+    return {
+        "policy": policy,
+        "requests_per_s": rate,
+        **summary([visit for run in runs for visit in run.visits], sum(run.seconds for run in runs), slo),
+        "finetune_forward_tokens_per_s": mean("finetune_forward_tokens_per_s"),
+        "finetune_tokens_per_s": finetuned,
+        "trained_tokens_per_s": mean("trained_tokens_per_s"),
+        "finetuning_kept": finetuned / alone if alone else 0.0,
+        "busy_share": mean("busy_share"),
+        "reaction_p99_ms": 1000 * percentile([seconds for seconds, _ in reactions] or [0.0], 99),
+        "reaction_max_steps": max((count for _, count in reactions), default=0),
+        "steps": sum(len(run.steps) for run in runs),
+        "overrun_share": share_of_steps(lambda step: step.elapsed_ms > 1.1 * step.predicted_ms),
+        "late_share": share_of_steps(lambda step: step.elapsed_ms > 1.1 * step.predicted_upper_ms),
+        **({"series": _series(runs[0])} if policy == "hybrid" else {}),  # for the figures
+    }
 
 
 def _series(run: Run) -> dict[str, list[float]]:

@@ -1,0 +1,31 @@
+"""transformers + PEFT finetuning for ever; a JSON line a step: {"tokens": trained, "seconds": since the start}."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+
+import common
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers_peft import finetuning
+
+
+def main() -> None:
+    args = common.arguments(__doc__)
+    load = common.workload(args)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    _, step = finetuning(AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)), load)
+    begin = time.perf_counter()
+    for done in itertools.count(1):
+        step(load.train, done)
+        print(json.dumps({"tokens": done * load.train, "seconds": time.perf_counter() - begin}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
