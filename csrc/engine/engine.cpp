@@ -155,7 +155,8 @@ RequestId Engine::Impl::submit(const Request& request) {
     sequence.num_prompt_tokens = static_cast<std::int64_t>(sequence.tokens.size());
     sequence.max_total_tokens = max_total_tokens(request);
     sequence.cache_key = state->adapter ? state->adapter->cache_key() : 0;
-    sequence.use_prefix_cache = config.enable_prefix_caching;
+    sequence.use_prefix_cache = config.enable_prefix_caching && !request.sampling.prompt_logprobs;
+    if (request.sampling.prompt_logprobs) state->prompt_logprobs.resize(sequence.tokens.size() - 1);
     sequence.slo_class = slo_classes.at(request.slo_class);
     sequence.arrival_ms = now_ms() - request.waited_ms;
     scheduler.add(&sequence);

@@ -358,7 +358,7 @@ void Executor::run_loss(const Layout& layout, const TensorView& hidden) {
     forward_.batch.loss = forward_.index_array(IndexArray::kLoss, DType::kFloat32, total);
     program->loss_head.run(state(forward_), counts, head_workspace(), {&hidden, 1});
     grads = program->loss_head.value(program->target_grad, counts, head_workspace(), {&hidden, 1});
-    fetch_losses(total);
+    fetch_losses(0, total);
   }
   std::int64_t begin = 0;
   for (const auto& [g, count] : windows) {
@@ -381,15 +381,14 @@ void Executor::run_score(const Layout& layout, const TensorView& hidden) {
       labels.push_back(layout.groups[g].score_labels[i]);
     }
   if (rows.empty()) return;
-  require<Error>(outcomes_.empty(), "forward: a batch with losses and scores");
   const auto total = static_cast<std::int64_t>(rows.size());
   forward_.batch.target_rows = forward_.staged(IndexArray::kRows, DType::kInt32, rows);
   forward_.batch.labels = forward_.staged(IndexArray::kLabels, DType::kInt32, labels);
   forward_.batch.grad_scale = {};
   forward_.batch.loss = forward_.index_array(IndexArray::kLoss, DType::kFloat32, total);
   model_.score_head().run(state(forward_), {layout.num_rows, 0, total}, head_workspace(), {&hidden, 1});
-  fetch_losses(total);
-  std::int64_t begin = 0;
+  std::int64_t begin = outcomes_.empty() ? 0 : outcomes_.back().end;  // behind the losses
+  fetch_losses(begin, total);
   for (const auto& group : layout.groups) {
     const std::int64_t end = begin + static_cast<std::int64_t>(group.score_labels.size());
     if (end > begin) outcomes_.push_back({nullptr, group.score, begin, end});
@@ -397,9 +396,9 @@ void Executor::run_score(const Layout& layout, const TensorView& hidden) {
   }
 }
 
-void Executor::fetch_losses(std::int64_t count) {
-  run(forward_.context(),
-      FetchArgs{losses_.data(), forward_.batch.loss.data(), static_cast<std::size_t>(count) * sizeof(float)});
+void Executor::fetch_losses(std::int64_t begin, std::int64_t count) {
+  run(forward_.context(), FetchArgs{losses_.data() + static_cast<std::size_t>(begin) * sizeof(float),
+                                    forward_.batch.loss.data(), static_cast<std::size_t>(count) * sizeof(float)});
 }
 
 void Executor::finish_forward() {

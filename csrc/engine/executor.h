@@ -81,7 +81,7 @@ class Executor {
   };
   static LaneBytes lane_bytes(const CompiledModel& model, const TrainingProgram& program, std::int64_t max_rows);
 
-  void fetch_losses(std::int64_t count);
+  void fetch_losses(std::int64_t begin, std::int64_t count);
   RunState state(Lane& lane) const;
   struct Segment {
     const Adapter* adapter;

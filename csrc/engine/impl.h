@@ -31,6 +31,7 @@ struct RequestState {
   std::uint64_t seed = 0;
   std::vector<std::pair<std::int32_t, float>> logit_bias;
   std::vector<std::int32_t> end_tokens;  // that end it
+  std::vector<float> prompt_logprobs;    // [prompt - 1] if they are wanted
 };
 
 /// Sizes that follow from a model, a configuration and the machine, before anything is allocated; the engine and its
@@ -85,7 +86,7 @@ struct Engine::Impl {
 
   // step.cpp
   StepReport step();
-  void run_plan(StepPlan& plan, StepReport& report);
+  void run_plan(StepPlan& plan, double begin_ms, StepReport& report);
   void count(const StepPlan& plan, StepReport& report);
   bool drop_failed_training(StepPlan& plan);
   bool fail_training(const StepPlan& plan, const std::string& error);

@@ -20,7 +20,7 @@ StepReport Engine::Impl::step() {
   counters["finetune_restarts"] += static_cast<double>(plan.restarted.size());
   if (!plan.empty()) {
     try {
-      run_plan(plan, report);
+      run_plan(plan, begin, report);
       // Optimizer steps come after and are no part of the model's time; a plan that lost work says nothing about it.
       if (!dropped) cost.observe(plan.features, now_ms() - begin);
     } catch (const std::exception& error) {
@@ -76,10 +76,11 @@ bool Engine::Impl::fail_training(const StepPlan& plan, const std::string& error)
   return !ids.empty();
 }
 
-void Engine::Impl::run_plan(StepPlan& plan, StepReport& report) {
+void Engine::Impl::run_plan(StepPlan& plan, double begin_ms, StepReport& report) {
   std::vector<RowGroup> groups;
   std::vector<RequestState*> sampled;
   for (const auto& work : plan.inference) {
+    if (work.sequence->first_step_ms < 0.0) work.sequence->first_step_ms = begin_ms;
     RequestState& request = *requests.at(work.sequence->id);
     const std::span<const std::int32_t> tokens(work.sequence->tokens);
     groups.push_back({.tokens = tokens.subspan(static_cast<std::size_t>(work.begin),
@@ -88,6 +89,12 @@ void Engine::Impl::run_plan(StepPlan& plan, StepReport& report) {
                       .block_table = work.sequence->block_table.data(),
                       .adapter = request.adapter.get(),
                       .sampled = work.sample ? 1 : 0});
+    if (const std::int64_t labels = std::min(work.end + 1, work.sequence->num_prompt_tokens) - work.begin - 1;
+        request.sampling.prompt_logprobs && work.sequence->num_generated() == 0 && labels > 0) {
+      groups.back().score_labels =
+          tokens.subspan(static_cast<std::size_t>(work.begin + 1), static_cast<std::size_t>(labels));
+      groups.back().score = request.prompt_logprobs.data() + work.begin;
+    }
     if (work.sample) sampled.push_back(&request);
   }
   for (const auto& window : plan.forward) {
@@ -201,8 +208,10 @@ void Engine::Impl::emit_token(RequestState& request, const SamplingResult& resul
                    .token_id = result.token,
                    .logprob = result.logprob,
                    .num_cached_tokens = sequence.num_cached_tokens,
+                   .queue_ms = sequence.first_step_ms - sequence.arrival_ms,
                    .ttft_ms = sequence.first_token_ms - sequence.arrival_ms};
   event.top_logprobs.assign(result.top.begin(), result.top.end());
+  if (sequence.num_generated() == 1) event.prompt_logprobs = std::move(request.prompt_logprobs);
   const bool ends =
       std::find(request.end_tokens.begin(), request.end_tokens.end(), result.token) != request.end_tokens.end();
   if (ends && sequence.num_generated() >= request.sampling.min_tokens)

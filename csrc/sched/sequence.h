@@ -23,6 +23,7 @@ struct Sequence {
   State state = State::kWaiting;
   std::int64_t slo_class = 0;  // whose objective it is promised
   double arrival_ms = 0.0;
+  double first_step_ms = -1.0;   // begin of the first step that works on it; < 0: it waits
   double first_token_ms = -1.0;  // time of the first generated token; < 0: none yet
 
   std::int64_t num_generated() const { return static_cast<std::int64_t>(tokens.size()) - num_prompt_tokens; }

@@ -84,6 +84,7 @@ class SamplingParams:
     seed: int | None
     n: int
     logprobs: int | None
+    prompt_logprobs: bool
     logit_bias: dict[int, float]
     def __init__(
         self,
@@ -102,6 +103,7 @@ class SamplingParams:
         seed: int | None = None,
         n: int = 1,
         logprobs: int | None = None,
+        prompt_logprobs: bool = False,
         logit_bias: Mapping[int, float] = {},
     ) -> None: ...
 
@@ -181,7 +183,11 @@ class TokenEvent:
     @property
     def top_logprobs(self) -> list[tuple[int, float]]: ...
     @property
+    def prompt_logprobs(self) -> list[float]: ...
+    @property
     def num_cached_tokens(self) -> int: ...
+    @property
+    def queue_ms(self) -> float: ...
     @property
     def ttft_ms(self) -> float: ...
     @property

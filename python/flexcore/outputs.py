@@ -30,8 +30,10 @@ class CompletionOutput:
     stop_reason: str | None = None  # the stop string, if one ended it
     cumulative_logprob: float = 0.0
     logprobs: list[Logprob] = field(default_factory=list)  # filled if SamplingParams.logprobs is set
+    prompt_logprobs: list[float] = field(default_factory=list)  # of the prompt's tokens after the first, when asked for
     error: str = ""  # why, with the finish_reason "error"
     num_cached_tokens: int = 0  # of the prompt, found in the prefix cache
+    queue_ms: float = 0.0  # from arrival to the first step that worked on it
     ttft_ms: float = 0.0  # from arrival to the first token
 
 
@@ -92,7 +94,10 @@ class Answer:
             return ""
         piece = ""
         self.output.error = event.error
-        self.output.num_cached_tokens, self.output.ttft_ms = event.num_cached_tokens, event.ttft_ms
+        if event.prompt_logprobs:
+            self.output.prompt_logprobs = event.prompt_logprobs
+        self.output.num_cached_tokens = event.num_cached_tokens
+        self.output.queue_ms, self.output.ttft_ms = event.queue_ms, event.ttft_ms
         if event.token_id >= 0:
             self.output.token_ids.append(event.token_id)
             self.output.cumulative_logprob += event.logprob

@@ -69,6 +69,7 @@ void register_sampling(py::module_& m) {
       .field("seed", &Sampling::seed)
       .field("n", &Sampling::n)
       .field("logprobs", &Sampling::logprobs)
+      .field("prompt_logprobs", &Sampling::prompt_logprobs)
       .field("logit_bias", &Sampling::logit_bias)
       .done();
 }

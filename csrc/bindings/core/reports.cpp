@@ -37,7 +37,9 @@ void register_step(py::module_& m) {
       .field("logprob", &TokenEvent::logprob)
       .property("finish_reason", finish_reason)
       .field("top_logprobs", &TokenEvent::top_logprobs)
+      .field("prompt_logprobs", &TokenEvent::prompt_logprobs)
       .field("num_cached_tokens", &TokenEvent::num_cached_tokens)
+      .field("queue_ms", &TokenEvent::queue_ms)
       .field("ttft_ms", &TokenEvent::ttft_ms)
       .field("error", &TokenEvent::error)
       .done();

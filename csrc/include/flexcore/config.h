@@ -56,6 +56,7 @@ struct SamplingParams {
   std::optional<std::uint64_t> seed;          // default: drawn from the engine's seed and the request's id
   std::int64_t n = 1;                         // answers a prompt; ids of the others follow the first
   std::optional<std::int64_t> logprobs;       // k: with every token, the k most likely
+  bool prompt_logprobs = false;               // with the first token: log p of each prompt token after the first
   std::map<std::int32_t, double> logit_bias;  // token -> added to its logit
 };
 

@@ -25,7 +25,9 @@ struct TokenEvent {
   float logprob = 0.0f;        // of the raw logits
   FinishReason finish_reason = FinishReason::kNone;
   std::vector<std::pair<std::int32_t, float>> top_logprobs;  // most likely first, when asked for
+  std::vector<float> prompt_logprobs;                        // with the first token, when asked for; [prompt - 1]
   std::int64_t num_cached_tokens = 0;                        // of the prompt, found in the prefix cache
+  double queue_ms = 0.0;                                     // from arrival to the first step that worked on it
   double ttft_ms = 0.0;                                      // from arrival to the first token; 0: none came
   std::string error;                                         // why, with kError: this request alone failed
 };

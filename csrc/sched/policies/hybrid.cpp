@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "sched/policy.h"
 
 namespace flexcore {
@@ -8,7 +10,8 @@ namespace {
 class Hybrid final : public Policy {
  public:
   Allowance allowance(const Load& load) override {
-    return {.step_ms = load.inference ? load.limit_ms : load.idle_ms, .floor = true};
+    // Who comes next may have less time than those who are there.
+    return {.step_ms = load.inference ? std::min(load.limit_ms, load.idle_ms) : load.idle_ms, .floor = true};
   }
 };
 
