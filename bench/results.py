@@ -1,4 +1,8 @@
-"""The comparison as Markdown, for the README: python bench/results.py bench/results/smollm2_cpu.json"""
+"""Results as Markdown, for the README and docs/share.md.
+
+usage: python bench/results.py bench/results/smollm2_cpu.json
+       python bench/results.py bench/results/coserve_cpu.json [bench/results/coserve_cpu_external.json]
+"""
 
 from __future__ import annotations
 
@@ -95,5 +99,75 @@ def footnote(record: dict) -> str:
     )
 
 
+def sharing(record: dict, external: dict | None) -> str:
+    """`flexcore bench coserve`, and bench/coserve_external.py under the same arrivals."""
+    lines = [
+        "| requests/s | | kept the objective | TPOT p50 / p99, ms | longest gap p99, ms | TTFT p99, ms "
+        "| finetuning, tok/s | of finetuning alone | efficiency |",
+        "|--:|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    alone = record["finetune_alone_tokens_per_s"]
+    rate = None
+    for run in record["runs"]:
+        if rate is not None and run["requests_per_s"] != rate:
+            lines += _external(external, rate)
+        own = run["policy"] == "hybrid"
+        name = "**flexcore**" if own else run["policy"].replace("inference-only", "serving alone")
+        bold = "**" if own else ""
+        serving = "sharing_efficiency" not in run
+        cells = [
+            f"{run['requests_per_s']:.2f}" if run["requests_per_s"] != rate else "",
+            name,
+            f"{bold}{run['attainment']:.1%}{bold} of {run['num_prompts']}",
+            f"{run['median_tpot_ms']:.0f} / {run['p99_tpot_ms']:.0f}",
+            f"{run['p99_itl_ms']:.0f}",
+            f"{run['p99_ttft_ms']:,.0f}",
+            "-" if serving else f"{run['finetune_tokens_per_s']:.0f}",
+            f"load {run['busy_share']:.2f}" if serving else f"{bold}{run['finetuning_kept']:.0%}{bold}",
+            "-" if serving else f"{run['sharing_efficiency']:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+        rate = run["requests_per_s"]
+    lines += _external(external, rate)
+    slo, traffic, machine = record["slo"], record["traffic"], record["machine"]
+    where = f"{machine['threads']} threads of {machine['cpu']}" if machine["device"] == "cpu" else machine["device"]
+    text = (
+        f"{machine['model'].split('.')[0]}, {where}; "
+        f"prompts of {traffic['input_len'][0]} to {traffic['input_len'][1]} tokens, "
+        f"answers of {traffic['output_len'][0]} to {traffic['output_len'][1]}, Poisson; {record['repeats']} x "
+        f"{traffic['seconds']:.0f} s each, interleaved; objective {slo['tpot_ms']:.0f} ms a token, "
+        f"{slo['ttft_ms']:,.0f} ms to the first; finetuning on sequences of {record['train_len']} tokens, alone "
+        f"{alone:.0f} tokens/s."
+    )
+    return "\n".join(lines) + "\n\n" + text
+
+
+def _external(external: dict | None, rate: float | None) -> list[str]:
+    """llama.cpp's server and PEFT beside each other, at this rate."""
+    rows = []
+    for run in external["runs"] if external else []:
+        if rate is None or abs(run["requests_per_s"] - rate) > 1e-9:
+            continue
+        alone = external["finetune_alone_tokens_per_s"]
+        tuned = run.get("finetune_tokens_per_s")
+        cells = [
+            "",
+            "llama.cpp server + PEFT" if run["finetuning"] else "llama.cpp server alone",
+            f"{run['attainment']:.1%} of {run['num_prompts']}",
+            f"{run['median_tpot_ms']:.0f} / {run['p99_tpot_ms']:.0f}",
+            f"{run['p99_itl_ms']:.0f}",
+            f"{run['p99_ttft_ms']:,.0f}",
+            f"{tuned:.0f}" if tuned else "-",
+            f"{tuned / alone:.0%}" if tuned else "-",
+            "-",
+        ]
+        rows.append("| " + " | ".join(cells) + " |")
+    return rows
+
+
 if __name__ == "__main__":
-    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
+    records = [json.loads(Path(path).read_text()) for path in sys.argv[1:]]
+    if "runs" in records[0]:
+        print(sharing(records[0], records[1] if len(records) > 1 else None))
+    else:
+        print(markdown(records[0]))
