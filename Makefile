@@ -83,14 +83,15 @@ $(VENV)/.demo: $(VENV)/.venv pyproject.toml third_party/requirements.py
 
 $(VENV)/.test: $(VENV)/.demo
 	@third_party/system.sh $(BIN)/python gtest
+	@third_party/system.sh $(BIN)/python chromium || echo "no chromium: the test of the server's page is skipped"
 	@echo "installing what the tests compare with (torch, transformers, peft)"
-	@$(BIN)/python third_party/requirements.py run test > $(VENV)/test.txt
+	@$(BIN)/python third_party/requirements.py run serve plot test > $(VENV)/test.txt
 	@$(PIP) -r $(VENV)/test.txt
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.venv pyproject.toml third_party/requirements.py
 	@echo "installing linters"
-	@$(BIN)/python third_party/requirements.py run dev > $(VENV)/lint.txt
+	@$(BIN)/python third_party/requirements.py run serve dev > $(VENV)/lint.txt
 	@$(PIP) -r $(VENV)/lint.txt
 	@touch $@
 

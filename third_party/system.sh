@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sees to what no requirement of pip's gives: compiler, Python headers, venv, GoogleTest, Google Benchmark, ccache with apt where that
-# is possible, nvcc (where PATH has none) from NVIDIA's packages for pip, into PYTHON's environment. Says what to do where it cannot.
-# Usage: system.sh PYTHON {compiler|headers|venv|gtest|benchmark|ccache|nvcc}...
+# Sees to what no requirement of pip's gives: compiler, Python headers, venv, GoogleTest, Google Benchmark, ccache, Chromium with apt where
+# that is possible, nvcc (where PATH has none) from NVIDIA's packages for pip, into PYTHON's environment. Says what to do where it cannot.
+# Usage: system.sh PYTHON {compiler|headers|venv|gtest|benchmark|ccache|chromium|nvcc}...
 set -euo pipefail
 python=$1
 shift
@@ -39,6 +39,7 @@ have() {
     gtest) has_header gtest/gtest.h ;;
     benchmark) has_header benchmark/benchmark.h ;;
     ccache) command -v ccache >/dev/null ;;
+    chromium) command -v chromium >/dev/null || command -v google-chrome >/dev/null ;;
     nvcc) command -v nvcc >/dev/null || [ -x "$(dirname "$python")/nvcc" ] ;;
     *) echo "system.sh: unknown item $1" >&2; exit 2 ;;
   esac
@@ -54,6 +55,7 @@ package() {
     gtest) echo libgtest-dev ;;
     benchmark) echo libbenchmark-dev ;;
     ccache) echo ccache ;;
+    chromium) echo chromium fonts-dejavu-core ;;
   esac
 }
 
@@ -80,7 +82,8 @@ for item in "$@"; do
     echo "missing: nvcc. Install CUDA 12 or later (or pip's nvidia-cuda-nvcc) and put nvcc on PATH" >&2
     exit 1
   fi
-  apt_install "$(package "$item")" && have "$item" && continue
+  # shellcheck disable=SC2046  (an item may be several packages)
+  apt_install $(package "$item") && have "$item" && continue
   echo "missing: $item. Install it (Debian, Ubuntu: apt-get install $(package "$item")) and run again." >&2
   exit 1
 done

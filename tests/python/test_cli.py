@@ -35,9 +35,8 @@ def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_engine_options() -> None:
-    text = (
-        "plan m --max-model-len 64 --kv-cache-memory-bytes 2MiB --dtype float32 --tpot-ms 5 --no-enable-prefix-caching"
-    )
+    text = "plan m --max-model-len 64 --kv-cache-memory-bytes 2MiB --dtype float32 --no-enable-prefix-caching"
+    text += " --slo-tpot-ms 5 --slo-class batch=1000,60000"
     args = parse(*text.split())
     wanted = fc.EngineConfig(
         max_model_len=64,
@@ -45,6 +44,7 @@ def test_engine_options() -> None:
         dtype="float32",
         enable_prefix_caching=False,
         slo=fc.SLO(tpot_ms=5),
+        slo_classes={"batch": fc.SLO(1000, 60000)},
     )
     assert options.engine_config(args) == wanted
     assert options.model_of(args) == "m"

@@ -19,6 +19,9 @@ class Visit:
     prompt_tokens: int
     times: list[float] = field(default_factory=list)  # of its tokens
     done: bool = False
+    output_tokens: int | None = None  # when `times` are of pieces of text
+    text: str = ""
+    error: str = ""
 
     @property
     def ttft_ms(self) -> float:
@@ -27,7 +30,11 @@ class Visit:
     @property
     def tpot_ms(self) -> float:
         """Mean time per output token after the first; 0 when there is only one."""
-        return 1000 * (self.times[-1] - self.times[0]) / (len(self.times) - 1) if len(self.times) > 1 else 0.0
+        return 1000 * (self.times[-1] - self.times[0]) / (self.tokens - 1) if self.tokens > 1 else 0.0
+
+    @property
+    def tokens(self) -> int:
+        return len(self.times) if self.output_tokens is None else self.output_tokens
 
     @property
     def gaps_ms(self) -> list[float]:
@@ -41,7 +48,7 @@ def summary(visits: Sequence[Visit], seconds: float, slo: SLO) -> dict[str, floa
     """Of all requests that arrived: who has no answer at the end has not kept its objective."""
     done = [visit for visit in visits if visit.done]
     kept = sum(visit.keeps(slo) for visit in done)
-    inputs, outputs = sum(v.prompt_tokens for v in done), sum(len(v.times) for v in done)
+    inputs, outputs = sum(v.prompt_tokens for v in done), sum(v.tokens for v in done)
     result = {
         "duration": seconds,
         "num_prompts": len(visits),
@@ -56,7 +63,7 @@ def summary(visits: Sequence[Visit], seconds: float, slo: SLO) -> dict[str, floa
     }
     series = {
         "ttft": [visit.ttft_ms for visit in done],
-        "tpot": [visit.tpot_ms for visit in done if len(visit.times) > 1],
+        "tpot": [visit.tpot_ms for visit in done if visit.tokens > 1],
         "itl": [gap for visit in done for gap in visit.gaps_ms],
         "e2el": [1000 * (visit.times[-1] - visit.arrival) for visit in done],
     }

@@ -84,9 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--policies", nargs="+", default=POLICIES, metavar="NAME", help=", ".join(ALL))
     group.add_argument("--train-len", type=int, default=512, metavar="TOKENS")
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="finetuning jobs")
-    group.add_argument(
-        "--attainment", type=float, default=SLO().attainment, help="share of requests (default: %(default)s)"
-    )
     parser.add_argument(
         "--simulate",
         metavar="PROFILE",
@@ -102,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     )
     finetuning = Finetuning(options.lora_config(args), args.train_len, jobs=args.jobs)
 
-    slo = SLO(args.tpot_ms, args.ttft_ms, args.attainment)
+    slo = options.slo_of(args)
     place: Place
     guess = None
     if args.simulate:

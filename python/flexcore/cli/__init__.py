@@ -12,6 +12,7 @@ from types import ModuleType
 # In the order in which a newcomer meets them.
 VERBS = {
     "demo": "serve and finetune a real model at once, here in the terminal",
+    "serve": "an OpenAI-compatible server that serves and finetunes at once",
     "chat": "talk to a model",
     "generate": "complete prompts",
     "train": "finetune a LoRA adapter on a data file",
@@ -20,6 +21,7 @@ VERBS = {
     "convert": "GGUF file to Hugging Face directory",
     "bench": "measure kernels, latency, throughput, and finetuning kept while serving (coserve)",
     "doctor": "check this machine and this installation",
+    "completion": "a script that completes this command in a shell",
 }
 
 

@@ -16,7 +16,10 @@ from flexcore.cli.console import err, load_llm
 if TYPE_CHECKING:
     from flexcore.llm import LLM
 
-_HELP = "/reset starts anew, /system TEXT sets the system message, /exit or Ctrl-D leaves, Ctrl-C stops an answer"
+_HELP = (
+    "/reset starts anew, /system TEXT sets the system message, /adapter NAME changes the adapter (none: without), "
+    "/exit or Ctrl-D leaves, Ctrl-C stops an answer"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,10 +67,24 @@ class _Session:
         elif command == "/system":
             self._system = rest[0] if rest else None
             self._reset()
+        elif command == "/adapter":
+            self._change_adapter(rest[0] if rest else None)
         elif line == "/help":
             err.print(_HELP, style="dim")
         else:
             self._answer(line)
+
+    def _change_adapter(self, name: str | None) -> None:
+        """The conversation goes on with it."""
+        known = [adapter.name for adapter in self._llm.engine.adapters()]
+        if name == "none":
+            self._adapter = None
+        elif name in known:
+            self._adapter = name
+        elif name is not None:
+            err.print(f"/adapter: got {name!r}, wanted one of {', '.join([*known, 'none'])}", style="red", markup=False)
+            return
+        err.print(f"adapter: {self._adapter or 'none'} (of {', '.join([*known, 'none'])})", style="dim", markup=False)
 
     def _answer(self, line: str) -> None:
         self._messages.append({"role": "user", "content": line})

@@ -40,18 +40,24 @@ def bytes_progress(description: str) -> Iterator[Callable[[int, int], None] | No
         yield update
 
 
-def load_llm(model: str, config: EngineConfig, adapters: list[tuple[str, str]] | None = None) -> LLM:
+def load_llm(
+    model: str,
+    config: EngineConfig,
+    adapters: list[tuple[str, str]] | None = None,
+    chat_template: str | None = None,
+) -> LLM:
     """An LLM with its adapters, with signs of life while it loads."""
     from flexcore.llm import LLM
     from flexcore.models import resolve_model
 
+    template = Path(chat_template).read_text(encoding="utf-8") if chat_template else None
     with bytes_progress("converting") as progress:
         directory = resolve_model(model, progress)
     if err.is_terminal:
         with err.status(escape(f"loading {Path(model).name}")):
-            llm = LLM(directory, config)
+            llm = LLM(directory, config, chat_template=template)
     else:
-        llm = LLM(directory, config)
+        llm = LLM(directory, config, chat_template=template)
     for name, adapter in adapters or []:
         llm.engine.load_adapter(name, adapter)
     return llm

@@ -22,14 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_lora(parser)
     options.add_engine(parser)
     # Modest, for a laptop's memory; an objective that nobody asked for may be fitted to the machine.
-    parser.set_defaults(max_model_len=1024, max_num_seqs=16, tpot_ms=None)
+    parser.set_defaults(max_model_len=1024, max_num_seqs=16, slo_tpot_ms=None)
 
 
 def run(args: argparse.Namespace) -> int:
     from flexcore import demo
 
-    fixed_objective = args.tpot_ms is not None
-    args.tpot_ms = args.tpot_ms if fixed_objective else SLO().tpot_ms
+    fixed_objective = args.slo_tpot_ms is not None
+    args.slo_tpot_ms = args.slo_tpot_ms if fixed_objective else SLO().tpot_ms
     llm = load_llm(options.model_of(args), options.engine_config(args))
     chosen = demo.Options(
         duration=args.duration,

@@ -90,13 +90,41 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--enforce-eager", action="store_true", help="on a GPU: no CUDA graphs")
     group.add_argument("--num-threads", type=int, default=defaults.num_threads, metavar="N", help="0: every core")
     group.add_argument("--seed", type=int, metavar="N", help=f"default: {defaults.seed}")
-    group.add_argument("--tpot-ms", type=float, default=defaults.slo.tpot_ms, help="objective: time per output token")
-    group.add_argument("--ttft-ms", type=float, default=defaults.slo.ttft_ms, help="objective: time to first token")
+    add_slo(parser)
+
+
+def add_slo(parser: argparse.ArgumentParser) -> None:
+    defaults = SLO()
+    group = parser.add_argument_group("objective")
+    group.add_argument("--slo-tpot-ms", type=float, default=defaults.tpot_ms, help="mean time per output token")
+    group.add_argument("--slo-ttft-ms", type=float, default=defaults.ttft_ms, help="time to the first token")
+    group.add_argument("--slo-attainment", type=float, default=defaults.attainment, help="share of requests")
+    group.add_argument(
+        "--slo-class",
+        action="append",
+        type=slo_class,
+        default=[],
+        metavar="NAME=TPOT,TTFT",
+        help="another objective, for requests of this class (ms); may be given several times",
+    )
+
+
+def slo_class(text: str) -> tuple[str, tuple[float, float]]:
+    """ "batch=1000,60000" """
+    match = re.fullmatch(r"([^=]+)=([\d.]+),([\d.]+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted NAME=TPOT,TTFT in ms, as batch=1000,60000")
+    return match[1], (float(match[2]), float(match[3]))
+
+
+def slo_of(args: argparse.Namespace) -> SLO:
+    return SLO(args.slo_tpot_ms, args.slo_ttft_ms, args.slo_attainment)
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     fields = {name: getattr(args, name) for name in EngineConfig._fields if getattr(args, name, None) is not None}
-    return EngineConfig(**fields, slo=SLO(tpot_ms=args.tpot_ms, ttft_ms=args.ttft_ms))
+    classes = {name: SLO(tpot, ttft, args.slo_attainment) for name, (tpot, ttft) in args.slo_class}
+    return EngineConfig(**fields, slo=slo_of(args), slo_classes=classes)
 
 
 def add_sampling(parser: argparse.ArgumentParser, max_tokens: int, temperature: float) -> None:

@@ -1,0 +1,350 @@
+"""/v1/models, /v1/files, /v1/fine_tuning/jobs and the adapters' routes."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, File, Form, Query, Request, UploadFile
+from fastapi.responses import FileResponse, Response
+from pydantic import Field
+
+from flexcore import FinetuneConfig, LoraConfig
+from flexcore.server.errors import ApiError, not_found
+from flexcore.server.finetuning import ACTIVE, check_suffix
+from flexcore.server.protocol import Body, LoadAdapterRequest, UnloadAdapterRequest
+from flexcore.server.state import ServerState
+from flexcore.server.store import Row
+
+router = APIRouter()
+Limit = Annotated[int, Query(ge=1, le=10_000)]
+
+
+def _state(request: Request) -> ServerState:
+    state: ServerState = request.app.state.server
+    return state
+
+
+def _page(rows: list[dict[str, Any]], limit: int) -> dict[str, Any]:
+    data = rows[:limit]
+    ids = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": data, **ids, "has_more": len(rows) > limit}
+
+
+# Models
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> dict[str, Any]:
+    """The base model, loaded adapters, finetuned models and their checkpoints."""
+    return {"object": "list", "data": _state(request).models.list()}
+
+
+@router.get("/v1/models/{model:path}")
+async def get_model(model: str, request: Request) -> dict[str, Any]:
+    return _state(request).models.get(model)
+
+
+@router.delete("/v1/models/{model:path}")
+async def delete_model(model: str, request: Request) -> dict[str, Any]:
+    """Deletes a finetuned model; requests that run on it end first."""
+    await _state(request).models.delete(model)
+    return {"id": model, "object": "model", "deleted": True}
+
+
+@router.post("/v1/load_lora_adapter")
+async def load_lora_adapter(body: LoadAdapterRequest, request: Request) -> Response:
+    """Serves a PEFT directory of this machine under a name."""
+    await _state(request).models.load(body.lora_name, body.lora_path, body.load_inplace)
+    return Response(f"Success: LoRA adapter '{body.lora_name}' added successfully.", media_type="text/plain")
+
+
+@router.post("/v1/unload_lora_adapter")
+async def unload_lora_adapter(body: UnloadAdapterRequest, request: Request) -> Response:
+    await _state(request).models.unload(body.lora_name)
+    return Response(f"Success: LoRA adapter '{body.lora_name}' removed successfully.", media_type="text/plain")
+
+
+# Files
+
+
+def _file(row: Row) -> dict[str, Any]:
+    names = ("id", "bytes", "created_at", "filename", "purpose")
+    fixed = {"object": "file", "status": "processed", "expires_at": None, "status_details": None}
+    return {**{name: row[name] for name in names}, **fixed}
+
+
+def _find_file(state: ServerState, file: str) -> Row:
+    row = state.store.get("files", file)
+    if row is None:
+        raise not_found("file", file, "file_id")
+    return row
+
+
+@router.post("/v1/files")
+async def upload_file(
+    request: Request, file: Annotated[UploadFile, File()], purpose: Annotated[str, Form()]
+) -> dict[str, Any]:
+    """A data set, as JSON lines."""
+    if purpose not in ("fine-tune", "user_data"):
+        raise ApiError(400, f"purpose: got {purpose!r}, wanted fine-tune", "purpose")
+    state = _state(request)
+    if not file.size:
+        raise ApiError(400, "file: empty", "file")
+    row = await asyncio.to_thread(state.store.add_file, file.file, file.filename or "upload.jsonl", purpose)
+    return _file(row)
+
+
+@router.get("/v1/files")
+async def list_files(
+    request: Request,
+    purpose: str | None = None,
+    after: str | None = None,
+    limit: Limit = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+) -> dict[str, Any]:
+    store = _state(request).store
+    sign, direction = (">", "ASC") if order == "asc" else ("<", "DESC")
+    where, values = ["1"], []
+    if after is not None:
+        where.append(f"rowid {sign} (SELECT rowid FROM files WHERE id = ?)")
+        values.append(after)
+    if purpose is not None:
+        where.append("purpose = ?")
+        values.append(purpose)
+    query = f"SELECT * FROM files WHERE {' AND '.join(where)} ORDER BY rowid {direction} LIMIT {limit + 1}"
+    return _page([_file(row) for row in store.select(query, *values)], limit)
+
+
+@router.get("/v1/files/{file_id}")
+async def get_file(file_id: str, request: Request) -> dict[str, Any]:
+    return _file(_find_file(_state(request), file_id))
+
+
+@router.get("/v1/files/{file_id}/content", response_class=FileResponse)
+async def get_file_content(file_id: str, request: Request) -> Response:
+    state = _state(request)
+    row = _find_file(state, file_id)
+    return FileResponse(state.store.path_of_file(row), media_type="application/octet-stream")
+
+
+@router.delete("/v1/files/{file_id}")
+async def delete_file(file_id: str, request: Request) -> dict[str, Any]:
+    state = _state(request)
+    row = _find_file(state, file_id)
+    if state.jobs.uses_file(file_id):
+        raise ApiError(409, f"file {file_id} is used by a job that has not ended", "file_id", "file_in_use")
+    await asyncio.to_thread(state.store.delete_file, row)
+    return {"id": file_id, "object": "file", "deleted": True}
+
+
+# Finetuning
+
+Auto = Literal["auto"]
+
+
+class Hyperparameters(Body):
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=1000)] = "auto"
+    batch_size: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1e6)] = "auto"
+
+
+class Supervised(Body):
+    hyperparameters: Hyperparameters | None = None
+
+
+class Method(Body):
+    type: str
+    supervised: Supervised | None = None
+    dpo: dict[str, Any] | None = None
+    reinforcement: dict[str, Any] | None = None
+
+
+class Lora(Body):
+    """Fields of PEFT's LoraConfig."""
+
+    r: Annotated[int, Field(ge=1, le=4096)] = 16
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    target_modules: str | list[str] = "all-linear"
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+
+
+class Training(Body):
+    """Of FinetuneConfig; the learning rate goes before learning_rate_multiplier."""
+
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
+    optimizer: Literal["adamw", "sgd"] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] | None = None
+    max_grad_norm: Annotated[float, Field(ge=0)] | None = None
+    lr_scheduler: Literal["constant", "linear", "cosine"] | None = None
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    shuffle: bool | None = None
+    weight: Annotated[float, Field(gt=0)] | None = None
+
+
+class JobRequest(Body):
+    model: str
+    training_file: str
+    validation_file: str | None = None
+    suffix: str | None = None
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
+    integrations: list[dict[str, Any]] | None = None
+    method: Method | None = None
+    hyperparameters: Hyperparameters | None = None  # deprecated by OpenAI, and common
+    lora: Lora | None = None  # flexcore's, by extra_body
+    training: Training | None = None
+    max_length: Annotated[int, Field(ge=2)] | None = None
+
+
+def _job(state: ServerState, row: Row) -> dict[str, Any]:
+    ended = row["status"] not in ACTIVE
+    settings = row["settings"]
+    hyperparameters = {name: settings[name] for name in ("n_epochs", "batch_size", "learning_rate_multiplier")}
+    return {
+        "id": row["id"],
+        "object": "fine_tuning.job",
+        "created_at": row["created_at"],
+        "finished_at": row["finished_at"],
+        "estimated_finish": state.jobs.estimated_finish(row),
+        # The SDK has no name for paused; a job that waits is the nearest.
+        "status": "queued" if row["paused"] and row["status"] == "running" else row["status"],
+        "model": row["model"],
+        "fine_tuned_model": row["fine_tuned_model"],
+        "organization_id": "org-flexcore",
+        "training_file": row["training_file"],
+        "validation_file": row["validation_file"],
+        "result_files": row["result_files"],
+        "trained_tokens": row["trained_tokens"] if ended else None,
+        "hyperparameters": hyperparameters,
+        "seed": row["seed"],
+        "error": row["error"],
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "metadata": row["metadata"],
+        "integrations": [],
+        "suffix": row["suffix"],
+        "paused": bool(row["paused"]),
+        "step": row["step"],
+        "total_steps": row["total_steps"],
+        "lora": settings["lora"],
+    }
+
+
+@router.post("/v1/fine_tuning/jobs")
+async def create_job(body: JobRequest, request: Request) -> dict[str, Any]:
+    """Finetunes the base model on a file; the result answers by its name as soon as the job has ended."""
+    state = _state(request)
+    if body.model not in state.models.names:
+        raise ApiError(400, f"model: got {body.model!r}, wanted {state.models.names[0]!r}", "model", "model_not_found")
+    for param in ("training_file", "validation_file"):
+        file = getattr(body, param)
+        if file is None:
+            continue
+        row = state.store.get("files", file)
+        if row is None:
+            raise ApiError(400, f"invalid {param}: no file {file!r}", param, "file_not_found")
+        if row["purpose"] not in ("fine-tune", "user_data"):
+            raise ApiError(400, f"invalid {param}: the purpose of {file!r} is {row['purpose']!r}", param)
+    if body.method is not None and body.method.type != "supervised":
+        raise ApiError(400, f"method.type: got {body.method.type!r}, wanted supervised", "method.type")
+    if body.integrations:
+        raise ApiError(400, "integrations: none are here", "integrations")
+    for key, value in (body.metadata or {}).items():
+        if len(key) > 64 or len(value) > 512:
+            raise ApiError(400, "metadata: wanted keys of at most 64 characters, values of at most 512", "metadata")
+    check_suffix(body.suffix)
+    given = body.method.supervised if body.method is not None else None
+    hyperparameters = (given.hyperparameters if given else None) or body.hyperparameters or Hyperparameters()
+    training = body.training.model_dump(exclude_none=True) if body.training else {}
+    lora = (body.lora or Lora()).model_dump()
+    LoraConfig(**lora)  # refuses what it does not know
+    FinetuneConfig(**training)
+    seed = body.seed if body.seed is not None else int(time.time())
+    settings = {**hyperparameters.model_dump(), "training": training, "lora": lora, "seed": seed}
+    settings["max_length"] = body.max_length
+    row = state.jobs.create(body.model_dump(exclude_none=True), settings, body.metadata)
+    return _job(state, row)
+
+
+@router.get("/v1/fine_tuning/jobs")
+async def list_jobs(request: Request, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
+    """The newest first; metadata[key]=value chooses."""
+    state = _state(request)
+    where, values = ["1"], []
+    if after is not None:
+        where.append("rowid < (SELECT rowid FROM jobs WHERE id = ?)")
+        values.append(after)
+    for name, value in request.query_params.items():
+        if name.startswith("metadata[") and name.endswith("]"):
+            where.append("json_extract(metadata, ?) = ?")
+            values += ['$."' + name[len("metadata[") : -1].replace('"', "") + '"', value]
+    query = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY rowid DESC LIMIT {limit + 1}"
+    return _page([_job(state, row) for row in state.store.select(query, *values)], limit)
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}")
+async def get_job(job_id: str, request: Request) -> dict[str, Any]:
+    state = _state(request)
+    return _job(state, state.jobs.get(job_id))
+
+
+@router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
+async def cancel_job(job_id: str, request: Request) -> dict[str, Any]:
+    state = _state(request)
+    return _job(state, await state.jobs.cancel(job_id))
+
+
+@router.post("/v1/fine_tuning/jobs/{job_id}/pause")
+async def pause_job(job_id: str, request: Request) -> dict[str, Any]:
+    state = _state(request)
+    return _job(state, await state.jobs.pause(job_id))
+
+
+@router.post("/v1/fine_tuning/jobs/{job_id}/resume")
+async def resume_job(job_id: str, request: Request) -> dict[str, Any]:
+    state = _state(request)
+    return _job(state, await state.jobs.resume(job_id))
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}/events")
+async def list_events(job_id: str, request: Request, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
+    """The newest first."""
+    state = _state(request)
+    state.jobs.get(job_id)
+    where, values = "job = ?", [job_id]
+    if after is not None:
+        where += " AND number < (SELECT number FROM events WHERE id = ?)"
+        values.append(after)
+    rows = state.store.select(f"SELECT * FROM events WHERE {where} ORDER BY number DESC LIMIT {limit + 1}", *values)
+    names = ("id", "created_at", "level", "message", "type", "data")
+    return _page([{"object": "fine_tuning.job.event", **{n: row[n] for n in names}} for row in rows], limit)
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
+async def list_checkpoints(
+    job_id: str, request: Request, after: str | None = None, limit: Limit = 10
+) -> dict[str, Any]:
+    """The newest first; each answers by its fine_tuned_model_checkpoint."""
+    state = _state(request)
+    state.jobs.get(job_id)
+    where, values = "job = ?", [job_id]
+    if after is not None:
+        where += " AND number < (SELECT number FROM checkpoints WHERE id = ?)"
+        values.append(after)
+    query = f"SELECT * FROM checkpoints WHERE {where} ORDER BY number DESC LIMIT {limit + 1}"
+    data = [
+        {
+            "id": row["id"],
+            "object": "fine_tuning.job.checkpoint",
+            "created_at": row["created_at"],
+            "fine_tuning_job_id": job_id,
+            "fine_tuned_model_checkpoint": row["model"],
+            "step_number": row["step"],
+            "metrics": row["metrics"],
+        }
+        for row in state.store.select(query, *values)
+    ]
+    return _page(data, limit)

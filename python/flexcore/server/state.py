@@ -1,0 +1,78 @@
+"""What the routes share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flexcore._core import InvalidArgument
+from flexcore.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from flexcore.server.finetuning import JobManager
+    from flexcore.server.metrics import Metrics
+    from flexcore.server.models import Models
+    from flexcore.server.runner import EngineRunner
+    from flexcore.server.store import Store
+    from flexcore.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class ServerConfig:
+    """Options of `flexcore serve` that are not the engine's."""
+
+    served_names: tuple[str, ...]
+    data_dir: Path
+    api_keys: tuple[str, ...] = ()
+    lora_modules: tuple[tuple[str, str], ...] = ()
+    max_loras: int = 64
+    max_waiting: int = 1024  # answers that may be unfinished at once
+    max_body_bytes: int = 32 << 20
+    max_file_bytes: int = 512 << 20
+    max_finetune_jobs: int = 4  # that train at once; others wait in line
+    allowed_origins: tuple[str, ...] = ()
+    dashboard: bool = True  # the page at /
+    drain_seconds: float = 30.0  # that requests have at SIGTERM
+
+
+class ServerState:
+    config: ServerConfig
+    runner: EngineRunner
+    store: Store
+    models: Models
+    jobs: JobManager
+    metrics: Metrics
+
+    def __init__(self, config: ServerConfig, tokenizer: Tokenizer, vocab_size: int, max_model_len: int) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.vocab_size, self.max_model_len = vocab_size, max_model_len
+
+    def check_length(self, count: int, param: str) -> None:
+        if count >= self.max_model_len:
+            message = f"{param}: {count} tokens, and the model holds {self.max_model_len} with the answer"
+            raise ApiError(400, message, param, "context_length_exceeded")
+        if count == 0:
+            raise ApiError(400, f"{param}: no tokens", param)
+
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise ApiError(400, f"{param}: token id {token}, wanted 0 to {self.vocab_size - 1}", param)
+
+    def encode_chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[Any] | None,
+        add_generation_prompt: bool,
+        variables: dict[str, Any] | None,
+    ) -> list[int]:
+        try:
+            text = self.tokenizer.apply_chat_template(messages, tools, add_generation_prompt, **(variables or {}))
+            return self.tokenizer.encode(text, add_special_tokens=False)
+        except InvalidArgument as error:
+            raise ApiError(400, str(error), "messages") from None
+
+    def token_text(self, token: int) -> str:
+        return self.tokenizer.decode([token], skip_special_tokens=False)
