@@ -10,7 +10,9 @@ import pytest
 
 import flexcore as fc
 from flexcore import cli
-from flexcore.bench import _floors, _measure
+from flexcore.bench import _floors, _measure, coserve
+from flexcore.bench._sharing import Engines, Finetuning, Run
+from flexcore.bench._simulated import Profile, Simulated
 
 SMALL = ["--max-model-len", "128", "--max-num-seqs", "16", "--num-threads", "1", "--dtype", "float32"]
 
@@ -103,3 +105,23 @@ def test_floors(numpy_model: Path) -> None:
     assert _floors.Work(1e9, 8e9).floor(peaks, "float32") == 8
     assert peaks.best_of(_floors.Peaks(5e9, 0, 0, 0, "")).read_bytes_per_s == 5e9
     assert _measure.trained_tokens(engine) == 0
+
+
+@pytest.mark.parametrize("policy", ["hybrid", "temporal:4"])
+def test_the_simulator_is_near_a_real_run(policy: str, numpy_model: Path) -> None:
+    """By the step times that the engine knows afterwards. On an idle machine they are within a tenth of each other."""
+    config = fc.EngineConfig(device="cpu", max_model_len=128, max_num_seqs=16, num_threads=2, slo=fc.SLO(20, 500, 0.9))
+    config.enable_prefix_caching = False
+    engine = fc.Engine(numpy_model, config)
+    finetuning = Finetuning(fc.LoraConfig(r=4), train_len=100, batch_size=2)
+    arrivals = coserve.Traffic(2.0, (4, 40), (3, 20)).arrivals(20, 128)
+    real = Engines(engine, config.slo, finetuning).run(policy, arrivals, 2.0)
+    simulated = Simulated(Profile.of(engine, config), config.slo, finetuning).run(policy, arrivals, 2.0)
+
+    def tokens(run: Run) -> list[int]:
+        return [len(visit.times) for visit in run.visits]
+
+    assert tokens(simulated) == tokens(real)
+    ratio = simulated.finetune_tokens_per_s / real.finetune_tokens_per_s
+    assert 1 / 1.8 < ratio < 1.8
+    assert 1 / 1.8 < len(simulated.steps) / len(real.steps) < 1.8
