@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,6 +47,11 @@ class Tokenizer:
             found += value if isinstance(value, list) else [value]
         return list(dict.fromkeys(int(token) for token in found if token is not None))
 
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Characters; a text of more than so many times n has more than n tokens."""
+        return max(map(len, self._tokenizer.get_vocab()))
+
     def token_id(self, token: str) -> int | None:
         value = self._tokenizer.token_to_id(token)
         return None if value is None else int(value)
@@ -69,7 +75,8 @@ class Tokenizer:
             raise InvalidArgument(
                 f"encode: text: got {text[error.start]!r} at character {error.start}, wanted text that UTF-8 can hold"
             ) from None
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        # A batch of one: unlike encode(), it lets other threads go on meanwhile.
+        return self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))

@@ -212,7 +212,7 @@ def test_answers_of_a_finetuned_model_while_the_next_one_trains(
     assert client.fine_tuning.jobs.retrieve(job.id).to_dict()["step"] == step
     with pytest.raises(openai.BadRequestError, match="can't be paused"):
         client.fine_tuning.jobs.pause(job.id)
-    assert client.fine_tuning.jobs.resume(job.id).status == "running"
+    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
     wait_for(lambda: client.fine_tuning.jobs.retrieve(job.id).to_dict()["step"] > step)
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
     assert client.fine_tuning.jobs.retrieve(job.id).finished_at is not None

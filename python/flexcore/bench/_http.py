@@ -97,7 +97,11 @@ def ask(server: Server, prompt: str, max_tokens: int, visit: Visit, start: float
                 if text:
                     visit.times.append(time.perf_counter() - start)
                     visit.text += text
+        if not visit.times and visit.output_tokens:  # tokens that are no text
+            visit.times.append(time.perf_counter() - start)
         visit.done = bool(visit.times)
+        if not visit.done:
+            visit.error = "an answer without tokens"
     except (OSError, ValueError, KeyError, http.client.HTTPException) as error:
         visit.error = f"{type(error).__name__}: {error}"
     finally:

@@ -50,10 +50,11 @@ def run(args: argparse.Namespace) -> int:
     model = args.model or _first_model(server)
     server = replace(server, fields={"model": model, **fields})
     arrivals = _arrivals(args)
-    begin = time.perf_counter()
+    prompts = _prompts(args, arrivals)
     if err.is_terminal:
         err.print(f"{len(arrivals)} requests to {args.base_url} ...", style="dim")
-    visits = _http.send(server, arrivals, _prompts(args, arrivals), args.max_concurrency)
+    begin = time.perf_counter()
+    visits = _http.send(server, arrivals, prompts, args.max_concurrency)
     seconds = time.perf_counter() - begin
     result = {
         "backend": "openai",

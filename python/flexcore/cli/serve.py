@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     llm = load_llm(model, options.engine_config(args), chat_template=args.chat_template)
     names = tuple(args.served_model_name or [_name_of(model)])
     keys = [*args.api_key, *filter(None, [os.environ.get("FLEXCORE_API_KEY")])]
+    if not all(keys):
+        raise InvalidArgument("--api-key: empty; leave it out to serve without keys")
     config = ServerConfig(
         served_names=names,
         data_dir=args.data_dir or _default_data_dir(),

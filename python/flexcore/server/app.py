@@ -23,13 +23,14 @@ from flexcore.llm import LLM
 from flexcore.server import generation
 from flexcore.server import resources as resource_routes
 from flexcore.server.errors import ApiError, of_engine
-from flexcore.server.finetuning import BACKGROUND, JobManager
+from flexcore.server.finetuning import JobManager
 from flexcore.server.metrics import Engine as EngineState
 from flexcore.server.metrics import Metrics
 from flexcore.server.models import Models
 from flexcore.server.runner import EngineRunner
 from flexcore.server.state import ServerConfig, ServerState
-from flexcore.server.store import Store
+from flexcore.server.store import Store, identity
+from flexcore.server.training import BACKGROUND
 
 log = logging.getLogger("flexcore.server")
 _LAG_INTERVAL = 0.05  # seconds
@@ -42,12 +43,13 @@ def create_app(llm: LLM, config: ServerConfig) -> FastAPI:
     model = llm.engine.model()
     state = ServerState(config, llm.tokenizer, model.vocab_size, model.max_model_len)
     state.runner, state.store = runner, store
-    state.models = Models(runner, store, list(config.served_names), config.max_loras)
-    state.jobs = JobManager(runner, store, config.served_names[0], config.max_finetune_jobs, model.max_model_len)
-    state.metrics = Metrics(config.served_names[0])
+    base = identity(llm.engine.model_directory)
+    state.models = Models(runner, store, base, list(config.served_names), config.max_loras)
+    state.jobs = JobManager(runner, store, base, config)
+    state.metrics = Metrics(config.served_names[0], state.jobs.trains)
     runner.observers.append(state.metrics.step)
     runner.finished = state.metrics.answered
-    llm.engine.set_slo(SLO(tpot_ms=1e6, ttft_ms=1e7), BACKGROUND)
+    llm.engine.set_slo(SLO(tpot_ms=1e6, ttft_ms=1e7, attainment=llm.slo.attainment), BACKGROUND)
     for name, directory in config.lora_modules:
         llm.engine.load_adapter(name, directory)
         state.models.given(name, directory)
@@ -59,9 +61,11 @@ def create_app(llm: LLM, config: ServerConfig) -> FastAPI:
         watch = asyncio.create_task(_watch_lag(state.metrics))
         yield
         watch.cancel()
-        await state.jobs.stop()
-        await runner.stop()
-        store.close()
+        try:
+            await state.jobs.stop()
+        finally:
+            await runner.stop()
+            store.close()
 
     app = FastAPI(
         title="flexcore",

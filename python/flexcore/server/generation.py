@@ -6,7 +6,7 @@ import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request
@@ -27,6 +27,7 @@ from flexcore.server.runner import Delta, Stream
 from flexcore.server.state import ServerState
 
 T = TypeVar("T")
+_MOST_PROMPTS = 256
 router = APIRouter()
 
 
@@ -43,13 +44,12 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
         raise ApiError(400, "suffix: this model does not fill in", "suffix")
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise ApiError(400, f"best_of: got {body.best_of}, wanted n or nothing", "best_of")
+    if body.echo and body.logprobs is not None:
+        raise ApiError(400, "echo: with logprobs it is not here", "echo")
     adapter = state.models.resolve(body.model)
     prompts = await _prompts(state, body.prompt)
-    for ids in prompts:
-        state.check_length(len(ids), "prompt")
     most = body.max_tokens if body.max_tokens is not None else 16
-    room = min(state.max_model_len - len(ids) for ids in prompts)
-    sampling = body.sampling(min(most, room), body.logprobs)
+    sampling = body.sampling(min(most, state.max_model_len), body.logprobs)
     streams = await state.runner.submit_batch(prompts, sampling, adapter, body.slo_class)
     writer = _CompletionWriter(state, body, prompts)
     return await _answer(request, body, streams, writer)
@@ -88,6 +88,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
         messages = messages_of(body.messages)
         ids = await asyncio.to_thread(state.encode_chat, messages, None, body.add_generation_prompt, None)
     else:
+        state.check_text(body.prompt or "", "prompt")
         ids = await asyncio.to_thread(state.tokenizer.encode, body.prompt or "", body.add_special_tokens)
     result: dict[str, Any] = {"count": len(ids), "max_model_len": state.max_model_len, "tokens": ids}
     if body.return_token_strs:
@@ -99,30 +100,32 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
 async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
     """The text of token ids."""
     state = _state(request)
+    if len(body.tokens) > state.max_model_len:
+        raise ApiError(400, f"tokens: got {len(body.tokens)}, wanted at most {state.max_model_len}", "tokens")
     state.check_ids(body.tokens, "tokens")
     return {"prompt": state.tokenizer.decode(body.tokens, skip_special_tokens=False)}
 
 
-async def _prompts(state: ServerState, prompt: str | list[int] | list[str] | list[list[int]]) -> list[list[int]]:
-    if isinstance(prompt, str):
-        several: Sequence[str | list[int]] = [prompt]
-    elif not prompt:
-        raise ApiError(400, "prompt: empty, wanted text or token ids", "prompt")
-    elif isinstance(prompt[0], int):
-        several = [prompt]
-    else:
-        several = prompt
-    if len(several) > 256:
-        raise ApiError(400, f"prompt: got {len(several)} prompts, wanted at most 256", "prompt")
+async def _prompts(state: ServerState, prompt: Any) -> list[list[int]]:
+    """Text, token ids, or a list of either; the first that is neither is refused."""
+    single = isinstance(prompt, str) or (isinstance(prompt, list) and prompt and isinstance(prompt[0], int))
+    several = [prompt] if single else prompt
+    if not isinstance(several, list) or not several:
+        raise ApiError(400, "prompt: wanted text or token ids, or a list of either", "prompt")
+    if len(several) > _MOST_PROMPTS:
+        raise ApiError(400, f"prompt: got {len(several)} prompts, wanted at most {_MOST_PROMPTS}", "prompt")
     out = []
     for item in several:
         if isinstance(item, str):
+            state.check_text(item, "prompt")
             ids = await asyncio.to_thread(state.tokenizer.encode, item)
-        else:
+        elif isinstance(item, list) and all(type(token) is int for token in item):
             ids = item
+            state.check_length(len(ids), "prompt")
             state.check_ids(ids, "prompt")
-        if not ids:
-            raise ApiError(400, "prompt: empty, wanted text or token ids", "prompt")
+        else:
+            raise ApiError(400, "prompt: wanted text or token ids, or a list of either", "prompt")
+        state.check_length(len(ids), "prompt")
         out.append(ids)
     return out
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,11 +88,13 @@ class Engine:
 class Metrics(Collector):
     """Observes steps and answers on the event loop."""
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, trains: Callable[[], bool]) -> None:
+        """`trains`: whether some job could use a step."""
         self.registry = CollectorRegistry()
         self._labels = {"model_name": model_name, "engine": "0"}
         self.engine: Engine | None = None  # set before a scrape
         self.throttled_seconds = 0.0
+        self._trains = trains
         self.explain = ""
         self._finetune_tokens = self._served_tokens = 0.0
         self._steps: deque[tuple[float, float, float, float]] = deque()  # end, seconds, served, trained
@@ -126,7 +128,7 @@ class Metrics(Collector):
         self._histograms["iteration_tokens_total"].observe(served)
         self._histograms["iteration_finetune_tokens"].observe(2 * trained)
         self._finetune_tokens += trained
-        if not busy and self.engine is not None and self.engine.jobs.get("running"):
+        if not busy and self._trains():
             self.throttled_seconds += seconds
         self.explain = report.explain
         self._steps.append((end, seconds, len(report.outputs), trained))
@@ -233,7 +235,11 @@ class Metrics(Collector):
         yield gauge("finetune_tokens_per_second", f"Over the last {_WINDOW:.0f} seconds.", rate)
         throttled = "In steps that left finetuning nothing while a job ran."
         yield counter("finetune_throttled_seconds", throttled, self.throttled_seconds)
-        classes = sorted(name.split(".")[1] for name in stats if name.startswith("slo.") and name.endswith(".requests"))
+        classes = sorted(
+            name[len("slo.") : -len(".requests")]
+            for name in stats
+            if name.startswith("slo.") and name.endswith(".requests")
+        )
         violations = CounterMetricFamily(
             "flexcore:slo_violations", "Requests that missed an objective.", labels=[*names, "slo_class", "kind"]
         )

@@ -11,14 +11,15 @@ from typing import Any
 
 from flexcore.server.errors import ApiError, not_found
 from flexcore.server.runner import Adapter, EngineRunner
-from flexcore.server.store import Store
+from flexcore.server.store import Row, Store
 
 
 class Models:
     """Finetuned models are loaded when they are asked for; the one that was not asked for longest makes room."""
 
-    def __init__(self, runner: EngineRunner, store: Store, names: list[str], max_loras: int) -> None:
+    def __init__(self, runner: EngineRunner, store: Store, base: str, names: list[str], max_loras: int) -> None:
         self.names = names  # of the base model
+        self._base = base  # its identity: models of others are not there
         self._runner, self._engine, self._store = runner, runner.engine, store
         self._max_loras = max_loras
         self._given: dict[str, tuple[str, int]] = {}  # loaded by name: directory and time
@@ -31,11 +32,15 @@ class Models:
             return Adapter()
         if name in self._given:
             return Adapter(name)
-        row = self._store.get("models", name)
+        row = self._find(name)
         if row is None:
             raise ApiError(404, f"The model `{name}` does not exist", "model", "model_not_found")
         directory = self._store.directory / "adapters" / row["directory"]
         return Adapter(name, functools.partial(self._load, name, directory))
+
+    def _find(self, name: str) -> Row | None:
+        row = self._store.get("models", name)
+        return row if row is not None and row["base"] == self._base else None
 
     def _load(self, name: str, directory: Path) -> None:
         """On the engine's thread."""
@@ -51,7 +56,7 @@ class Models:
         self._used[name] = time.monotonic()
 
     async def load(self, name: str, directory: str, replace: bool) -> None:
-        if name in self.names or self._store.get("models", name) is not None:
+        if name in self.names or self._find(name) is not None:
             raise ApiError(400, f"lora_name: {name!r} is the name of another model", "lora_name", "model_exists")
         if name in self._given and not replace:
             raise ApiError(400, f"The lora adapter '{name}' has already been loaded", "lora_name", "model_exists")
@@ -59,7 +64,11 @@ class Models:
         self.given(name, directory)
 
     def _replace(self, name: str, directory: str) -> None:
-        if name in self._given:
+        """The one before stays until the new one is known to be good."""
+        if any(adapter.name == name for adapter in self._engine.adapters()):
+            trial = f"{name} (loading)"
+            self._engine.load_adapter(trial, directory)
+            self._engine.unload_adapter(trial)
             self._engine.unload_adapter(name)
         self._engine.load_adapter(name, directory)
 
@@ -70,12 +79,12 @@ class Models:
     async def unload(self, name: str) -> None:
         if name not in self._given:
             raise not_found("lora adapter", name, "lora_name")
-        await self._runner.call(self._engine.unload_adapter, name)
         del self._given[name]
+        await self._runner.call(self._unload_if_loaded, name)
 
     async def delete(self, name: str) -> None:
         """A finetuned model or a checkpoint."""
-        row = self._store.get("models", name)
+        row = self._find(name)
         if row is None:
             if name in self.names or name in self._given:
                 raise ApiError(403, f"{name!r} is not a finetuned model of this server", "model")
@@ -96,8 +105,8 @@ class Models:
         objects += [
             self._object(name, created, self.names[0], self.names[0]) for name, (_, created) in self._given.items()
         ]
-        for row in self._store.select("SELECT * FROM models ORDER BY rowid"):
-            objects.append(self._object(row["name"], row["created_at"], row["base"], row["base"]))
+        for row in self._store.select("SELECT * FROM models WHERE base = ? ORDER BY rowid", self._base):
+            objects.append(self._object(row["name"], row["created_at"], self.names[0], self.names[0]))
         return objects
 
     def get(self, name: str) -> dict[str, Any]:

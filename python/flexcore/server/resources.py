@@ -12,10 +12,11 @@ from pydantic import Field
 
 from flexcore import FinetuneConfig, LoraConfig
 from flexcore.server.errors import ApiError, not_found
-from flexcore.server.finetuning import ACTIVE, check_suffix
+from flexcore.server.finetuning import check_suffix
 from flexcore.server.protocol import Body, LoadAdapterRequest, UnloadAdapterRequest
 from flexcore.server.state import ServerState
 from flexcore.server.store import Row
+from flexcore.server.training import ACTIVE
 
 router = APIRouter()
 Limit = Annotated[int, Query(ge=1, le=10_000)]
@@ -161,15 +162,18 @@ class Method(Body):
     reinforcement: dict[str, Any] | None = None
 
 
+Name = Annotated[str, Field(max_length=256)]
+
+
 class Lora(Body):
     """Fields of PEFT's LoraConfig."""
 
     r: Annotated[int, Field(ge=1, le=4096)] = 16
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
-    target_modules: str | list[str] = "all-linear"
+    target_modules: Annotated[str, Field(max_length=1024)] | Annotated[list[Name], Field(max_length=64)] = "all-linear"
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    rank_pattern: dict[Name, int] = Field(default_factory=dict, max_length=64)
+    alpha_pattern: dict[Name, float] = Field(default_factory=dict, max_length=64)
 
 
 class Training(Body):

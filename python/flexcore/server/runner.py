@@ -95,11 +95,13 @@ class EngineRunner:
         self.llm, self.engine = llm, llm.engine
         self.max_waiting = max_waiting  # requests that may be unfinished at once
         self.after_step: list[Callable[[StepReport], None]] = []  # on the engine's thread
+        self.when_idle: list[Callable[[], None]] = []  # on the engine's thread, when it has nothing to do
         self.observers: list[Callable[[StepReport, float], None]] = []  # on the event loop, with the step's end
         self.finished: Callable[[Stream, Answer], None] = lambda stream, answer: None
         self.error: ApiError | None = None  # why it no longer runs
         self._inbox: queue.SimpleQueue[Callable[[], object]] = queue.SimpleQueue()
         self._streams: dict[int, tuple[Stream, Answer]] = {}  # by request; the event loop's
+        self._calls: set[asyncio.Future[Any]] = set()  # that are waited for
         self._pending = 0  # answers that were asked for and have not ended
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="flexcore-engine", daemon=True)
@@ -127,6 +129,8 @@ class EngineRunner:
         if self.error is not None:
             raise self.error
         future: asyncio.Future[T] = self._loop.create_future()
+        self._calls.add(future)
+        future.add_done_callback(self._calls.discard)
 
         def work() -> None:
             try:
@@ -153,6 +157,8 @@ class EngineRunner:
     ) -> list[Stream]:
         """All or none. Raises ApiError 429 when there is no room, and what the engine refuses."""
         count = len(prompts) * max(1, sampling.n)
+        if count > self.max_waiting:
+            raise ApiError(400, f"n: {count} answers at once, wanted at most {self.max_waiting}", "n")
         if self._pending + count > self.max_waiting:
             message = f"{self._pending} requests are waiting or running, and no more than {self.max_waiting} may be"
             raise ApiError(429, message, code="too_many_requests", headers={"Retry-After": "1"})
@@ -244,6 +250,8 @@ class EngineRunner:
         streams = {id(stream): stream for stream, _ in self._streams.values()}
         self._streams.clear()
         self._pending = 0
+        for future in list(self._calls):
+            _set_exception(future, self.error)
         for stream in streams.values():
             stream.put(error)
 
@@ -253,6 +261,9 @@ class EngineRunner:
         failures = 0  # in a row
         try:
             while not self._stopping:
+                if not self.engine.has_work():
+                    for look in self.when_idle:
+                        look()
                 if not self.engine.has_work():
                     self._inbox.get()()
                 while not self._inbox.empty():

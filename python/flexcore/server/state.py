@@ -31,6 +31,7 @@ class ServerConfig:
     max_waiting: int = 1024  # answers that may be unfinished at once
     max_body_bytes: int = 32 << 20
     max_file_bytes: int = 512 << 20
+    max_dataset_bytes: int = 8 << 30  # of memory to read one
     max_finetune_jobs: int = 4  # that train at once; others wait in line
     allowed_origins: tuple[str, ...] = ()
     dashboard: bool = True  # the page at /
@@ -56,6 +57,12 @@ class ServerState:
         if count == 0:
             raise ApiError(400, f"{param}: no tokens", param)
 
+    def check_text(self, text: str, param: str) -> None:
+        """Refuses what is too long in any case, before it is looked at token by token."""
+        if len(text) > self.max_model_len * self.tokenizer.longest_token:
+            message = f"{param}: {len(text)} characters are more than the model's {self.max_model_len} tokens"
+            raise ApiError(400, message, param, "context_length_exceeded")
+
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         for token in ids:
             if not 0 <= token < self.vocab_size:
@@ -68,8 +75,12 @@ class ServerState:
         add_generation_prompt: bool,
         variables: dict[str, Any] | None,
     ) -> list[int]:
+        if reserved := set(variables or {}) & {"messages", "tools", "add_generation_prompt", "self"}:
+            name = min(reserved)
+            raise ApiError(400, f"chat_template_kwargs: {name!r} has a field of its own", "chat_template_kwargs")
         try:
             text = self.tokenizer.apply_chat_template(messages, tools, add_generation_prompt, **(variables or {}))
+            self.check_text(text, "messages")
             return self.tokenizer.encode(text, add_special_tokens=False)
         except InvalidArgument as error:
             raise ApiError(400, str(error), "messages") from None

@@ -6,14 +6,16 @@
     DIR/adapters/<id>[@step]  PEFT directories of finetuned models and their checkpoints
 
 A file is whole before its row is there, and its row is gone before the file is: whatever kills the process, no row
-names half a file.
+names half a file. One process at a time has the directory; what is not the store's own in it is left alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 import threading
@@ -21,7 +23,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 from flexcore import Error
 
@@ -31,6 +33,7 @@ CREATE TABLE IF NOT EXISTS files (
   id TEXT PRIMARY KEY, created_at INTEGER, filename TEXT, purpose TEXT, bytes INTEGER);
 CREATE TABLE IF NOT EXISTS jobs (
   id TEXT PRIMARY KEY, created_at INTEGER, finished_at INTEGER, status TEXT, paused INTEGER DEFAULT 0, model TEXT,
+  base TEXT,
   suffix TEXT, seed INTEGER, training_file TEXT, validation_file TEXT, request TEXT, settings TEXT, metadata TEXT,
   fine_tuned_model TEXT, result_files TEXT DEFAULT '[]', step INTEGER DEFAULT 0, total_steps INTEGER DEFAULT 0,
   trained_tokens INTEGER DEFAULT 0, error TEXT);
@@ -58,6 +61,9 @@ class Store:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        directory.mkdir(parents=True, exist_ok=True)
+        self._alone = _lock(directory)
+        is_new = not (directory / "flexcore.db").exists()
         for name in ("files", "jobs", "adapters"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
@@ -73,11 +79,13 @@ class Store:
             self._db.execute(f"PRAGMA user_version={VERSION}")
         except sqlite3.DatabaseError as error:
             raise Error(f"data directory: {directory / 'flexcore.db'}: {error}") from error
-        self._remove_leftovers()
+        if not is_new:
+            self._remove_leftovers()
 
     def close(self) -> None:
         with self._lock:
             self._db.close()
+        self._alone.close()
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -192,20 +200,43 @@ class Store:
             self.execute("DELETE FROM checkpoints WHERE job = ? AND step > ?", job, step)
 
     def _remove_leftovers(self) -> None:
-        """Of writes that were cut short: files without a row."""
-        known = {self.path_of_file(row).name for row in self.select("SELECT * FROM files")}
-        for path in (self.directory / "files").iterdir():
-            if path.name not in known:
-                path.unlink()
+        """Of writes that were cut short: files of ours without a row."""
+        files = {self.path_of_file(row).name for row in self.select("SELECT * FROM files")}
         adapters = {row["directory"] for row in self.select("SELECT directory FROM models")}
-        for path in (self.directory / "adapters").iterdir():
-            if path.name not in adapters:
-                shutil.rmtree(path)
-        active = "SELECT id FROM jobs WHERE status IN ('validating_files', 'queued', 'running')"
-        jobs = {row["id"] for row in self.select(active)}
-        for path in (self.directory / "jobs").iterdir():
-            if path.name not in jobs:
-                shutil.rmtree(path)
+        jobs = {row["id"] for row in self.select("SELECT id FROM jobs WHERE status NOT IN ('succeeded', 'cancelled')")}
+        for folder, form, known in (("files", "file", files), ("adapters", "ftjob", adapters), ("jobs", "ftjob", jobs)):
+            for path in (self.directory / folder).iterdir():
+                if path.name in known or not re.match(rf"\.?{form}-[0-9a-f]{{24}}\b", path.name):
+                    continue
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def identity(model: Path) -> str:
+    """Of a model's weights and configuration: adapters of one are none of another. Looks at a sample of the weights."""
+    digest = hashlib.sha256((model / "config.json").read_bytes())
+    for path in sorted(model.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for part in range(64):
+                file.seek(size * part // 64)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:32]
+
+
+def _lock(directory: Path) -> IO[str]:
+    """Held until it is closed, or the process ends."""
+    file = (directory / "lock").open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # not on this system
+        pass
+    except OSError:
+        file.close()
+        raise Error(f"data directory: {directory} is used by another process; give each its own --data-dir") from None
+    return file
 
 
 def _stored(value: Any) -> Any:

@@ -1,0 +1,423 @@
+"""What the engine trains for jobs. Everything here is on the engine's thread."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from flexcore._core import (
+    Error,
+    Example,
+    FinetuneConfig,
+    FinetuneEvent,
+    LoraConfig,
+    SamplingParams,
+    StepReport,
+    TokenEvent,
+)
+from flexcore.server.errors import ApiError
+from flexcore.server.runner import EngineRunner
+from flexcore.server.store import Row, Store, new_id
+
+log = logging.getLogger("flexcore.server")
+
+ACTIVE = ("validating_files", "queued", "running")
+LEARNING_RATE = 2e-4  # times learning_rate_multiplier
+BACKGROUND = "flexcore-background"  # the class of requests that nobody waits for
+# The state that a restart goes on from is saved when that takes a twentieth of the job's time, or, so that no end costs
+# more than a small share of the job, half of it.
+SAVE_OVERHEAD, MOST_SAVE_OVERHEAD = 0.05, 0.5
+MOST_LOST = 1 / 400  # of a job's steps
+PATIENCE = 5.0  # seconds that an evaluation waits for a step in which nobody is served
+
+
+@dataclass
+class Evaluation:
+    """The validation file under a checkpoint, one example after the other in the serving path, when nobody else is
+    served."""
+
+    model: str  # the adapter's name
+    directory: str
+    checkpoint: str
+    step: int
+    next: int = 0
+    request: int = -1  # that runs
+    waits_since: float = field(default_factory=time.monotonic)
+    log_likelihood: float = 0.0
+    targets: int = 0
+
+
+@dataclass
+class Training:
+    """A job that the engine has."""
+
+    id: str
+    engine_job: int
+    model: str  # the adapter's name
+    steps_per_epoch: int
+    validation: list[Example]
+    started: float = field(default_factory=time.monotonic)
+    first_step: int = 0
+    loss: float | None = None
+    saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int = 0
+    save_seconds: float = 0.0
+    save_failed: bool = False
+    evaluations: list[Evaluation] = field(default_factory=list)
+    trained: bool = False  # what is left is to evaluate
+
+
+class Trainer:
+    """`released` is called when the engine no longer has a job that was started."""
+
+    def __init__(
+        self,
+        runner: EngineRunner,
+        store: Store,
+        base: str,
+        served_name: str,
+        max_length: int,
+        released: Callable[[], None],
+    ) -> None:
+        self._engine, self._store, self._released = runner.engine, store, released
+        self._base, self._served_name, self._max_length = base, served_name, max_length
+        self._training: dict[int, Training] = {}  # by the engine's job
+        runner.after_step.append(self._after_step)
+        runner.when_idle.append(self._when_idle)
+
+    def find(self, job: str) -> Training | None:
+        """Any thread may ask."""
+        return next((training for training in list(self._training.values()) if training.id == job), None)
+
+    def all(self) -> list[Training]:
+        """Any thread may ask."""
+        return list(self._training.values())
+
+    def start(self, job: str, examples: list[Example], validation: list[Example]) -> None:
+        """From the state that was saved, if there is one. Raises what the engine refuses."""
+        try:
+            row = self._store.get("jobs", job)
+            started = row is not None and row["status"] in ACTIVE and not row["paused"]
+            if row is not None and started:
+                self._start(row, examples, validation)
+        except BaseException:
+            self._released()
+            raise
+        if not started:
+            self._released()
+
+    def _start(self, row: Row, examples: list[Example], validation: list[Example]) -> None:
+        job, settings = row["id"], row["settings"]
+        config = FinetuneConfig(**resolved(settings, len(examples)), seed=settings["seed"])
+        resume = self._store.resume_directory(job)
+        resume.parent.mkdir(exist_ok=True)
+        if resume.is_dir():
+            engine_job = self._engine.resume_finetune(resume, examples)
+        else:
+            model = model_name(self._served_name, row["suffix"], job)
+            self._engine.create_adapter(model, LoraConfig(**settings["lora"]), settings["seed"])
+            try:
+                engine_job = self._engine.finetune(model, examples, config)
+            except BaseException:
+                self._engine.unload_adapter(model)
+                raise
+        info = self._engine.job(engine_job)
+        training = Training(job, engine_job, info.adapter, math.ceil(len(examples) / config.batch_size), validation)
+        training.first_step = training.saved_step = info.step
+        self._training[engine_job] = training
+        with self._store.transaction():
+            self._store.forget_after(job, info.step)
+            self._store.update("jobs", job, status="running", total_steps=info.total_steps, step=info.step)
+            message = f"Going on after step {info.step}" if info.step else "Fine-tuning job started"
+            self._store.add_event(job, message)
+        if validation:
+            for checkpoint in self._store.select("SELECT * FROM checkpoints WHERE job = ? ORDER BY number", job):
+                if "full_valid_loss" not in checkpoint["metrics"]:
+                    self._queue_evaluation(training, checkpoint["model"], checkpoint["id"], checkpoint["step"])
+
+    def cancel(self, job: str) -> None:
+        row = self._active(job, "cancelled")
+        if (training := self.find(row["id"])) is not None:
+            self._leave(training)
+        self.end(job, "cancelled")
+
+    def pause(self, job: str) -> None:
+        """Its state is saved and it leaves the engine: whoever waits in line may train."""
+        row = self._active(job, "paused")
+        if row["paused"]:
+            raise ApiError(400, f"Job {job} is paused and can't be paused", code="job_not_running")
+        training = self.find(job)
+        if training is not None:
+            if training.trained:
+                raise ApiError(400, f"Job {job} is trained; its last evaluation runs", code="job_not_running")
+            self._save(training)
+            if training.save_failed:
+                raise ApiError(507, f"Job {job} can't be paused: its state can't be saved", code="storage")
+            self._leave(training)
+        with self._store.transaction():
+            self._store.update("jobs", job, paused=1)
+            self._store.add_event(job, "Fine-tuning job paused")
+
+    def resume(self, job: str) -> None:
+        """Only the row: the job goes the way of a new one."""
+        row = self._active(job, "resumed")
+        if not row["paused"]:
+            raise ApiError(400, f"Job {job} is not paused", code="job_not_paused")
+        with self._store.transaction():
+            self._store.update("jobs", job, paused=0, status="queued" if row["status"] == "running" else row["status"])
+            self._store.add_event(job, "Fine-tuning job resumed")
+
+    def save_all(self) -> None:
+        for training in self.all():
+            if not training.trained:
+                self._save(training)
+
+    def _active(self, job: str, verb: str) -> Row:
+        """As it is now: the step that ran meanwhile may have ended it."""
+        row = self._store.get("jobs", job)
+        if row is None or row["status"] not in ACTIVE:
+            status = row["status"] if row is not None else "gone"
+            raise ApiError(400, f"Job {job} is {status} and can't be {verb}", code="job_ended")
+        return row
+
+    def _after_step(self, report: StepReport) -> None:
+        for event in report.finetune:
+            if (training := self._training.get(event.job_id)) is not None:
+                self._guarded(training, self._take, event)
+        nobody = report.num_decode_tokens + report.num_prefill_tokens == 0
+        for training in self.all():
+            for answer in report.outputs:
+                if training.evaluations and answer.request_id == training.evaluations[0].request:
+                    self._guarded(training, self._evaluated, answer)
+            self._guarded(training, self._evaluate, nobody)
+
+    def _when_idle(self) -> None:
+        for training in self.all():
+            self._guarded(training, self._evaluate, True)
+
+    def _guarded(self, training: Training, work: Callable[[Training, Any], None], event: Any) -> None:
+        """What the disk or the database refuses costs the job its turn, not its progress."""
+        try:
+            if training.engine_job in self._training:
+                work(training, event)
+        except Exception as error:
+            log.exception("job %s", training.id)
+            try:
+                self._leave(training)
+                message = f"Paused: {type(error).__name__}: {error}. The job can be resumed"
+                with self._store.transaction():
+                    self._store.update("jobs", training.id, paused=1)
+                    self._store.add_event(training.id, message, level="error")
+            except Exception:
+                log.exception("job %s: its pause can't be written", training.id)
+
+    def _take(self, training: Training, event: FinetuneEvent) -> None:
+        if event.target_tokens:
+            training.loss = event.loss
+            self._record(training, event)
+            if event.step % training.steps_per_epoch == 0:
+                self._checkpoint(training, event)
+        if event.status == "succeeded":
+            training.trained = True
+            if not training.evaluations:
+                self._succeed(training)
+        elif event.status == "failed":
+            message = self._engine.job(training.engine_job).error
+            self._leave(training)
+            self.end(training.id, "failed", {"code": "training_failed", "message": message, "param": None})
+        elif event.target_tokens and self._should_save(training, event.step):
+            self._save(training)
+
+    def _record(self, training: Training, event: FinetuneEvent) -> None:
+        info = self._engine.job(training.engine_job)
+        data = {
+            "step": event.step,
+            "total_steps": info.total_steps,
+            "train_loss": event.loss,
+            "learning_rate": event.learning_rate,
+            "grad_norm": event.grad_norm,
+        }
+        message = f"Step {event.step}/{info.total_steps}: training loss={event.loss:.4f}"
+        with self._store.transaction():
+            self._store.add_event(training.id, message, type="metrics", data=data, step=event.step)
+            self._store.update("jobs", training.id, step=event.step, trained_tokens=info.trained_tokens)
+
+    def _should_save(self, training: Training, step: int) -> bool:
+        spent = time.monotonic() - training.saved_at
+        many = step - training.saved_step >= MOST_LOST * self._engine.job(training.engine_job).total_steps
+        many = many and self._engine.stats()["requests_running"] == 0  # whose tokens it would hold up
+        return spent * (MOST_SAVE_OVERHEAD if many else SAVE_OVERHEAD) >= training.save_seconds
+
+    def _save(self, training: Training) -> None:
+        """What a restart goes on from."""
+        begin = time.monotonic()
+        training.saved_step = self._engine.job(training.engine_job).step
+        try:
+            self._engine.save_checkpoint(training.engine_job, self._store.resume_directory(training.id))
+            training.save_failed = False
+        except Error as error:
+            if not training.save_failed:
+                self._store.add_event(training.id, f"The job's state can't be saved: {error}", level="warn")
+            training.save_failed = True
+        training.saved_at = time.monotonic()
+        training.save_seconds = training.saved_at - begin
+
+    def _checkpoint(self, training: Training, event: FinetuneEvent) -> None:
+        """A model as of this step, which can be asked by its name."""
+        name = f"{training.model}@{event.step}"
+        directory = self._store.adapter_directory(training.id, event.step)
+        self._engine.save_adapter(training.model, directory)
+        row: Row = {"id": new_id("ftckpt"), "job": training.id, "created_at": int(time.time()), "step": event.step}
+        metrics = {"step": event.step, "train_loss": event.loss}
+        with self._store.transaction():
+            self._store.insert("checkpoints", {**row, "model": name, "metrics": metrics})
+            self._add_model(name, training, directory.name)
+            self._store.add_event(training.id, f"Checkpoint created at step {event.step}", step=event.step)
+        if training.validation:
+            self._queue_evaluation(training, name, row["id"], event.step)
+
+    def _queue_evaluation(self, training: Training, name: str, checkpoint: str, step: int) -> None:
+        directory = str(self._store.adapter_directory(training.id, step))
+        training.evaluations.append(Evaluation(f"{name} (evaluation)", directory, checkpoint, step))
+
+    def _evaluate(self, training: Training, nobody: bool) -> None:
+        """The next example, when nobody is served or that was so for too long."""
+        if not training.evaluations or training.evaluations[0].request >= 0:
+            return
+        evaluation = training.evaluations[0]
+        if not nobody and time.monotonic() - evaluation.waits_since < PATIENCE:
+            return
+        if evaluation.next == 0:
+            self._engine.load_adapter(evaluation.model, evaluation.directory)
+        ids = training.validation[evaluation.next].input_ids
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True)
+        evaluation.request = self._engine.submit(ids[: self._max_length - 1], sampling, evaluation.model, BACKGROUND)
+
+    def _evaluated(self, training: Training, answer: TokenEvent) -> None:
+        evaluation = training.evaluations[0]
+        evaluation.request, evaluation.waits_since = -1, time.monotonic()
+        if answer.finish_reason in ("error", "cancelled"):
+            message = f"Step {evaluation.step}: the validation loss can't be computed: {answer.error}"
+            self._store.add_event(training.id, message, level="warn", step=evaluation.step)
+            self._end_evaluation(training)
+            return
+        labels = training.validation[evaluation.next].labels[1:]
+        for logprob, label in zip(answer.prompt_logprobs, labels, strict=False):
+            if label != -100:
+                evaluation.log_likelihood += logprob
+                evaluation.targets += 1
+        evaluation.next += 1
+        if evaluation.next < len(training.validation):
+            return
+        loss = -evaluation.log_likelihood / max(1, evaluation.targets)
+        row = self._store.get("checkpoints", evaluation.checkpoint)
+        data = {"step": evaluation.step, "full_valid_loss": loss}
+        with self._store.transaction():
+            if row is not None:
+                metrics = {**row["metrics"], "full_valid_loss": loss, "valid_loss": loss}
+                self._store.update("checkpoints", evaluation.checkpoint, metrics=metrics)
+            message = f"Step {evaluation.step}: validation loss={loss:.4f}"
+            self._store.add_event(training.id, message, type="metrics", data=data, step=evaluation.step)
+        self._end_evaluation(training)
+
+    def _end_evaluation(self, training: Training) -> None:
+        self._unload(training.evaluations.pop(0).model)
+        if training.trained and not training.evaluations:
+            self._succeed(training)
+
+    def _unload(self, name: str) -> None:
+        if any(adapter.name == name for adapter in self._engine.adapters()):
+            self._engine.unload_adapter(name)
+
+    def _add_model(self, name: str, training: Training, directory: str) -> None:
+        now = int(time.time())
+        row = {"name": name, "created_at": now, "base": self._base, "job": training.id, "directory": directory}
+        self._store.insert("models", row)
+
+    def _succeed(self, training: Training) -> None:
+        directory = self._store.adapter_directory(training.id)
+        self._engine.save_adapter(training.model, directory)
+        trained = self._engine.job(training.engine_job).trained_tokens
+        result = self._store.add_file(self._results(training), "step_metrics.csv", "fine-tune-results")
+        with self._store.transaction():
+            self._add_model(training.model, training, directory.name)
+            self._store.update(
+                "jobs",
+                training.id,
+                status="succeeded",
+                finished_at=int(time.time()),
+                fine_tuned_model=training.model,
+                trained_tokens=trained,
+                result_files=[result["id"]],
+            )
+            self._store.add_event(training.id, f"New fine-tuned model created: {training.model}")
+            self._store.add_event(training.id, "The job has successfully completed")
+        self._leave(training)
+        shutil.rmtree(self._store.resume_directory(training.id).parent, ignore_errors=True)
+
+    def _results(self, training: Training) -> bytes:
+        query = "SELECT data FROM events WHERE job = ? AND type = 'metrics' ORDER BY number"
+        out = io.StringIO()
+        writer = csv.writer(out)
+        names = ("step", "train_loss", "learning_rate", "grad_norm")
+        writer.writerow([*names, "valid_loss"])
+        rows = [row["data"] for row in self._store.select(query, training.id)]
+        valid = {data["step"]: data["full_valid_loss"] for data in rows if "full_valid_loss" in data}
+        for data in rows:
+            if "train_loss" in data:
+                writer.writerow([*(data[name] for name in names), valid.get(data["step"])])
+        return out.getvalue().encode()
+
+    def _leave(self, training: Training) -> None:
+        """The engine no longer has the job, nor anything of it."""
+        if self._training.pop(training.engine_job, None) is None:
+            return
+        self._released()
+        if self._engine.job(training.engine_job).status in ("queued", "running", "paused"):
+            self._engine.cancel_job(training.engine_job)
+        for evaluation in training.evaluations:
+            if evaluation.request >= 0:
+                self._engine.cancel(evaluation.request)
+            self._unload(evaluation.model)
+        training.evaluations.clear()
+        self._unload(training.model)
+
+    def end(self, job: str, status: str, error: dict[str, Any] | None = None, keep: bool = False) -> None:
+        """Any thread may call it. `keep`: the state to go on from stays."""
+        message = f"The job failed: {error['message']}" if error else f"The job was {status}"
+        try:
+            with self._store.transaction():
+                self._store.update("jobs", job, status=status, finished_at=int(time.time()), error=error, paused=0)
+                self._store.add_event(job, message, level="error" if error else "info")
+        except Exception:
+            log.exception("job %s: its end can't be written", job)
+            return
+        if not keep:
+            shutil.rmtree(self._store.resume_directory(job).parent, ignore_errors=True)
+
+
+def model_name(base: str, suffix: str | None, job: str) -> str:
+    return f"ft:{base}:{suffix or ''}:{job.removeprefix('ftjob-')[:12]}"
+
+
+def resolved(settings: dict[str, Any], num_examples: int) -> dict[str, Any]:
+    """FinetuneConfig fields, with a number in the place of each "auto"."""
+    auto = {
+        "n_epochs": min(10, max(1, math.ceil(100 / num_examples))) if num_examples < 100 else 3,
+        "batch_size": min(8, max(1, num_examples // 16)),
+        "learning_rate_multiplier": 1.0,
+    }
+    chosen = {name: auto[name] if settings[name] == "auto" else settings[name] for name in auto}
+    return {
+        "num_epochs": chosen["n_epochs"],
+        "batch_size": chosen["batch_size"],
+        "learning_rate": LEARNING_RATE * chosen["learning_rate_multiplier"],
+        **settings["training"],
+    }
