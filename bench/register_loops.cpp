@@ -156,7 +156,7 @@ void base_loop(std::int64_t steps) {
 
 RegisterLoop float32_loop() {
 #if defined(__x86_64__)
-  if (cpu::active_isa() == cpu::Isa::kAvx512) return {avx512_loop, kFlops<16>};
+  if (cpu::active_isa() >= cpu::Isa::kAvx512) return {avx512_loop, kFlops<16>};
   if (cpu::active_isa() == cpu::Isa::kAvx2) return {avx2_loop, kFlops<8>};
 #endif
   return {base_loop, kFlops<4>};
@@ -164,7 +164,7 @@ RegisterLoop float32_loop() {
 
 RegisterLoop bfloat16_loop() {
 #if defined(__x86_64__)
-  if (cpu::active_isa() == cpu::Isa::kAvx512) return {dot_loop, kFlops<32>};
+  if (cpu::active_isa() == cpu::Isa::kAvx512Bf16) return {dot_loop, kFlops<32>};
 #endif
   return float32_loop();
 }

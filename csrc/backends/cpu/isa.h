@@ -3,9 +3,10 @@
 namespace flexcore::cpu {
 
 /// Instruction sets that kernels/ is compiled for, worst to best.
-enum class Isa { kBase, kAvx2, kAvx512 };  // kAvx512 includes AVX512_BF16
+enum class Isa { kBase, kAvx2, kAvx512, kAvx512Bf16 };
 
-/// The best that this machine has. The environment variable FLEXCORE_ISA (base, avx2, avx512) lowers it, for tests.
+/// The best that this machine has. The environment variable FLEXCORE_ISA (base, avx2, avx512,
+/// avx512_bf16) lowers it, for tests.
 Isa active_isa();
 const char* isa_name(Isa isa);
 
@@ -26,8 +27,13 @@ const char* isa_name(Isa isa);
   namespace avx512 {                       \
   const Table& name();                     \
   }                                        \
+  namespace avx512_bf16 {                  \
+  const Table& name();                     \
+  }                                        \
   inline const Table& name() {             \
     switch (active_isa()) {                \
+      case Isa::kAvx512Bf16:               \
+        return avx512_bf16::name();        \
       case Isa::kAvx512:                   \
         return avx512::name();             \
       case Isa::kAvx2:                     \

@@ -23,7 +23,7 @@ struct Float32 {
   }
 };
 
-#if defined(FLEXCORE_ISA_avx512)
+#if defined(FLEXCORE_ISA_avx512_bf16)
 struct BFloat16 {
   using A = Pair;
   using B = std::uint32_t;

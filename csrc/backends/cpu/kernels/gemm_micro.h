@@ -73,7 +73,7 @@ FLEXCORE_INLINE void multiply_tile_widened(const float* a, std::int64_t a_row, c
   }
 }
 
-#if defined(FLEXCORE_ISA_avx512)
+#if defined(FLEXCORE_ISA_avx512_bf16)
 typedef std::uint32_t Pair __attribute__((may_alias));
 
 /// The same with both operands as bfloat16 pairs.

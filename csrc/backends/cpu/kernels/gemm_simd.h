@@ -15,16 +15,18 @@ namespace flexcore::cpu::FLEXCORE_ISA {
 inline constexpr int kPanel = 16;
 
 // kRows x (kPanels panels) is the largest register tile: 24, 12 and 8 accumulators of 32, 16 and 16 registers. Widening
-// bfloat16 takes registers of its own, hence kRowsWidened.
+// bfloat16 takes registers of its own, hence kRowsWidened. FLEXCORE_ISA_avx512 is defined for avx512_bf16 too.
 #if defined(FLEXCORE_ISA_avx512)
-inline constexpr int kLanes = 16, kRows = 12, kPanels = 2;
-inline constexpr bool kPairs = true;  // bfloat16 is multiplied as it is, two k at a time
+inline constexpr int kLanes = 16, kRows = 12, kRowsWidened = 12, kPanels = 2;
 #elif defined(FLEXCORE_ISA_avx2)
 inline constexpr int kLanes = 8, kRows = 6, kRowsWidened = 4, kPanels = 1;
-inline constexpr bool kPairs = false;  // bfloat16 is widened to float
 #else
 inline constexpr int kLanes = 4, kRows = 2, kRowsWidened = 2, kPanels = 1;
-inline constexpr bool kPairs = false;
+#endif
+#if defined(FLEXCORE_ISA_avx512_bf16)
+inline constexpr bool kPairs = true;  // bfloat16 is multiplied as it is, two k at a time
+#else
+inline constexpr bool kPairs = false;  // bfloat16 is widened to float
 #endif
 inline constexpr int kPanelVecs = kPanel / kLanes;  // vectors in one row of a panel
 
@@ -50,7 +52,7 @@ FLEXCORE_INLINE Vec unfused(Vec v) {
   return v;
 }
 
-#if defined(FLEXCORE_ISA_avx512)
+#if defined(FLEXCORE_ISA_avx512_bf16)
 /// acc + x.even * b.even + x.odd * b.odd in every lane; `x` is one pair for all lanes.
 FLEXCORE_INLINE Vec dot_pairs(Vec acc, std::uint32_t x, VecU b) {
   return (Vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(x)), (__m512bh)b);
