@@ -138,7 +138,7 @@ def trained_tokens() -> float:
 
 
 def lag_counts() -> dict[float, float]:
-    found = re.findall(r'^flexcore:event_loop_lag_seconds_bucket{.*le="(\S+)".*} (\S+)$', metrics(), re.M)
+    found = re.findall(r'^flexcore:event_loop_lag_seconds_bucket{.*le="([^"]+)".*} (\S+)$', metrics(), re.M)
     return {float(edge): float(count) for edge, count in found}
 
 
