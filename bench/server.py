@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import re
 import statistics
@@ -149,7 +150,7 @@ def lag_quantile(before: dict[float, float], after: dict[float, float], quantile
     return min(edge for edge, count in counts.items() if count >= wanted)
 
 
-def overhead(model: Path, repeats: int, clients: int = 16, length: int = 64) -> dict:
+def overhead(model: Path, repeats: int, clients: int = 16, length: int = 192) -> dict:
     source = random.Random(5)
     prompts = [_http.words(32, source) for _ in range(clients)]
     llm = flexcore.LLM(model, **ENGINE)
@@ -169,11 +170,20 @@ def overhead(model: Path, repeats: int, clients: int = 16, length: int = 64) -> 
         return clients * length / (time.perf_counter() - begin)
 
     served(), direct()
-    rounds = [(served(), direct()) for _ in range(repeats)]
+    rounds, client_seconds = [], 0.0
+    for _ in range(repeats):
+        cpu = time.process_time()
+        over_http = served()
+        client_seconds += time.process_time() - cpu
+        rounds.append((over_http, direct()))
     return {
         "clients": clients,
         "served_tokens_per_s": [over_http for over_http, _ in rounds],
         "direct_tokens_per_s": [alone for _, alone in rounds],
+        # The client's own work, on the same cores: of the time of all of them.
+        "client_cpu_share": client_seconds
+        / sum(clients * length / over_http for over_http, _ in rounds)
+        / len(os.sched_getaffinity(0)),
         "share": statistics.median(over_http for over_http, _ in rounds)
         / statistics.median(alone for _, alone in rounds),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
@@ -232,10 +233,11 @@ def test_the_page(served: Served) -> None:
     assert status["model"] == "tiny" and status["memory"]["weights"] > 0 and status["slo"]["tpot_ms"] == 100
 
 
-STEPS = 128
+KILLS = int(os.environ.get("FLEXCORE_KILLS", "4"))  # 20 takes minutes
+STEPS = 32 * KILLS
 
 
-def train(http: httpx.Client, epochs: int = 32) -> str:
+def train(http: httpx.Client, epochs: int = STEPS // 4) -> str:
     """A job of `epochs` times 4 steps."""
     rows = [{"text": f"{k} sheep " * 12} for k in range(64)]
     file = http.post("/v1/files", files={"file": ("a.jsonl", json_lines(rows))}, data={"purpose": "fine-tune"})
@@ -272,26 +274,27 @@ def test_kill_9_at_any_moment(model: Path, tmp_path: Path) -> None:
         wanted = losses(http, job)
     assert [step for step, _ in wanted] == list(range(1, STEPS + 1))
 
-    data, job, repeated, seen, kills = tmp_path / "killed", "", 0, 0, 6
-    for kill in range(kills + 1):
+    data, job, repeated, seen = tmp_path / "killed", "", 0, 0
+    for kill in range(KILLS + 1):
         process = Process(model, data, log=tmp_path / "log")
         with process.served.http() as http:
             job = job or train(http)
             made = losses(http, job)
             assert [step for step, _ in made] == list(range(1, len(made) + 1))
             repeated += max(0, seen - len(made))
-            if kill == kills:
+            if kill == KILLS:
                 wait_for_success(http, job)
                 break
-            wait_for_step(http, job, 18 * (kill + 1))
-            time.sleep(0.013 * kill)
+            wait_for_step(http, job, 25 * (kill + 1))
+            time.sleep(0.013 * (kill % 9))
             seen = len(losses(http, job))
         process.kill()
     with process.served.http() as http:
         made = losses(http, job)
         assert [step for step, _ in made] == list(range(1, STEPS + 1))
         assert [loss for _, loss in made] == pytest.approx([loss for _, loss in wanted], rel=1e-4)
-        assert repeated <= STEPS / 20, repeated
+        print(f"{KILLS} kills, {repeated} of {STEPS} steps repeated")
+        assert repeated <= STEPS / 20
         name = job_row(http, job)["fine_tuned_model"]
         ask = {"model": name, "prompt": "hello", "temperature": 0, "max_tokens": 4}
         assert http.post("/v1/completions", json=ask).json()["usage"]["completion_tokens"] > 0
