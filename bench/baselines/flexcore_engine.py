@@ -8,7 +8,7 @@ import common
 
 import flexcore
 from flexcore.bench import coserve
-from flexcore.bench._sharing import Finetuning
+from flexcore.bench._sharing import Engines, Finetuning
 
 
 def main() -> None:
@@ -91,10 +91,12 @@ def run_coserve(args, load: common.Workload) -> dict[str, object]:
     engine = open_engine(args, max_model_len=1024, max_num_seqs=64)
     lora = flexcore.LoraConfig(r=load.rank, lora_alpha=load.alpha, target_modules="all-linear")
     traffic = coserve.Traffic(seconds=3.0 if args.quick else 12.0, output_len=(32, 32))
-    bench = coserve.Benchmark(engine, flexcore.SLO(), traffic, Finetuning(lora, load.train))
-    result = bench.run(None, (0.2, 0.7), ("hybrid",))
+    slo, finetuning = flexcore.SLO(), Finetuning(lora, load.train)
+    place = Engines(engine, slo, finetuning)
+    result = coserve.Benchmark(place, slo, traffic, finetuning).run(None, (0.2, 0.7), ("hybrid",))
+    del result["finetune_alone_tokens_per_s_of_runs"]
     for run in result["runs"]:
-        del run["series"]  # step by step: not what rounds have in common
+        run.pop("series", None)  # step by step: not what rounds have in common
     result["loads"] = []
     for name, alone, both in zip(("light", "heavy"), result["runs"][::2], result["runs"][1::2], strict=True):
         result["loads"].append({"load": name, "serving_alone": alone, "coserving": both})

@@ -8,18 +8,14 @@ import time
 
 import common
 import torch
-import transformers
 from transformers import AutoModelForCausalLM
-from transformers_peft import finetuning
+from transformers_peft import finetuning, set_up
 
 
 def main() -> None:
     args = common.arguments(__doc__)
     load = common.workload(args)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    set_up(args)
     _, step = finetuning(AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype)), load)
     begin = time.perf_counter()
     for done in itertools.count(1):

@@ -26,10 +26,7 @@ class Clock(StoppingCriteria):
 def main() -> None:
     args = common.arguments(__doc__)
     load = common.workload(args)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    set_up(args)
     # What every torch process has, whichever the model: the libraries' own memory is not counted.
     torch.nn.functional.linear(torch.ones(4, 4), torch.ones(4, 4), None)
     memory = common.Memory()
@@ -51,6 +48,13 @@ def main() -> None:
         results["prefill"] = load.prefill / seconds
     versions = {"transformers": transformers.__version__, "peft": peft.__version__, "torch": torch.__version__}
     common.finish(versions, results, load)
+
+
+def set_up(args) -> None:
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def run_prefill(model, prompt) -> None:

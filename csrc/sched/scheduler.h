@@ -23,8 +23,7 @@ struct SchedulerConfig {
   std::string policy = "hybrid";                      // policy.h
   std::int64_t max_finetune_tokens_in_flight = 1024;  // over all jobs; one sequence may always run
 
-  std::int64_t min_prefill_tokens =
-      32;  // when a first token is due, a step's prefill is not cut below this to keep tpot_ms
+  std::int64_t min_prefill_tokens = 32;   // no step's prefill is cut below this when a first token is due
   std::int64_t min_finetune_tokens = 16;  // no window is cut below this: each costs a pass over weights
   double min_finetune_share = 0.02;       // of the time, whatever the objectives; in minimal pieces
   double max_idle_step_ms = 500.0;        // longest step while no request is there

@@ -13,6 +13,7 @@ from typing import Any
 import flexcore
 from flexcore.cli import options
 from flexcore.cli.console import bytes_progress
+from flexcore.datasets.reader import read_rows
 from flexcore.ui import percentile
 
 
@@ -41,6 +42,16 @@ def machine(engine: flexcore.Engine) -> dict[str, Any]:
 def random_ids(count: int, vocab_size: int, seed: int) -> list[int]:
     source = random.Random(seed)
     return [source.randrange(min(10, vocab_size - 1), vocab_size) for _ in range(count)]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Of JSON lines with prompt, text or turns."""
+    rows = [row.value for row in read_rows(path)]
+    found = [row.get("prompt") or row.get("text") or (row.get("turns") or [""])[0] for row in rows]
+    texts = [text for text in found if text]
+    if not texts:
+        raise flexcore.InvalidArgument(f"--prompts: {path} has no row with prompt, text or turns")
+    return texts
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -25,7 +25,6 @@ from flexcore.bench._simulated import PROFILES, Profile, Simulated, profile
 from flexcore.bench._traces import Arrival
 from flexcore.cli import options
 from flexcore.cli.console import err, out, write_json
-from flexcore.datasets.reader import read_rows
 from flexcore.tokenizer import Tokenizer
 from flexcore.ui import percentile
 
@@ -110,7 +109,10 @@ def run(args: argparse.Namespace) -> int:
             return _measure.load_engine(argparse.Namespace(**{**vars(args), "num_threads": threads}))
 
         engine = load(args.num_threads)
-        texts = _texts(Path(args.prompts), engine) if args.prompts else None
+        texts = None
+        if args.prompts:
+            tokenizer = Tokenizer(engine.model_directory)
+            texts = [tokenizer.encode(text) for text in _measure.read_prompts(Path(args.prompts))]
         place = Engines(engine, slo, finetuning, load, texts)
         guess = Simulated(Profile.of(engine, options.engine_config(args)), slo, finetuning)
     bench = Benchmark(place, slo, traffic, finetuning, guess)
@@ -245,16 +247,6 @@ def _compare_with_light_load(runs: list[dict[str, Any]]) -> None:
     for record in runs:
         reference = light.setdefault(record["policy"], record["finetune_tokens_per_s"])
         record["finetuning_kept_of_light_load"] = record["finetune_tokens_per_s"] / reference if reference else 0.0
-
-
-def _texts(path: Path, engine: flexcore.Engine) -> list[list[int]]:
-    tokenizer = Tokenizer(engine.model_directory)
-    rows = [row.value for row in read_rows(path)]
-    found = [row.get("prompt") or row.get("text") or (row.get("turns") or [""])[0] for row in rows]
-    texts = [tokenizer.encode(text) for text in found if text]
-    if not texts:
-        raise flexcore.InvalidArgument(f"--prompts: {path} has no row with prompt, text or turns")
-    return texts
 
 
 def _say(what: str) -> None:

@@ -16,12 +16,11 @@ from rich import box
 from rich.table import Table
 
 from flexcore import InvalidArgument
-from flexcore.bench import _http, _traces
+from flexcore.bench import _http, _measure, _traces
 from flexcore.bench._client import summary
 from flexcore.bench._traces import Arrival
 from flexcore.cli import options
 from flexcore.cli.console import err, out, write_json
-from flexcore.datasets.reader import read_rows
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,10 +109,7 @@ def _prompts(args: argparse.Namespace, arrivals: list[Arrival]) -> list[str]:
     source = random.Random(args.seed + 1)
     if args.prompts is None:
         return [_http.words(arrival.prompt_tokens, source) for arrival in arrivals]
-    rows = [row.value for row in read_rows(Path(args.prompts))]
-    texts = [text for row in rows if (text := row.get("prompt") or row.get("text") or (row.get("turns") or [""])[0])]
-    if not texts:
-        raise InvalidArgument(f"--prompts: {args.prompts} has no row with prompt, text or turns")
+    texts = _measure.read_prompts(Path(args.prompts))
     return [source.choice(texts) for _ in arrivals]
 
 

@@ -156,8 +156,10 @@ class JobManager:
             self._failed(job, "invalid_request" if isinstance(error, InvalidArgument) else "server_error", str(error))
 
     def _failed(self, job: str, code: str, message: str, param: str | None = None) -> None:
-        keep = self._store.resume_directory(job).is_dir()  # what was trained is not lost with it
-        self._trainer.end(job, "failed", {"code": code, "message": message, "param": param}, keep)
+        if self._store.resume_directory(job).is_dir():  # what was trained is not lost with a start that fails
+            self._trainer.hold(job, message)
+        else:
+            self._trainer.end(job, "failed", {"code": code, "message": message, "param": param})
 
     async def _read(self, row: Row) -> tuple[list[Example], list[Example]]:
         training = await self._read_one(row, "training_file")

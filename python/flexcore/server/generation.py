@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
@@ -24,22 +25,17 @@ from flexcore.server.protocol import (
     messages_of,
 )
 from flexcore.server.runner import Delta, Stream
-from flexcore.server.state import ServerState
+from flexcore.server.state import ServerState, state_of
 
 T = TypeVar("T")
 _MOST_PROMPTS = 256
 router = APIRouter()
 
 
-def _state(request: Request) -> ServerState:
-    state: ServerState = request.app.state.server
-    return state
-
-
 @router.post("/v1/completions")
 async def completions(body: CompletionRequest, request: Request) -> Response:
     """One or several prompts, as text or token ids."""
-    state = _state(request)
+    state = state_of(request)
     if body.suffix:
         raise ApiError(400, "suffix: this model does not fill in", "suffix")
     if body.best_of is not None and body.best_of != (body.n or 1):
@@ -58,7 +54,7 @@ async def completions(body: CompletionRequest, request: Request) -> Response:
 @router.post("/v1/chat/completions")
 async def chat_completions(body: ChatRequest, request: Request) -> Response:
     """The answer to a conversation."""
-    state = _state(request)
+    state = state_of(request)
     if body.response_format is not None and body.response_format.get("type") != "text":
         kind = body.response_format.get("type")
         raise ApiError(400, f"response_format: got {kind!r}, wanted text", "response_format")
@@ -81,7 +77,7 @@ async def chat_completions(body: ChatRequest, request: Request) -> Response:
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
     """The ids of a prompt, or of a conversation."""
-    state = _state(request)
+    state = state_of(request)
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "prompt: wanted either prompt or messages", "prompt")
     if body.messages is not None:
@@ -99,7 +95,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> dict[str, Any]:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> dict[str, str]:
     """The text of token ids."""
-    state = _state(request)
+    state = state_of(request)
     if len(body.tokens) > state.max_model_len:
         raise ApiError(400, f"tokens: got {len(body.tokens)}, wanted at most {state.max_model_len}", "tokens")
     state.check_ids(body.tokens, "tokens")
@@ -130,7 +126,7 @@ async def _prompts(state: ServerState, prompt: Any) -> list[list[int]]:
     return out
 
 
-class _Writer:
+class _Writer(ABC):
     """The form of one kind of answer. Choices are numbered over all prompts and their n answers."""
 
     prefix: str
@@ -139,17 +135,18 @@ class _Writer:
         self.state, self.body = state, body
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
 
+    @abstractmethod
     def first(self, choice: int) -> dict[str, Any] | None:
         """A chunk before an answer's first text."""
 
-    def chunk(self, choice: int, delta: Delta) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def chunk(self, choice: int, delta: Delta) -> dict[str, Any]: ...
 
-    def choice(self, index: int, output: CompletionOutput) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def choice(self, index: int, output: CompletionOutput) -> dict[str, Any]: ...
 
-    def envelope(self, choices: list[dict[str, Any]], chunk: bool) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def envelope(self, choices: list[dict[str, Any]], chunk: bool) -> dict[str, Any]: ...
 
 
 class _CompletionWriter(_Writer):

@@ -96,7 +96,6 @@ class Metrics(Collector):
         self.throttled_seconds = 0.0
         self._trains = trains
         self.explain = ""
-        self._finetune_tokens = self._served_tokens = 0.0
         self._steps: deque[tuple[float, float, float, float]] = deque()  # end, seconds, served, trained
         self._ttft: deque[float] = deque(maxlen=_KEPT)
         self._tpot: deque[float] = deque(maxlen=_KEPT)
@@ -127,7 +126,6 @@ class Metrics(Collector):
             return
         self._histograms["iteration_tokens_total"].observe(served)
         self._histograms["iteration_finetune_tokens"].observe(2 * trained)
-        self._finetune_tokens += trained
         if not busy and self._trains():
             self.throttled_seconds += seconds
         self.explain = report.explain

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
@@ -14,20 +16,34 @@ from flexcore import FinetuneConfig, LoraConfig
 from flexcore.server.errors import ApiError, not_found
 from flexcore.server.finetuning import check_suffix
 from flexcore.server.protocol import Body, LoadAdapterRequest, UnloadAdapterRequest
-from flexcore.server.state import ServerState
-from flexcore.server.store import Row
+from flexcore.server.state import ServerState, state_of
+from flexcore.server.store import Row, Store
 from flexcore.server.training import ACTIVE
 
 router = APIRouter()
 Limit = Annotated[int, Query(ge=1, le=10_000)]
 
 
-def _state(request: Request) -> ServerState:
-    state: ServerState = request.app.state.server
-    return state
-
-
-def _page(rows: list[dict[str, Any]], limit: int) -> dict[str, Any]:
+def _page(
+    store: Store,
+    table: str,
+    form: Callable[[Row], dict[str, Any]],
+    after: str | None,
+    limit: int,
+    order: str = "desc",
+    **equal: Any,
+) -> dict[str, Any]:
+    """Rows in the order of their making, behind the one `after`, whose columns (or paths in them) are `equal`."""
+    where, values = ["1"], []
+    if after is not None:
+        where.append(f"rowid {'<' if order == 'desc' else '>'} (SELECT rowid FROM {table} WHERE id = ?)")
+        values.append(after)
+    for column, value in equal.items():
+        name, _, key = column.partition("$")
+        where.append(f"json_extract({name}, ?) = ?" if key else f"{name} = ?")
+        values += [f"${key}", value] if key else [value]
+    query = f"SELECT * FROM {table} WHERE {' AND '.join(where)} ORDER BY rowid {order} LIMIT {limit + 1}"
+    rows = [form(row) for row in store.select(query, *values)]
     data = rows[:limit]
     ids = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
     return {"object": "list", "data": data, **ids, "has_more": len(rows) > limit}
@@ -39,31 +55,31 @@ def _page(rows: list[dict[str, Any]], limit: int) -> dict[str, Any]:
 @router.get("/v1/models")
 async def list_models(request: Request) -> dict[str, Any]:
     """The base model, loaded adapters, finetuned models and their checkpoints."""
-    return {"object": "list", "data": _state(request).models.list()}
+    return {"object": "list", "data": state_of(request).models.list()}
 
 
 @router.get("/v1/models/{model:path}")
 async def get_model(model: str, request: Request) -> dict[str, Any]:
-    return _state(request).models.get(model)
+    return state_of(request).models.get(model)
 
 
 @router.delete("/v1/models/{model:path}")
 async def delete_model(model: str, request: Request) -> dict[str, Any]:
     """Deletes a finetuned model; requests that run on it end first."""
-    await _state(request).models.delete(model)
+    await state_of(request).models.delete(model)
     return {"id": model, "object": "model", "deleted": True}
 
 
 @router.post("/v1/load_lora_adapter")
 async def load_lora_adapter(body: LoadAdapterRequest, request: Request) -> Response:
     """Serves a PEFT directory of this machine under a name."""
-    await _state(request).models.load(body.lora_name, body.lora_path, body.load_inplace)
+    await state_of(request).models.load(body.lora_name, body.lora_path, body.load_inplace)
     return Response(f"Success: LoRA adapter '{body.lora_name}' added successfully.", media_type="text/plain")
 
 
 @router.post("/v1/unload_lora_adapter")
 async def unload_lora_adapter(body: UnloadAdapterRequest, request: Request) -> Response:
-    await _state(request).models.unload(body.lora_name)
+    await state_of(request).models.unload(body.lora_name)
     return Response(f"Success: LoRA adapter '{body.lora_name}' removed successfully.", media_type="text/plain")
 
 
@@ -90,7 +106,7 @@ async def upload_file(
     """A data set, as JSON lines."""
     if purpose not in ("fine-tune", "user_data"):
         raise ApiError(400, f"purpose: got {purpose!r}, wanted fine-tune", "purpose")
-    state = _state(request)
+    state = state_of(request)
     if not file.size:
         raise ApiError(400, "file: empty", "file")
     row = await asyncio.to_thread(state.store.add_file, file.file, file.filename or "upload.jsonl", purpose)
@@ -105,34 +121,25 @@ async def list_files(
     limit: Limit = 10_000,
     order: Literal["asc", "desc"] = "desc",
 ) -> dict[str, Any]:
-    store = _state(request).store
-    sign, direction = (">", "ASC") if order == "asc" else ("<", "DESC")
-    where, values = ["1"], []
-    if after is not None:
-        where.append(f"rowid {sign} (SELECT rowid FROM files WHERE id = ?)")
-        values.append(after)
-    if purpose is not None:
-        where.append("purpose = ?")
-        values.append(purpose)
-    query = f"SELECT * FROM files WHERE {' AND '.join(where)} ORDER BY rowid {direction} LIMIT {limit + 1}"
-    return _page([_file(row) for row in store.select(query, *values)], limit)
+    equal = {"purpose": purpose} if purpose is not None else {}
+    return _page(state_of(request).store, "files", _file, after, limit, order, **equal)
 
 
 @router.get("/v1/files/{file_id}")
 async def get_file(file_id: str, request: Request) -> dict[str, Any]:
-    return _file(_find_file(_state(request), file_id))
+    return _file(_find_file(state_of(request), file_id))
 
 
 @router.get("/v1/files/{file_id}/content", response_class=FileResponse)
 async def get_file_content(file_id: str, request: Request) -> Response:
-    state = _state(request)
+    state = state_of(request)
     row = _find_file(state, file_id)
     return FileResponse(state.store.path_of_file(row), media_type="application/octet-stream")
 
 
 @router.delete("/v1/files/{file_id}")
 async def delete_file(file_id: str, request: Request) -> dict[str, Any]:
-    state = _state(request)
+    state = state_of(request)
     row = _find_file(state, file_id)
     if state.jobs.uses_file(file_id):
         raise ApiError(409, f"file {file_id} is used by a job that has not ended", "file_id", "file_in_use")
@@ -240,7 +247,7 @@ def _job(state: ServerState, row: Row) -> dict[str, Any]:
 @router.post("/v1/fine_tuning/jobs")
 async def create_job(body: JobRequest, request: Request) -> dict[str, Any]:
     """Finetunes the base model on a file; the result answers by its name as soon as the job has ended."""
-    state = _state(request)
+    state = state_of(request)
     if body.model not in state.models.names:
         raise ApiError(400, f"model: got {body.model!r}, wanted {state.models.names[0]!r}", "model", "model_not_found")
     for param in ("training_file", "validation_file"):
@@ -276,55 +283,50 @@ async def create_job(body: JobRequest, request: Request) -> dict[str, Any]:
 @router.get("/v1/fine_tuning/jobs")
 async def list_jobs(request: Request, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
     """The newest first; metadata[key]=value chooses."""
-    state = _state(request)
-    where, values = ["1"], []
-    if after is not None:
-        where.append("rowid < (SELECT rowid FROM jobs WHERE id = ?)")
-        values.append(after)
-    for name, value in request.query_params.items():
-        if name.startswith("metadata[") and name.endswith("]"):
-            where.append("json_extract(metadata, ?) = ?")
-            values += ['$."' + name[len("metadata[") : -1].replace('"', "") + '"', value]
-    query = f"SELECT * FROM jobs WHERE {' AND '.join(where)} ORDER BY rowid DESC LIMIT {limit + 1}"
-    return _page([_job(state, row) for row in state.store.select(query, *values)], limit)
+    state = state_of(request)
+    equal = {
+        "metadata$." + json.dumps(name[len("metadata[") : -1].replace('"', "")): value
+        for name, value in request.query_params.items()
+        if name.startswith("metadata[") and name.endswith("]")
+    }
+    return _page(state.store, "jobs", lambda row: _job(state, row), after, limit, **equal)
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}")
 async def get_job(job_id: str, request: Request) -> dict[str, Any]:
-    state = _state(request)
+    state = state_of(request)
     return _job(state, state.jobs.get(job_id))
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
 async def cancel_job(job_id: str, request: Request) -> dict[str, Any]:
-    state = _state(request)
+    state = state_of(request)
     return _job(state, await state.jobs.cancel(job_id))
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/pause")
 async def pause_job(job_id: str, request: Request) -> dict[str, Any]:
-    state = _state(request)
+    state = state_of(request)
     return _job(state, await state.jobs.pause(job_id))
 
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/resume")
 async def resume_job(job_id: str, request: Request) -> dict[str, Any]:
-    state = _state(request)
+    state = state_of(request)
     return _job(state, await state.jobs.resume(job_id))
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/events")
 async def list_events(job_id: str, request: Request, after: str | None = None, limit: Limit = 20) -> dict[str, Any]:
     """The newest first."""
-    state = _state(request)
+    state = state_of(request)
     state.jobs.get(job_id)
-    where, values = "job = ?", [job_id]
-    if after is not None:
-        where += " AND number < (SELECT number FROM events WHERE id = ?)"
-        values.append(after)
-    rows = state.store.select(f"SELECT * FROM events WHERE {where} ORDER BY number DESC LIMIT {limit + 1}", *values)
     names = ("id", "created_at", "level", "message", "type", "data")
-    return _page([{"object": "fine_tuning.job.event", **{n: row[n] for n in names}} for row in rows], limit)
+
+    def form(row: Row) -> dict[str, Any]:
+        return {"object": "fine_tuning.job.event", **{name: row[name] for name in names}}
+
+    return _page(state.store, "events", form, after, limit, job=job_id)
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
@@ -332,15 +334,11 @@ async def list_checkpoints(
     job_id: str, request: Request, after: str | None = None, limit: Limit = 10
 ) -> dict[str, Any]:
     """The newest first; each answers by its fine_tuned_model_checkpoint."""
-    state = _state(request)
+    state = state_of(request)
     state.jobs.get(job_id)
-    where, values = "job = ?", [job_id]
-    if after is not None:
-        where += " AND number < (SELECT number FROM checkpoints WHERE id = ?)"
-        values.append(after)
-    query = f"SELECT * FROM checkpoints WHERE {where} ORDER BY number DESC LIMIT {limit + 1}"
-    data = [
-        {
+
+    def form(row: Row) -> dict[str, Any]:
+        return {
             "id": row["id"],
             "object": "fine_tuning.job.checkpoint",
             "created_at": row["created_at"],
@@ -349,6 +347,5 @@ async def list_checkpoints(
             "step_number": row["step"],
             "metrics": row["metrics"],
         }
-        for row in state.store.select(query, *values)
-    ]
-    return _page(data, limit)
+
+    return _page(state.store, "checkpoints", form, after, limit, job=job_id)

@@ -11,6 +11,8 @@ from flexcore._core import InvalidArgument
 from flexcore.server.errors import ApiError
 
 if TYPE_CHECKING:
+    from fastapi import Request
+
     from flexcore.server.finetuning import JobManager
     from flexcore.server.metrics import Metrics
     from flexcore.server.models import Models
@@ -35,7 +37,6 @@ class ServerConfig:
     max_finetune_jobs: int = 4  # that train at once; others wait in line
     allowed_origins: tuple[str, ...] = ()
     dashboard: bool = True  # the page at /
-    drain_seconds: float = 30.0  # that requests have at SIGTERM
 
 
 class ServerState:
@@ -87,3 +88,8 @@ class ServerState:
 
     def token_text(self, token: int) -> str:
         return self.tokenizer.decode([token], skip_special_tokens=False)
+
+
+def state_of(request: Request) -> ServerState:
+    state: ServerState = request.app.state.server
+    return state

@@ -203,7 +203,7 @@ class Store:
         """Of writes that were cut short: files of ours without a row."""
         files = {self.path_of_file(row).name for row in self.select("SELECT * FROM files")}
         adapters = {row["directory"] for row in self.select("SELECT directory FROM models")}
-        jobs = {row["id"] for row in self.select("SELECT id FROM jobs WHERE status NOT IN ('succeeded', 'cancelled')")}
+        jobs = {row["id"] for row in self.select("SELECT id FROM jobs WHERE finished_at IS NULL")}
         for folder, form, known in (("files", "file", files), ("adapters", "ftjob", adapters), ("jobs", "ftjob", jobs)):
             for path in (self.directory / folder).iterdir():
                 if path.name in known or not re.match(rf"\.?{form}-[0-9a-f]{{24}}\b", path.name):

@@ -211,10 +211,7 @@ class Trainer:
             log.exception("job %s", training.id)
             try:
                 self._leave(training)
-                message = f"Paused: {type(error).__name__}: {error}. The job can be resumed"
-                with self._store.transaction():
-                    self._store.update("jobs", training.id, paused=1)
-                    self._store.add_event(training.id, message, level="error")
+                self.hold(training.id, f"{type(error).__name__}: {error}")
             except Exception:
                 log.exception("job %s: its pause can't be written", training.id)
 
@@ -389,8 +386,14 @@ class Trainer:
         training.evaluations.clear()
         self._unload(training.model)
 
-    def end(self, job: str, status: str, error: dict[str, Any] | None = None, keep: bool = False) -> None:
-        """Any thread may call it. `keep`: the state to go on from stays."""
+    def hold(self, job: str, why: str) -> None:
+        """Paused by what went wrong outside of it, with what was trained kept. Any thread may call it."""
+        with self._store.transaction():
+            self._store.update("jobs", job, paused=1)
+            self._store.add_event(job, f"Paused: {why}. The job can be resumed", level="error")
+
+    def end(self, job: str, status: str, error: dict[str, Any] | None = None) -> None:
+        """Any thread may call it."""
         message = f"The job failed: {error['message']}" if error else f"The job was {status}"
         try:
             with self._store.transaction():
@@ -399,8 +402,7 @@ class Trainer:
         except Exception:
             log.exception("job %s: its end can't be written", job)
             return
-        if not keep:
-            shutil.rmtree(self._store.resume_directory(job).parent, ignore_errors=True)
+        shutil.rmtree(self._store.resume_directory(job).parent, ignore_errors=True)
 
 
 def model_name(base: str, suffix: str | None, job: str) -> str:
