@@ -39,17 +39,17 @@ void save_kept(TrainingProgram& program, const Graph& graph, const KeepPlan& pla
 
 }  // namespace
 
-CompiledModel::CompiledModel(Graph base, AttachBypasses attach, const RowCounts& capacity)
-    : base_(std::move(base)), attach_(std::move(attach)), capacity_(capacity) {
+CompiledModel::CompiledModel(Graph base, AttachBypasses attach, const RowCounts& capacity, bool join)
+    : base_(std::move(base)), attach_(std::move(attach)), capacity_(capacity), join_(join) {
   auto graph = std::make_shared<Graph>(base_);
   const auto sites = all_sites();
   attach_(*graph, std::vector<SiteId>(sites.begin(), sites.end()));
   fuse_shared_inputs(*graph);
   const std::shared_ptr<const Graph> serving = graph;
-  trunk_ = Program(serving, nodes_in(*serving, Phase::kTrunk), {}, {serving->hidden}, capacity);
+  trunk_ = Program(serving, nodes_in(*serving, Phase::kTrunk), {}, {serving->hidden}, capacity, join);
   sample_head_ =
-      Program(serving, nodes_in(*serving, Phase::kSampleHead), {serving->hidden}, {serving->logits}, capacity);
-  score_head_ = Program(serving, nodes_in(*serving, Phase::kLossHead), {serving->hidden}, {}, capacity);
+      Program(serving, nodes_in(*serving, Phase::kSampleHead), {serving->hidden}, {serving->logits}, capacity, join);
+  score_head_ = Program(serving, nodes_in(*serving, Phase::kLossHead), {serving->hidden}, {}, capacity, join);
   workspace_bytes_ = trunk_.workspace_bytes() + std::max(sample_head_.workspace_bytes(), score_head_.workspace_bytes());
 }
 
@@ -75,7 +75,8 @@ TrainingProgram& CompiledModel::training(const std::set<SiteId>& sites) {
 
   program->first_layer = backward.first_layer;
   program->target_grad = backward.target_grad;
-  program->loss_head = Program(graph, nodes_in(*graph, Phase::kLossHead), {hidden}, {backward.target_grad}, capacity_);
+  program->loss_head =
+      Program(graph, nodes_in(*graph, Phase::kLossHead), {hidden}, {backward.target_grad}, capacity_, join_);
   program->workspace_bytes = program->loss_head.workspace_bytes();
   program->layers.resize(static_cast<std::size_t>(graph->num_layers));
   for (int l = backward.first_layer; l < graph->num_layers; ++l) {
@@ -97,7 +98,7 @@ TrainingProgram& CompiledModel::training(const std::set<SiteId>& sites) {
     std::vector<TensorId> outputs;
     if (layer.grad_out != kNoTensor) outputs.push_back(layer.grad_out);
     layer.program =
-        Program(graph, plan.nodes_of_layer[static_cast<std::size_t>(l)], std::move(inputs), outputs, capacity_);
+        Program(graph, plan.nodes_of_layer[static_cast<std::size_t>(l)], std::move(inputs), outputs, capacity_, join_);
     program->workspace_bytes = std::max(program->workspace_bytes, layer.program.workspace_bytes());
   }
   for (const auto& saved : program->saved) trunk_.observe(saved.trunk);

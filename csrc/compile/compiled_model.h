@@ -57,8 +57,8 @@ using AttachBypasses = std::function<void(Graph&, std::span<const SiteId>)>;
 class CompiledModel {
  public:
   /// `base`: the architecture's graph without bypasses. Serving programs get a bypass at every site, which costs
-  /// nothing where no adapter is.
-  CompiledModel(Graph base, AttachBypasses attach, const RowCounts& capacity);
+  /// nothing where no adapter is. `join`: as for Program.
+  CompiledModel(Graph base, AttachBypasses attach, const RowCounts& capacity, bool join = false);
 
   const Program& trunk() const { return trunk_; }
   const Program& sample_head() const { return sample_head_; }  // input: hidden state; output: logits
@@ -76,6 +76,7 @@ class CompiledModel {
   Graph base_;
   AttachBypasses attach_;
   RowCounts capacity_;
+  bool join_;
   Program trunk_, sample_head_, score_head_;
   std::size_t workspace_bytes_ = 0;
   std::map<std::set<SiteId>, std::unique_ptr<TrainingProgram>> training_;

@@ -20,9 +20,11 @@ class ProgramObserver {
 class Program {
  public:
   Program() = default;
-  /// `inputs` are bound by the caller at each run; `outputs` stay valid after the last node.
+  /// `inputs` are bound by the caller at each run; `outputs` stay valid after the last node. `join`: outputs of one
+  /// node lie side by side, as columns of one matrix, where the node and all readers take that
+  /// (Operator::joins_outputs).
   Program(std::shared_ptr<const Graph> graph, std::vector<NodeId> nodes, std::vector<TensorId> inputs,
-          std::vector<TensorId> outputs, const RowCounts& capacity);
+          std::vector<TensorId> outputs, const RowCounts& capacity, bool join = false);
 
   std::size_t workspace_bytes() const { return workspace_bytes_; }
   const std::vector<TensorId>& inputs() const { return inputs_; }
@@ -38,11 +40,13 @@ class Program {
 
  private:
   struct Place {
-    int input = -1;          // index of the input that holds it; -1: workspace
-    std::size_t offset = 0;  // in the workspace
+    int input = -1;           // index of the input that holds it; -1: workspace
+    std::size_t offset = 0;   // in the workspace
+    std::int64_t stride = 0;  // elements from row to row; of an input, its own
     bool known = false;
   };
-  void assign_memory(const RowCounts& capacity, const std::vector<TensorId>& outputs);
+  void assign_memory(const RowCounts& capacity, const std::vector<TensorId>& outputs, bool join);
+  std::vector<bool> without_gaps() const;
 
   std::shared_ptr<const Graph> graph_;
   std::vector<NodeId> nodes_;

@@ -86,6 +86,13 @@ TensorView TensorView::reshape(std::initializer_list<std::int64_t> shape) const 
   return view;
 }
 
+TensorView TensorView::split_rows(std::int64_t count) const {
+  require(ndim_ == 2 && count > 0 && shape_[1] % count == 0, "tensor: rows of ", describe(), " in ", count, " parts");
+  TensorView view(data_, dtype_, {shape_[0], count, shape_[1] / count});
+  view.strides_[0] = strides_[0];
+  return view;
+}
+
 std::string TensorView::describe() const {
   std::string text = str(dtype_name(dtype_), " [");
   for (int d = 0; d < ndim_; ++d) text += str(d ? ", " : "", shape_[d]);

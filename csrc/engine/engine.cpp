@@ -44,7 +44,7 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
       scratch(device->allocator(), ledger),
       registry(make_op_registry()),
       context{&registry, sizes.device, &threads, &scratch, device->stream()},
-      compiled(build_model(model, sizes.compute), attach_lora, row_capacity(sizes.limits)),
+      compiled(build_model(model, sizes.compute), attach_lora, row_capacity(sizes.limits), joins_outputs(sizes.device)),
       weights(context, device->allocator(), ledger, sizes.compute),
       adapters(compiled.base().sites, device->allocator(), ledger),
       blocks(sizes.limits.num_blocks, sizes.limits.block_size, config.enable_prefix_caching),

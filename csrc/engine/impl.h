@@ -46,6 +46,8 @@ struct EngineSizes {
 };
 EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config);
 RowCounts row_capacity(const ExecutorLimits& limits);
+/// On a GPU one product for q, k and v is faster than three; the CPU's kernels share x among members themselves.
+inline bool joins_outputs(Device device) { return device.kind != DeviceKind::kCpu; }
 /// With the tokens in flight that finetune_memory_bytes allows.
 SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
                                  CompiledModel& compiled);

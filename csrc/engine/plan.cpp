@@ -92,7 +92,8 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   const EngineSizes sizes = engine_sizes(model, config);
   require(sequence_length >= 1 && sequence_length <= sizes.max_model_len, "sequence_length: ", sequence_length,
           ", wanted 1 to max_model_len (", sizes.max_model_len, ")");
-  CompiledModel compiled(build_model(model, sizes.compute), attach_lora, row_capacity(sizes.limits));
+  CompiledModel compiled(build_model(model, sizes.compute), attach_lora, row_capacity(sizes.limits),
+                         joins_outputs(sizes.device));
   MemoryPlan plan;
   plan.num_layers = model.num_layers;
   plan.sequence_length = sequence_length;

@@ -28,7 +28,7 @@ class EmbeddingOp final : public Operator {
 };
 
 TensorView grouped(const TensorView& x, std::int64_t group) {
-  return x.reshape({x.shape(0) * (x.shape(1) / group), group});
+  return x.shape(1) == group ? x : x.reshape({x.shape(0) * (x.shape(1) / group), group});
 }
 
 class RmsNormBackwardOp final : public Operator {
@@ -36,6 +36,7 @@ class RmsNormBackwardOp final : public Operator {
   RmsNormBackwardOp(ParamId weight, std::int64_t group, float eps, bool accumulate)
       : weight_(weight), group_(group), eps_(eps), accumulate_(accumulate) {}
   std::string_view name() const override { return "rms_norm_backward"; }
+  bool takes_gaps(std::int64_t width) const override { return width == group_; }
   int alias(int) const override { return accumulate_ ? 2 : -1; }
   // in: grad y, x [, gradient to add to]
   void run(const RunState& state, const Node&, std::span<const TensorView> in,
@@ -57,6 +58,7 @@ class RmsNormOp final : public Operator {
  public:
   RmsNormOp(ParamId weight, std::int64_t group, float eps) : weight_(weight), group_(group), eps_(eps) {}
   std::string_view name() const override { return "rms_norm"; }
+  bool takes_gaps(std::int64_t width) const override { return width == group_; }
   bool rebuildable() const override { return true; }
   void run(const RunState& state, const Node&, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
@@ -81,48 +83,42 @@ class RmsNormOp final : public Operator {
 
 class RotaryOp final : public Operator {
  public:
-  RotaryOp(std::int64_t num_heads, std::int64_t head_dim, bool inverse)
-      : num_heads_(num_heads), head_dim_(head_dim), inverse_(inverse) {}
+  RotaryOp(std::int64_t num_heads, bool inverse) : num_heads_(num_heads), inverse_(inverse) {}
   std::string_view name() const override { return inverse_ ? "rotary_backward" : "rotary"; }
   int alias(int) const override { return 0; }
   bool in_place_only() const override { return false; }
   bool rebuildable() const override { return true; }
   void run(const RunState& state, const Node&, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
-    const auto rows = in[0].shape(0);
-    flexcore::run(*state.context, RotaryArgs{in[0].reshape({rows, num_heads_, head_dim_}),
-                                             out[0].reshape({rows, num_heads_, head_dim_}), state.batch->positions,
-                                             state.batch->cos, state.batch->sin, inverse_});
+    flexcore::run(*state.context, RotaryArgs{in[0].split_rows(num_heads_), out[0].split_rows(num_heads_),
+                                             state.batch->positions, state.batch->cos, state.batch->sin, inverse_});
   }
   void vjp(BackwardBuilder& builder, const Node& node) const override {
     const TensorId grad = builder.grad(node.outputs[0]);
     if (grad == kNoTensor) return;
-    builder.emit(std::make_shared<RotaryOp>(num_heads_, head_dim_, !inverse_), {grad}, {node.inputs[0]},
+    builder.emit(std::make_shared<RotaryOp>(num_heads_, !inverse_), {grad}, {node.inputs[0]},
                  builder.graph().tensor(grad).dtype);
   }
 
  private:
-  std::int64_t num_heads_, head_dim_;
+  std::int64_t num_heads_;
   bool inverse_;
 };
-
-TensorView heads(const TensorView& x, std::int64_t num_heads, std::int64_t head_dim) {
-  return x.reshape({x.shape(0), num_heads, head_dim});
-}
 
 class AttentionBackwardOp final : public Operator {
  public:
   explicit AttentionBackwardOp(const AttentionShape& shape) : shape_(shape) {}
   std::string_view name() const override { return "attention_backward"; }
+  bool joins_outputs() const override { return true; }
   // in: grad y, q, y, lse; out: grad q, grad k, grad v of these rows. Adds to the sequences' accumulators.
   void run(const RunState& state, const Node& node, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
-    const auto [h, kv, d] = std::tuple(shape_.num_heads, shape_.num_kv_heads, shape_.head_dim);
+    const auto h = shape_.num_heads, kv = shape_.num_kv_heads;
     flexcore::run(*state.context,
-                  AttentionBackwardArgs{heads(in[0], h, d), heads(in[1], h, d), heads(in[2], h, d), in[3],
+                  AttentionBackwardArgs{in[0].split_rows(h), in[1].split_rows(h), in[2].split_rows(h), in[3],
                                         state.batch->pages[static_cast<std::size_t>(node.layer)],
-                                        state.batch->backward_spans, heads(out[0], h, d), heads(out[1], kv, d),
-                                        heads(out[2], kv, d), shape_.scale, shape_.sliding_window});
+                                        state.batch->backward_spans, out[0].split_rows(h), out[1].split_rows(kv),
+                                        out[2].split_rows(kv), shape_.scale, shape_.sliding_window});
   }
 
  private:
@@ -136,10 +132,10 @@ class AttentionOp final : public Operator {
   bool effect() const override { return true; }
   void run(const RunState& state, const Node& node, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
-    const auto [h, kv, d] = std::tuple(shape_.num_heads, shape_.num_kv_heads, shape_.head_dim);
+    const auto h = shape_.num_heads, kv = shape_.num_kv_heads;
     const auto& pages = state.batch->pages[static_cast<std::size_t>(node.layer)];
-    flexcore::run(*state.context, KvWriteArgs{heads(in[1], kv, d), heads(in[2], kv, d), pages, state.batch->spans});
-    flexcore::run(*state.context, AttentionArgs{heads(in[0], h, d), pages, state.batch->spans, heads(out[0], h, d),
+    flexcore::run(*state.context, KvWriteArgs{in[1].split_rows(kv), in[2].split_rows(kv), pages, state.batch->spans});
+    flexcore::run(*state.context, AttentionArgs{in[0].split_rows(h), pages, state.batch->spans, out[0].split_rows(h),
                                                 out[1], shape_.scale, shape_.sliding_window});
   }
   void vjp(BackwardBuilder& builder, const Node& node) const override {
@@ -157,6 +153,7 @@ class AttentionOp final : public Operator {
 class SiluMulBackwardOp final : public Operator {
  public:
   std::string_view name() const override { return "silu_mul_backward"; }
+  bool joins_outputs() const override { return true; }
   // in: grad y, gate, up; out: grad gate, grad up
   void run(const RunState& state, const Node&, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
@@ -186,8 +183,8 @@ std::shared_ptr<const Operator> embedding_op(ParamId weight) { return std::make_
 std::shared_ptr<const Operator> rms_norm_op(ParamId weight, std::int64_t group, float eps) {
   return std::make_shared<RmsNormOp>(weight, group, eps);
 }
-std::shared_ptr<const Operator> rotary_op(std::int64_t num_heads, std::int64_t head_dim, bool inverse) {
-  return std::make_shared<RotaryOp>(num_heads, head_dim, inverse);
+std::shared_ptr<const Operator> rotary_op(std::int64_t num_heads, bool inverse) {
+  return std::make_shared<RotaryOp>(num_heads, inverse);
 }
 std::shared_ptr<const Operator> attention_op(const AttentionShape& shape) {
   return std::make_shared<AttentionOp>(shape);

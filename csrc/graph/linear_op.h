@@ -23,6 +23,7 @@ class LinearOp final : public Operator {
            std::span<const TensorView> out) const override;
   void vjp(BackwardBuilder& builder, const Node& node) const override;
   int alias(int) const override { return residual_ ? 1 : -1; }
+  bool joins_outputs() const override { return true; }
 
   const std::vector<Member>& members() const { return members_; }
   bool residual() const { return residual_; }

@@ -62,6 +62,10 @@ class Operator {
   virtual int alias(int /*output*/) const { return -1; }
   /// False: the alias only saves memory, the kernel can also write elsewhere.
   virtual bool in_place_only() const { return true; }
+  /// Its outputs may be columns of one matrix, so that one product can make or read all of them.
+  virtual bool joins_outputs() const { return false; }
+  /// Rows of an input of that width may have gaps.
+  virtual bool takes_gaps(std::int64_t /*width*/) const { return true; }
   /// Cheap enough (no GEMM, no attention) to run again in the backward instead of keeping its output.
   virtual bool rebuildable() const { return false; }
   /// Holds trainable parameters: its outputs need gradients.

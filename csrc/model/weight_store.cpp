@@ -54,12 +54,19 @@ WeightStore::Table WeightStore::make_table(OpContext& context, std::span<const W
               " and as ", shape_text(shape_of(spec)));
       continue;
     }
-    std::size_t bytes = static_cast<std::size_t>(spec.out_features) * sizeof(float);
-    if (spec.in_features > 0) run(context, PackedWeightBytesArgs{spec.out_features, spec.in_features, dtype, &bytes});
-    table.entries.push_back({spec, Tier::kDevice, table.bytes});
+    table.entries.push_back({spec, Tier::kDevice, 0});
     table.by_name.emplace(table.entries.back().spec.name, table.entries.size() - 1);
-    table.bytes += (bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
+  // Matrices first: those that are asked for one after the other lie side by side, whatever vectors there are between.
+  for (const bool matrices : {true, false})
+    for (auto& entry : table.entries) {
+      const WeightSpec& spec = entry.spec;
+      if ((spec.in_features > 0) != matrices) continue;
+      std::size_t bytes = static_cast<std::size_t>(spec.out_features) * sizeof(float);
+      if (matrices) run(context, PackedWeightBytesArgs{spec.out_features, spec.in_features, dtype, &bytes});
+      entry.offset = table.bytes;
+      table.bytes += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    }
   return table;
 }
 

@@ -73,7 +73,9 @@ TEST_P(LinearTest, ForwardMatchesReference) {
             for (std::int64_t l = 0; l < k; ++l) sum += rounded(x(i, l), weight_dtype) * weight.values(j, l);
             return sum;
           };
-          EXPECT_LT(worst_error(y, wanted), tolerance(dtype, k))
+          // The CUDA library rounds a product to bfloat16 before it adds y and the bias, and then the sum.
+          const bool rounded_twice = !on_cpu() && form > 0 && dtype == DType::kBFloat16;
+          EXPECT_LT(worst_error(y, wanted), tolerance(dtype, k) * (rounded_twice ? 3 : 1))
               << m << " x " << n << " x " << k << ", form " << form << ", " << dtype_name(weight_dtype) << " weight, "
               << dtype_name(dtype) << " rows";
           EXPECT_TRUE(y.gaps_untouched());

@@ -5,6 +5,7 @@
 #include "backends/cuda/kernels/attention_backward.cuh"
 #include "backends/cuda/kernels/attention_backward_small.cuh"
 #include "backends/cuda/kernels/attention_exact_backward.cuh"
+#include "backends/cuda/kernels/elementwise.cuh"
 #include "ops/attention.h"
 
 namespace flexcore::cuda {
@@ -25,6 +26,16 @@ AttentionCut backward_cut(bool tensor_cores, std::int64_t multiprocessors) {
           .slots = multiprocessors * GradQShape<D>::kBlocks};
 }
 
+// The gradient in bfloat16: tensor cores round it for the products in any case.
+TensorView in_bfloat16(OpContext& context, const TensorView& x) {
+  const std::int64_t rows = x.shape(0), width = x.shape(1) * x.shape(2);
+  if (x.dtype() == DType::kBFloat16 || x.stride(1) != x.shape(2)) return x;
+  const TensorView y = context.scratch->tensor(DType::kBFloat16, {rows, x.shape(1), x.shape(2)});
+  map_rows(CopyRows{rows_of(x), rows_of(y), nullptr, 0, false}, rows, width,
+           packs_of(rows_of(x), width) && packs_of(rows_of(y), width), handle_of(context));
+  return y;
+}
+
 void attention_backward(OpContext& context, const AttentionBackwardArgs& args) {
   AttentionProblem p = attention_problem(args.q, args.y, args.lse, args.pages, args.scale, args.sliding_window);
   std::vector<AttentionSpan> spans;
@@ -35,12 +46,13 @@ void attention_backward(OpContext& context, const AttentionBackwardArgs& args) {
   }
   const cudaStream_t stream = handle_of(context);
   const Arena::Scope scope(*context.scratch);
-  AttentionGradients g{head_rows_of(args.grad_y),
-                       head_rows_of(args.grad_q),
-                       head_rows_of(args.grad_k_rows),
-                       head_rows_of(args.grad_v_rows),
-                       nullptr,
-                       nullptr};
+  AttentionGradients g{
+      on_tensor_cores(p, p.q) ? head_rows_of(in_bfloat16(context, args.grad_y)) : head_rows_of(args.grad_y),
+      head_rows_of(args.grad_q),
+      head_rows_of(args.grad_k_rows),
+      head_rows_of(args.grad_v_rows),
+      nullptr,
+      nullptr};
   const bool tensor_cores = on_tensor_cores(p, p.q, g.grad_y);
   over_head_dims(p.head_dim, [&]<int D>() {
     const AttentionTables tables =

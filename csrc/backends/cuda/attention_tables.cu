@@ -220,7 +220,8 @@ std::int64_t attention_scratch(const ScratchShape& s, const DeviceSize& device) 
   // Rows of partial results: of the splits above, up to a power of two.
   const std::int64_t rows = 2 * 2 * kMostBlocks * device.num_multiprocessors * kMostTileRows;
   return rows * (s.head_dim + 2) * static_cast<std::int64_t>(sizeof(float)) +
-         s.rows * (s.num_heads * static_cast<std::int64_t>(sizeof(float)) + 16);
+         s.rows * (s.num_heads * static_cast<std::int64_t>(sizeof(float)) + 16) +
+         2 * s.rows * s.num_heads * s.head_dim;  // the gradient of y in bfloat16
 }
 
 AttentionTables attention_tables(OpContext& context, std::span<const AttentionSpan> spans, const AttentionHeads& heads,

@@ -47,6 +47,7 @@ Api load() {
   FLEXCORE_FIND(MatmulPreferenceDestroy);
   FLEXCORE_FIND(MatmulPreferenceSetAttribute);
   FLEXCORE_FIND(MatmulAlgoGetHeuristic);
+  FLEXCORE_FIND(MatmulAlgoCheck);
   FLEXCORE_FIND(Matmul);
 #undef FLEXCORE_FIND
   return api;
@@ -97,7 +98,15 @@ struct Plan {
   Owned<lt::MatrixLayout> a, b, c;  // the library's, column-major
   lt::Algorithm algorithm;
   std::size_t workspace_bytes;
+  bool supported = false;
 };
+
+// The library refuses a workspace that is less aligned than a buffer of its own would be.
+void* aligned_workspace(Arena& scratch, std::size_t bytes) {
+  constexpr std::uintptr_t kAlignment = 256;
+  const auto at = reinterpret_cast<std::uintptr_t>(scratch.allocate(bytes + kAlignment - 1));
+  return reinterpret_cast<void*>((at + kAlignment - 1) / kAlignment * kAlignment);
+}
 
 /// Of one stream: not thread-safe, as the stream's work is not.
 class Library {
@@ -110,16 +119,19 @@ class Library {
   Library(const Library&) = delete;
   Library& operator=(const Library&) = delete;
 
-  void run(OpContext& context, const Gemm& g) {
+  /// False: the library has nothing for this shape.
+  bool run(OpContext& context, const Gemm& g) {
     Plan& plan = plan_for(g);
+    if (!plan.supported) return false;
     if (g.bias) set(plan.desc.get(), lt::kDescBiasPointer, g.bias.data());
     const Arena::Scope scope(*context.scratch);
-    void* workspace = plan.workspace_bytes > 0 ? context.scratch->allocate(plan.workspace_bytes) : nullptr;
+    void* workspace = plan.workspace_bytes > 0 ? aligned_workspace(*context.scratch, plan.workspace_bytes) : nullptr;
     const float one = 1.0f, beta = g.accumulate ? 1.0f : 0.0f;
     require_lt(lt::api().Matmul(handle_, plan.desc.get(), &one, g.b.data(), plan.a.get(), g.a.data(), plan.b.get(),
                                 &beta, g.c.data(), plan.c.get(), g.c.data(), plan.c.get(), &plan.algorithm, workspace,
                                 plan.workspace_bytes, handle_of(context)),
                "Matmul");
+    return true;
   }
 
  private:
@@ -161,6 +173,29 @@ class Library {
       set(desc, lt::kDescEpilogue, lt::kEpilogueBias);
       set(desc, lt::kDescBiasPointer, g.bias.data());
     }
+    const lt::Heuristic found = algorithm_for(plan, g, planned_rows(g), alignments);
+    plan.supported = found.state == 0;
+    plan.algorithm = found.algorithm;
+    plan.workspace_bytes = found.workspace_bytes;
+    return plans_.emplace(key, std::move(plan)).first->second;
+  }
+
+  // Rows that the algorithm is chosen for. The bits of a row must not depend on how many others there are: the
+  // library's bfloat16 kernels add in one order as long as no sum is split, so that any of them will do. For narrow
+  // matrices and few rows its first choice is meant for split sums, and slow without: they get that for more rows,
+  // which has more blocks along the columns (bench/studies/gemm_invariance.cpp). Its float32 kernels differ in their
+  // order: one for all.
+  static std::int64_t planned_rows(const Gemm& g) {
+    constexpr std::int64_t kRows = 128, kNarrow = 4608, kNarrowest = 2048, kFewRows = 17;
+    const std::int64_t m = g.a.shape(0), n = g.c.shape(1);
+    if (g.a.dtype() == DType::kFloat32) return kRows;
+    return n < kNarrowest ? std::max(m, kRows) : n < kNarrow ? std::max(m, kFewRows) : m;
+  }
+
+  /// The library's first choice for so many rows, if it can do the plan's; `state` is not 0 if there is nothing.
+  lt::Heuristic algorithm_for(const Plan& plan, const Gemm& g, std::int64_t rows,
+                              const std::array<std::uint32_t, 3>& alignments) {
+    const lt::Api& api = lt::api();
     lt::Preference preference = nullptr;
     require_lt(api.MatmulPreferenceCreate(&preference), "MatmulPreferenceCreate");
     const Owned<lt::Preference> owner(preference, api.MatmulPreferenceDestroy);
@@ -169,18 +204,30 @@ class Library {
                  "MatmulPreferenceSetAttribute");
     };
     prefer(lt::kPreferenceWorkspace, kWorkspaceBytes);
+    prefer(lt::kPreferenceReductions, lt::kNoReduction);
     for (int i = 0; i < 4; ++i)  // a, b, c, d
       prefer(lt::kPreferenceAlignment + i, alignments[static_cast<std::size_t>(std::min(i, 2))]);
-    lt::Heuristic result{};
+    const auto b = make_layout(g.a.dtype(), g.a.shape(1), rows, g.a.stride(0));
+    const auto c = make_layout(g.c.dtype(), g.c.shape(1), rows, g.c.stride(0));
+    lt::Heuristic found{};
     int count = 0;
-    require_lt(api.MatmulAlgoGetHeuristic(handle_, desc, plan.a.get(), plan.b.get(), plan.c.get(), plan.c.get(),
-                                          preference, 1, &result, &count),
-               "MatmulAlgoGetHeuristic");
-    require<DeviceError>(count == 1 && result.state == 0, "cuda: cublasLt has no algorithm for ", g.a, " x ", g.b,
-                         " -> ", g.c);
-    plan.algorithm = result.algorithm;
-    plan.workspace_bytes = result.workspace_bytes;
-    return plans_.emplace(key, std::move(plan)).first->second;
+    const lt::Status status = api.MatmulAlgoGetHeuristic(handle_, plan.desc.get(), plan.a.get(), b.get(), c.get(),
+                                                         c.get(), preference, 1, &found, &count);
+    if (status != lt::kNotSupported) require_lt(status, "MatmulAlgoGetHeuristic");
+    const std::int64_t m = g.a.shape(0);
+    if (status != 0 || count == 0 || found.state != 0) {
+      found.state = lt::kNotSupported;
+    } else if (rows != m) {
+      lt::Heuristic checked{};
+      const lt::Algorithm algorithm = found.algorithm;
+      found.state = api.MatmulAlgoCheck(handle_, plan.desc.get(), plan.a.get(), plan.b.get(), plan.c.get(),
+                                        plan.c.get(), &algorithm, &checked);
+      found.workspace_bytes = std::max(found.workspace_bytes, checked.workspace_bytes);
+      if (found.workspace_bytes > kWorkspaceBytes) found.state = lt::kNotSupported;
+    }
+    // Without it bfloat16 rows have the same bits still; float32 rows fall to the plain kernel.
+    if (found.state != 0 && rows != m && g.a.dtype() == DType::kBFloat16) return algorithm_for(plan, g, m, alignments);
+    return found;
   }
 
   lt::Handle handle_ = nullptr;
@@ -193,7 +240,7 @@ void gemm(OpContext& context, const Gemm& args) {
   if (args.c.empty()) return;
   auto& state = stream_of(context).gemm;
   if (state == nullptr) state = std::make_shared<Library>();
-  static_cast<Library*>(state.get())->run(context, args);
+  if (!static_cast<Library*>(state.get())->run(context, args)) simple_gemm(context, args);
 }
 
 }  // namespace flexcore::cuda

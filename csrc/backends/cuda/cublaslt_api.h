@@ -9,7 +9,8 @@
 // library when a GPU first multiplies. Names and values are those of cublasLt.h and cublas_api.h, CUDA 12 and 13.
 namespace flexcore::cuda::lt {
 
-using Status = int;  // 0: success
+using Status = int;                          // 0: success
+inline constexpr Status kNotSupported = 15;  // CUBLAS_STATUS_NOT_SUPPORTED
 using Handle = struct HandleOpaque*;
 using MatmulDesc = struct MatmulDescOpaque*;
 using MatrixLayout = struct MatrixLayoutOpaque*;
@@ -20,8 +21,9 @@ inline constexpr int kCompute32F = 68;                                          
 inline constexpr std::int32_t kTranspose = 1;                                   // CUBLAS_OP_T
 inline constexpr int kDescTransA = 3, kDescEpilogue = 7, kDescBiasPointer = 8;  // CUBLASLT_MATMUL_DESC_*
 inline constexpr std::int32_t kEpilogueBias = 4;                                // CUBLASLT_EPILOGUE_BIAS
-// CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, then _MIN_ALIGNMENT_A_BYTES to _D_BYTES
-inline constexpr int kPreferenceWorkspace = 1, kPreferenceAlignment = 5;
+// CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, _REDUCTION_SCHEME_MASK, then _MIN_ALIGNMENT_A_BYTES to _D_BYTES
+inline constexpr int kPreferenceWorkspace = 1, kPreferenceReductions = 3, kPreferenceAlignment = 5;
+inline constexpr std::uint32_t kNoReduction = 0;  // CUBLASLT_REDUCTION_SCHEME_NONE
 
 struct Algorithm {
   std::uint64_t data[8];
@@ -49,6 +51,8 @@ struct Api {
   Status (*MatmulPreferenceSetAttribute)(Preference, int attribute, const void* value, std::size_t bytes);
   Status (*MatmulAlgoGetHeuristic)(Handle, MatmulDesc, MatrixLayout, MatrixLayout, MatrixLayout, MatrixLayout,
                                    Preference, int requested, Heuristic* results, int* returned);
+  Status (*MatmulAlgoCheck)(Handle, MatmulDesc, MatrixLayout, MatrixLayout, MatrixLayout, MatrixLayout,
+                            const Algorithm*, Heuristic* result);
   Status (*Matmul)(Handle, MatmulDesc, const void* alpha, const void* a, MatrixLayout, const void* b, MatrixLayout,
                    const void* beta, const void* c, MatrixLayout, void* d, MatrixLayout, const Algorithm*,
                    void* workspace, std::size_t workspace_bytes, cudaStream_t);

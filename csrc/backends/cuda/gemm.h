@@ -19,4 +19,7 @@ struct Gemm {
 /// Throws DeviceError when the library is not there or refuses.
 void gemm(OpContext& context, const Gemm& args);
 
+/// The same by a plain kernel: for shapes and alignments that the library refuses.
+void simple_gemm(OpContext& context, const Gemm& args);
+
 }  // namespace flexcore::cuda

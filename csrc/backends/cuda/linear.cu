@@ -13,12 +13,6 @@ namespace flexcore::cuda {
 
 namespace {
 
-// "Packed" is row-major in the computing dtype: what the GEMM library wants for both directions, and what look-up
-// reads.
-TensorView matrix_of(const WeightView& weight) {
-  return TensorView(const_cast<void*>(weight.data), weight.dtype, {weight.out_features, weight.in_features});
-}
-
 void convert(OpContext& context, const TensorView& x, const TensorView& y, const char* op) {
   const std::int64_t width = x.shape(1);
   map_rows(CopyRows{rows_of(x), rows_of(y), nullptr, 0, false}, x.shape(0), width, all_packs(width, x, y),
@@ -34,37 +28,106 @@ TensorView in_dtype(OpContext& context, const TensorView& x, DType dtype, const 
   return y;
 }
 
+std::int64_t element_size(DType dtype) { return static_cast<std::int64_t>(dtype_size(dtype)); }
+
+// Whether b's columns follow a's in the same rows.
+bool follows(const TensorView& a, const TensorView& b) {
+  return a.dtype() == b.dtype() && a.stride(0) == b.stride(0) &&
+         b.data() == a.as<std::byte>() + a.shape(1) * element_size(a.dtype());
+}
+bool follows(const WeightView& a, const WeightView& b) {
+  return a.dtype == b.dtype && a.in_features == b.in_features &&
+         b.data == static_cast<const std::byte*>(a.data) + a.out_features * a.in_features * element_size(a.dtype);
+}
+
+/// Neighbours that one product computes, as a member of their own.
+TensorView joined(TensorView first, std::int64_t width) {
+  TensorView all(first.data(), first.dtype(), {first.shape(0), width});
+  all.set_stride(0, first.stride(0));
+  return all;
+}
+// "Packed" is row-major in the computing dtype: what the GEMM library wants for both directions, and what look-up
+// reads.
+TensorView joined(const WeightView& first, std::int64_t out_features) {
+  return TensorView(const_cast<void*>(first.data), first.dtype, {out_features, first.in_features});
+}
+
+// visit(first member, one beyond the last, features of all of them) for members that follow each other.
+template <class Members, class Output, class Visit>
+void for_neighbours(const Members& members, Output&& output, Visit&& visit) {
+  for (std::size_t i = 0; i < members.size();) {
+    std::int64_t width = members[i].weight.out_features;
+    std::size_t end = i + 1;
+    const TensorView first = output(members[i]);
+    for (; end < members.size() && follows(members[end - 1].weight, members[end].weight) &&
+           follows(output(members[end - 1]), output(members[end])) &&
+           first.stride(0) >= width + members[end].weight.out_features;
+         ++end)
+      width += members[end].weight.out_features;
+    visit(i, end, width);
+    i = end;
+  }
+}
+
+// The biases of members side by side, in the dtype of y; nothing where there is none.
+TensorView joined_bias(OpContext& context, std::span<const LinearArgs::Member> members, std::int64_t width) {
+  const DType dtype = members[0].y.dtype();
+  if (std::none_of(members.begin(), members.end(), [](const auto& m) { return static_cast<bool>(m.bias); })) return {};
+  // The library's kernels read a bias in packs, and ask nobody how it is aligned.
+  if (members.size() == 1 && members[0].bias.dtype() == dtype && aligned_for_packs(members[0].bias))
+    return members[0].bias;
+  const TensorView bias = context.scratch->tensor(dtype, {width});
+  std::int64_t begin = 0;
+  for (const auto& m : members) {
+    const std::int64_t count = m.weight.out_features;
+    const TensorView part(bias.as<std::byte>() + begin * element_size(dtype), dtype, {1, count});
+    convert(context, m.bias.reshape({1, count}), part, "linear");
+    begin += count;
+  }
+  return bias;
+}
+
 void linear(OpContext& context, const LinearArgs& args) {
   if (args.x.shape(0) == 0) return;
   const Arena::Scope scope(*context.scratch);
   TensorView converted[2];  // for float32 and for bfloat16 weights
-  for (const auto& member : args.members) {
-    TensorView& x = converted[member.weight.dtype == DType::kBFloat16];
-    if (!x) x = in_dtype(context, args.x, member.weight.dtype, "linear");
-    Gemm product{.a = x,
-                 .b = matrix_of(member.weight),
-                 .c = member.y,
-                 .transpose_b = true,
-                 .accumulate = member.mode == GradMode::kAccumulate};
-    if (member.bias) {
-      const std::int64_t width = member.weight.out_features;
-      product.bias = in_dtype(context, member.bias.reshape({1, width}), member.y.dtype(), "linear").reshape({width});
-    }
-    gemm(context, product);
-  }
+  const auto product = [&](std::span<const LinearArgs::Member> members, std::int64_t width) {
+    const auto& first = members[0];
+    TensorView& x = converted[first.weight.dtype == DType::kBFloat16];
+    if (!x) x = in_dtype(context, args.x, first.weight.dtype, "linear");
+    gemm(context, {.a = x,
+                   .b = joined(first.weight, width),
+                   .c = joined(first.y, width),
+                   .bias = joined_bias(context, members, width),
+                   .transpose_b = true,
+                   .accumulate = first.mode == GradMode::kAccumulate});
+  };
+  for_neighbours(
+      args.members, [](const auto& m) { return m.y; },
+      [&](std::size_t begin, std::size_t end, std::int64_t width) {
+        const auto members = args.members.subspan(begin, end - begin);
+        const bool alike = std::all_of(members.begin(), members.end(), [&](const auto& m) {
+          return m.mode == members[0].mode && static_cast<bool>(m.bias) == static_cast<bool>(members[0].bias);
+        });
+        if (alike) return product(members, width);
+        for (std::size_t i = 0; i < members.size(); ++i) product(members.subspan(i, 1), members[i].weight.out_features);
+      });
 }
 
 void linear_backward(OpContext& context, const LinearBackwardArgs& args) {
   if (args.grad_x.shape(0) == 0) return;
   const Arena::Scope scope(*context.scratch);
   bool accumulate = args.mode == GradMode::kAccumulate;
-  for (const auto& member : args.members) {
-    gemm(context, {.a = in_dtype(context, member.grad_y, member.weight.dtype, "linear_backward"),
-                   .b = matrix_of(member.weight),
-                   .c = args.grad_x,
-                   .accumulate = accumulate});
-    accumulate = true;
-  }
+  for_neighbours(
+      args.members, [](const auto& m) { return m.grad_y; },
+      [&](std::size_t begin, std::size_t, std::int64_t width) {
+        const auto& first = args.members[begin];
+        gemm(context, {.a = in_dtype(context, joined(first.grad_y, width), first.weight.dtype, "linear_backward"),
+                       .b = joined(first.weight, width),
+                       .c = args.grad_x,
+                       .accumulate = accumulate});
+        accumulate = true;
+      });
 }
 
 constexpr std::int64_t kPartBytes = std::int64_t{16} << 20;
@@ -105,7 +168,7 @@ void packed_weight_bytes(OpContext&, const PackedWeightBytesArgs& args) {
 }
 
 void embedding(OpContext& context, const EmbeddingArgs& args) {
-  const TensorView weight = matrix_of(args.weight);
+  const TensorView weight = joined(args.weight, args.weight.out_features);
   const std::int64_t width = weight.shape(1);
   map_rows(CopyRows{rows_of(weight), rows_of(args.y), args.token_ids.as<const std::int32_t>(), weight.shape(0), false},
            args.y.shape(0), width, all_packs(width, weight, args.y), handle_of(context));

@@ -57,6 +57,8 @@ class TensorView {
   TensorView rows(std::int64_t begin, std::int64_t end) const;
   /// The same elements under another shape; the tensor must be contiguous.
   TensorView reshape(std::initializer_list<std::int64_t> shape) const;
+  /// A matrix whose rows are cut into `count` parts: [rows, count, width / count]. Rows may have gaps.
+  TensorView split_rows(std::int64_t count) const;
   void set_stride(int i, std::int64_t stride) { strides_[i] = stride; }
 
   std::string describe() const;  // "bfloat16 [3, 576]", for messages
