@@ -59,10 +59,14 @@ def test_launches_are_those_that_were_counted(config: dict[str, Any], step: dict
 def test_one_linear_by_hand() -> None:
     kernel = floors.linear("y", rows=3, inputs=5, outputs=(7, 11))
     weights, inputs, outputs = 2 * 5 * 18, 2 * (2 * 3 * 5), 2 * 3 * 18
-    assert (kernel.bytes, kernel.flops, kernel.launches) == (weights + inputs + outputs, 2 * 3 * 5 * 18, 2)
+    assert (kernel.bytes, kernel.flops, kernel.launches) == (weights + inputs / 2 + outputs, 2 * 3 * 5 * 18, 1)
+    apart = floors.linear("y", rows=3, inputs=5, outputs=(7, 11), joined=False)
+    assert (apart.bytes, apart.flops, apart.launches) == (weights + inputs + outputs, 2 * 3 * 5 * 18, 2)
     residual = floors.linear("y", rows=3, inputs=5, outputs=(7,), out_size=4, add=True)
     assert residual.bytes == 2 * 5 * 7 + 2 * 3 * 5 + 2 * 4 * 3 * 7
     backward = floors.linear_backward("x", rows=3, inputs=5, outputs=(7, 11))
+    assert backward.bytes == 2 * 5 * 18 + 2 * 3 * 18 + 4 * 3 * 5
+    backward = floors.linear_backward("x", rows=3, inputs=5, outputs=(7, 11), joined=False)
     assert backward.bytes == 2 * 5 * 18 + 2 * 3 * 18 + 3 * (4 * 3 * 5)  # written, read, written
 
 
@@ -70,7 +74,7 @@ def test_one_bypass_by_hand() -> None:
     kernel = floors.lora_forward("y", Lora(rank=2, segments=(3, 1)), inputs=5, outputs=(7,))
     assert kernel.bytes == 2 * 4 * 2 * (5 + 7) + 2 * 4 * 5 + 8 * 4 * 2 + 4 * 4 * 7
     assert kernel.flops == 2 * 4 * 2 * (5 + 7)
-    assert [lora_forward_launches(Lora(2, rows)) for rows in ((3,), (9,), (9, 3), (0,))] == [2, 2, 4, 0]
+    assert [lora_forward_launches(Lora(2, rows)) for rows in ((3,), (9,), (9, 3), (0,))] == [2, 2, 2, 0]
 
 
 def test_the_slower_of_memory_and_arithmetic_binds() -> None:

@@ -12,8 +12,8 @@ namespace {
 
 /// Numbers of the arrays among a plan's tables, in the order of lora_host_tables.
 struct LoraArrays {
-  static constexpr std::size_t kParts = 0, kStacks = 1, kShrink = 2, kShrinkGradient = 5, kGradient = 8,
-                               kShrinkVector = 11, kExpandVector = 12, kSlabSums = 14, kGradientSums = 15, kExpand = 16;
+  static constexpr std::size_t kParts = 0, kStacks = 1, kShrink = 2, kShrinkGradient = 5, kGradient = 8, kSlabSums = 11,
+                               kGradientSums = 12, kExpand = 13;
 };
 
 /// The launches that follow the tables of a call.
@@ -26,19 +26,8 @@ class Launcher {
         stacks_(device.get<LoraStack>(LoraArrays::kStacks)),
         stream_(handle_of(context)) {}
 
-  void shrink() const {
-    shrink_in<LoraMode::kExact, false>(tables_.shrink, LoraArrays::kShrink);
-    shrink_in<LoraMode::kBf16, false>(tables_.shrink, LoraArrays::kShrink);
-    shrink_in<LoraMode::kSplit, false>(tables_.shrink, LoraArrays::kShrink);
-    const auto& vector = tables_.shrink_vector;
-    launch_lora_shrink_vector({get<LoraShrinkTask>(LoraArrays::kShrinkVector), stacks_, parts_, vector.packs},
-                              count(LoraArrays::kShrinkVector), vector.splits, stream_);
-  }
-  void shrink_gradients() const {
-    shrink_in<LoraMode::kExact, true>(tables_.shrink_gradient, LoraArrays::kShrinkGradient);
-    shrink_in<LoraMode::kBf16, true>(tables_.shrink_gradient, LoraArrays::kShrinkGradient);
-    shrink_in<LoraMode::kSplit, true>(tables_.shrink_gradient, LoraArrays::kShrinkGradient);
-  }
+  void shrink() const { shrink_all<false>(tables_.shrink, LoraArrays::kShrink); }
+  void shrink_gradients() const { shrink_all<true>(tables_.shrink_gradient, LoraArrays::kShrinkGradient); }
   void add_slabs() const { sum(tables_.slab_sums, LoraArrays::kSlabSums); }
 
   /// `along`: the matrix is A, and y is grad_x.
@@ -51,16 +40,11 @@ class Launcher {
           get<LoraExpandTask>(array), stacks_, parts_, work.tiles, work.tile_rows, work.num_stacks, work.packs};
       const int tasks = count(array);
       if (exact)
-        launch_lora_expand<LoraMode::kExact, float, along>(args, tasks, work.most_width, stream_);
+        launch_exact_lora_expand<along>(args, tasks, work.most_width, stream_);
       else if (!work.is_bf16)
-        launch_lora_expand<LoraMode::kSplit, float, along>(args, tasks, work.most_width, stream_);
+        launch_lora_expand<float, along>(args, tasks, work.most_width, stream_);
       else if constexpr (!along)
-        launch_lora_expand<LoraMode::kSplit, bf16, along>(args, tasks, work.most_width, stream_);
-    }
-    for (std::size_t i = 0; i < 2; ++i) {
-      const std::size_t array = LoraArrays::kExpandVector + i;
-      launch_lora_expand_vector({get<LoraVectorExpandTask>(array), parts_, tables_.expand_vector_columns}, count(array),
-                                tables_.expand_vector[i].most_width, i == 1, stream_);
+        launch_lora_expand<bf16, along>(args, tasks, work.most_width, stream_);
     }
   }
 
@@ -78,12 +62,22 @@ class Launcher {
   }
   int count(std::size_t array) const { return static_cast<int>(device_.count(array)); }
 
-  template <LoraMode mode, bool turned>
-  void shrink_in(const LoraWorkByMode<LoraShrinkTask>& all, std::size_t first_array) const {
-    const auto& work = all[static_cast<std::size_t>(mode)];
-    const std::size_t array = first_array + static_cast<std::size_t>(mode);
-    launch_lora_shrink<mode, turned>({get<LoraShrinkTask>(array), stacks_, parts_, work.packs}, count(array),
-                                     work.splits, stream_);
+  template <bool turned>
+  void shrink_all(const LoraWorkByMode<LoraShrinkTask>& all, std::size_t first_array) const {
+    const auto in = [&](LoraMode mode, auto&& start) {
+      const auto& work = all[static_cast<std::size_t>(mode)];
+      const std::size_t array = first_array + static_cast<std::size_t>(mode);
+      start(LoraShrink{get<LoraShrinkTask>(array), stacks_, parts_, work.packs}, count(array), work);
+    };
+    in(LoraMode::kExact, [&](const LoraShrink& args, int tasks, const auto& work) {
+      launch_exact_lora_shrink<turned>(args, tasks, work.splits, stream_);
+    });
+    in(LoraMode::kBf16, [&](const LoraShrink& args, int tasks, const auto& work) {
+      launch_lora_shrink<true, turned>(args, tasks, work.splits, work.most_columns, stream_);
+    });
+    in(LoraMode::kSplit, [&](const LoraShrink& args, int tasks, const auto& work) {
+      launch_lora_shrink<false, turned>(args, tasks, work.splits, work.most_columns, stream_);
+    });
   }
   template <LoraMode mode>
   void gradients_in() const {
@@ -118,8 +112,6 @@ HostTables lora_host_tables(const LoraTables& t) {
   for (const auto* by_mode : {&t.shrink, &t.shrink_gradient})
     for (const auto& work : *by_mode) host.add(work.tasks);
   for (const auto& work : t.gradient) host.add(work.tasks);
-  host.add(t.shrink_vector.tasks);
-  for (const auto& work : t.expand_vector) host.add(work.tasks);
   host.add(t.slab_sums).add(t.gradient_sums);
   for (const auto& work : t.expand) host.add(work.tasks);
   return host;
@@ -128,8 +120,8 @@ HostTables lora_host_tables(const LoraTables& t) {
 /// Whether launches for `recorded` compute this work, given room for its tasks.
 template <class Task>
 bool covers(const LoraWork<Task>& recorded, const LoraWork<Task>& work) {
-  return work.tasks.empty() ||
-         (work.splits <= recorded.splits && work.most_width <= recorded.most_width && (work.packs || !recorded.packs));
+  return work.tasks.empty() || (work.splits <= recorded.splits && work.most_width <= recorded.most_width &&
+                                work.most_columns <= recorded.most_columns && (work.packs || !recorded.packs));
 }
 
 /// Forward's plan. Only this one is recorded.
@@ -139,9 +131,8 @@ struct ForwardPlan {
   // Expand's launches differ in number and in shared memory; a recording serves the same list of them.
   bool fits(const ForwardPlan& recorded) const {
     const LoraTables& other = recorded.all;
-    bool fit = covers(other.shrink_vector, all.shrink_vector) && all.expand.size() <= other.expand.size();
+    bool fit = all.expand.size() <= other.expand.size();
     for (std::size_t i = 0; i < 3; ++i) fit = fit && covers(other.shrink[i], all.shrink[i]);
-    for (std::size_t i = 0; i < 2; ++i) fit = fit && covers(other.expand_vector[i], all.expand_vector[i]);
     for (std::size_t i = 0; fit && i < all.expand.size(); ++i) {
       const auto &a = all.expand[i], &b = other.expand[i];
       fit = a.pass == b.pass && a.tile_rows == b.tile_rows && a.is_bf16 == b.is_bf16 && a.num_stacks <= b.num_stacks &&
@@ -160,7 +151,7 @@ struct ForwardCall {
 
   ForwardPlan operator()() const {
     LoraPlanner planner(*context, stream_of(*context).num_multiprocessors, exact);
-    planner.list_pieces(members, [](const auto& m) { return m.y; }, true);
+    planner.list_pieces(members, [](const auto& m) { return m.y; });
     if (planner.empty()) return {};
     planner.plan_shrink(x);
     planner.plan_expand({x, members});
@@ -184,7 +175,7 @@ void lora_backward(OpContext& context, const LoraBackwardArgs& args) {
   const bool exact = is_float32(args.x) && std::all_of(args.members.begin(), args.members.end(),
                                                        [](const auto& m) { return is_float32(m.grad_y); });
   LoraPlanner planner(context, stream_of(context).num_multiprocessors, exact);
-  planner.list_pieces(args.members, [](const auto& m) { return m.grad_y; }, false);
+  planner.list_pieces(args.members, [](const auto& m) { return m.grad_y; });
   if (planner.empty()) return;
   planner.plan_shrink(args.x);
   planner.plan_shrink_gradient(args);

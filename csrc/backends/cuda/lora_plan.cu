@@ -9,13 +9,10 @@ namespace flexcore::cuda {
 namespace {
 
 // Blocks that a launch should have per multiprocessor: two live there at once, and some end early.
-constexpr std::int64_t kBlocksEach = 2, kShortBlocksEach = 3;
-// Slabs of u: more make shrink wider, and every reader of u slower.
-constexpr std::int64_t kMostSplits = 8, kMostVectorSplits = 32;
-// Steps of 64 features that one block should have at least.
-constexpr std::int64_t kLeastSteps = 4, kLeastVectorSteps = 2;
-// Stacks of few columns, where few rows leave multiprocessors idle.
-constexpr int kNarrowStack = 8;
+constexpr std::int64_t kShortBlocksEach = 3;
+// Slabs of u: more make shrink wider, and every reader of u slower. A row's sums must not depend on what else is in the
+// batch, so that the width alone decides.
+constexpr std::int64_t kMostSplits = 8, kSplitFeatures = 1024;
 constexpr std::int64_t kLeastChunkRows = 128;
 constexpr std::int64_t kMostExpandTiles = 16;
 
@@ -62,21 +59,20 @@ bool packs_of(const LoraPart& part) {
 std::int64_t lora_scratch(const ScratchShape& s, bool backward) {
   constexpr std::int64_t kMembers = 3, kFloat = sizeof(float);
   const std::int64_t u = kMembers * s.rows * divide_up(s.rank, 4) * 4 * kFloat;
-  // Parts, stacks and tasks: at worst one of each for a few rows of every member and 8 of its ranks.
-  const std::int64_t tables = kMembers * s.rows * (divide_up(s.rank, kNarrowStack) + 4) * 256;
-  if (!backward) return u * kMostVectorSplits + tables;
+  // Parts, stacks and tasks: at worst one of each for every row of every member and 32 of its ranks.
+  const std::int64_t tables = kMembers * s.rows * (divide_up(s.rank, kLoraExpandDepth) + 4) * 256;
+  if (!backward) return u * kMostSplits + tables;
   const std::int64_t contributions = divide_up(s.rows, kLeastChunkRows) + 1;
   return u * 2 * kMostSplits + tables +
          contributions * s.rank * (kMembers * s.widest_input() + s.widest_outputs()) * kFloat;
 }
 
-void LoraPlanner::add_piece(const LoraSegment& segment, std::size_t member, std::int64_t out_features, bool vectors) {
+void LoraPlanner::add_piece(const LoraSegment& segment, std::size_t member, std::int64_t out_features) {
   if (segment.begin == segment.end || out_features == 0) return;
   if (!pieces_.empty()) {
     LoraPiece& last = pieces_.back();
     if (last.member == member && last.end == segment.begin && same_adapter(*last.segment, segment)) {
       last.end = segment.end;
-      last.vector = false;
       return;
     }
   }
@@ -84,12 +80,11 @@ void LoraPlanner::add_piece(const LoraSegment& segment, std::size_t member, std:
                      .member = member,
                      .begin = segment.begin,
                      .end = segment.end,
-                     .out_features = out_features,
-                     .vector = vectors && segment.end - segment.begin <= kLoraVectorRows});
+                     .out_features = out_features});
 }
 
-// Cuts the pieces with or without tiles at every row where one of them begins or ends.
-std::vector<LoraInterval> LoraPlanner::cut_rows(bool vectors) const {
+// Cuts the pieces at every row where one of them begins or ends.
+std::vector<LoraInterval> LoraPlanner::cut_rows() const {
   struct Edge {
     std::int64_t row;
     const LoraPiece* piece;
@@ -97,7 +92,6 @@ std::vector<LoraInterval> LoraPlanner::cut_rows(bool vectors) const {
   };
   std::vector<Edge> edges;
   for (const auto& p : pieces_) {
-    if (p.vector != vectors) continue;
     edges.push_back({p.begin, &p, true});
     edges.push_back({p.end, &p, false});
   }
@@ -120,18 +114,19 @@ LoraMode LoraPlanner::mode_of(const TensorView& x) const {
   return x.dtype() == DType::kBFloat16 ? LoraMode::kBf16 : LoraMode::kSplit;
 }
 
-// Large tiles read A and B less often; small ones give every multiprocessor work.
+// Large tiles read u and B less often; small ones give every multiprocessor work.
 int LoraPlanner::choose_tile_rows() const {
   std::int64_t rows = 0;
   for (const auto& interval : intervals_) rows += interval.rows();
   for (const int tile : {128, 64})
-    if (rows >= tile * multiprocessors_ / 4) return tile;
+    if (rows >= tile * multiprocessors_ / 8) return tile;
   return 32;
 }
 
-int LoraPlanner::splits_of(std::int64_t tasks, std::int64_t width) const {
-  const std::int64_t wanted = divide_up(kBlocksEach * multiprocessors_, std::max<std::int64_t>(tasks, 1));
-  return static_cast<int>(std::clamp<std::int64_t>(std::min(wanted, width / (kLeastSteps * kLoraK)), 1, kMostSplits));
+int LoraPlanner::shrink_rows() const { return exact_ ? tile_rows_ : kShrinkRows; }
+
+int LoraPlanner::splits_of(std::int64_t width) const {
+  return static_cast<int>(std::clamp<std::int64_t>(width / kSplitFeatures, 1, kMostSplits));
 }
 
 /// The ranks of the pieces side by side, `columns` a stack. make_part(piece): of all its ranks. Returns the first stack
@@ -166,60 +161,42 @@ std::pair<int, int> LoraPlanner::add_stacks(const Pieces& pieces, int columns, M
 }
 
 void LoraPlanner::add_shrink_tasks(LoraWork<LoraShrinkTask>& work, const TensorView& x, std::int64_t begin,
-                                   std::int64_t end, int rows_at_once, std::pair<int, int> stacks, int splits) {
-  for (std::int64_t row = begin; row < end; row += rows_at_once)
+                                   std::int64_t end, std::pair<int, int> stacks, int splits) {
+  for (std::int64_t row = begin; row < end; row += shrink_rows())
     for (int s = 0; s < stacks.second; ++s)
       work.tasks.push_back({.x = rows_of(x),
                             .width = x.shape(1),
                             .row = row,
-                            .rows = static_cast<int>(std::min<std::int64_t>(rows_at_once, end - row)),
+                            .rows = static_cast<int>(std::min<std::int64_t>(shrink_rows(), end - row)),
                             .stack = stacks.first + s,
                             .splits = splits});
+  for (int s = 0; s < stacks.second; ++s)
+    work.most_columns = std::max(work.most_columns, tables_.stacks[static_cast<std::size_t>(stacks.first + s)].columns);
   work.splits = std::max(work.splits, splits);
   work.packs = work.packs && all_packs(x.shape(1), x);
 }
 
 void LoraPlanner::plan_shrink(const TensorView& x) {
-  const std::int64_t width = x.shape(1), steps = divide_up(width, kLoraK);
-  const auto with_vectors = cut_rows(true);
-  intervals_ = cut_rows(false);
+  const std::int64_t width = x.shape(1);
+  intervals_ = cut_rows();
   tile_rows_ = choose_tile_rows();
-  std::int64_t tasks = 0, vector_tasks = 0;
-  for (const auto& interval : intervals_)
-    tasks += divide_up(interval.rows(), tile_rows_) * divide_up(stacked_columns(interval.pieces), kLoraN);
-  const int stack_columns =
-      static_cast<std::int64_t>(with_vectors.size()) < multiprocessors_ / 2 ? kNarrowStack : kLoraN;
-  for (const auto& interval : with_vectors) vector_tasks += divide_up(stacked_columns(interval.pieces), stack_columns);
-  const int splits = splits_of(tasks, width);
-  const int vector_splits = static_cast<int>(std::max(
-      std::clamp<std::int64_t>(divide_up(2 * kBlocksEach * multiprocessors_, std::max<std::int64_t>(vector_tasks, 1)),
-                               1, std::min(kMostVectorSplits, std::max<std::int64_t>(steps / kLeastVectorSteps, 1))),
-      divide_up(steps, kLoraVectorDepth / kLoraK)));
+  const int splits = splits_of(width);
   for (auto& p : pieces_) {
-    p.u_slabs = p.vector ? vector_splits : splits;
+    p.u_slabs = splits;
     p.u = context_.scratch->allocate<float>(static_cast<std::size_t>(p.u_slabs * p.slab()));
   }
-
-  const auto make_part = [&](const LoraPiece& p) { return with_a(p, false, width); };
   for (const auto& interval : intervals_)
-    add_shrink_tasks(tables_.shrink[static_cast<int>(mode_of(x))], x, interval.begin, interval.end, tile_rows_,
-                     add_stacks(interval.pieces, kLoraN, make_part), splits);
-  for (const auto& interval : with_vectors) {
-    const auto stacks = add_stacks(interval.pieces, stack_columns, make_part);
-    add_shrink_tasks(tables_.shrink_vector, x, interval.begin, interval.end, kLoraVectorRows, stacks, vector_splits);
-    for (int s = 0; s < stacks.second; ++s)
-      tables_.shrink_vector.packs = tables_.shrink_vector.packs && tables_.stacks[stacks.first + s].packs;
-  }
+    add_shrink_tasks(tables_.shrink[static_cast<int>(mode_of(x))], x, interval.begin, interval.end,
+                     add_stacks(interval.pieces, kLoraN, [&](const LoraPiece& p) { return with_a(p, false, width); }),
+                     splits);
 }
 
 void LoraPlanner::plan_shrink_gradient(const LoraBackwardArgs& args) {
-  std::int64_t tasks = 0;
-  for (const auto& p : pieces_) tasks += divide_up(p.rows(), tile_rows_) * divide_up(p.u_stride(), kLoraN);
   for (auto& p : pieces_) {
     const TensorView& grad_y = args.members[p.member].grad_y;
-    p.grad_u_slabs = splits_of(tasks, p.out_features);
+    p.grad_u_slabs = splits_of(p.out_features);
     p.grad_u = context_.scratch->allocate<float>(static_cast<std::size_t>(p.grad_u_slabs * p.slab()));
-    add_shrink_tasks(tables_.shrink_gradient[static_cast<int>(mode_of(grad_y))], grad_y, p.begin, p.end, tile_rows_,
+    add_shrink_tasks(tables_.shrink_gradient[static_cast<int>(mode_of(grad_y))], grad_y, p.begin, p.end,
                      add_stacks(std::array{&p}, kLoraN, [&](const LoraPiece& q) { return with_b(q, true); }),
                      p.grad_u_slabs);
   }
@@ -274,27 +251,9 @@ void LoraPlanner::finish_expand() {
 }
 
 void LoraPlanner::plan_expand(const LoraArgs& args) {
-  std::int64_t columns = 0;
-  for (const auto& p : pieces_) {
-    const TensorView& y = args.members[p.member].y;
-    const auto stacks = add_stacks(std::array{&p}, p.vector ? kLoraMostRank : kLoraExpandDepth,
-                                   [](const LoraPiece& q) { return with_b(q, false); });
-    if (!p.vector) {
-      add_expand_tasks(y, p.begin, p.end, stacks);
-      continue;
-    }
-    const LoraStack& stack = tables_.stacks[static_cast<std::size_t>(stacks.first)];
-    auto& work = tables_.expand_vector[stack.packs];
-    work.tasks.push_back({.y = rows_of(y),
-                          .width = y.shape(1),
-                          .row = p.begin,
-                          .rows = static_cast<int>(p.rows()),
-                          .part = stack.first_part});
-    work.most_width = std::max(work.most_width, y.shape(1));
-    columns += y.shape(1);
-  }
-  tables_.expand_vector_columns = static_cast<int>(std::clamp<std::int64_t>(
-      divide_up(columns, 2 * kBlocksEach * multiprocessors_ * 32) * 32, 32, kLoraVectorColumns));
+  for (const auto& p : pieces_)
+    add_expand_tasks(args.members[p.member].y, p.begin, p.end,
+                     add_stacks(std::array{&p}, kLoraExpandDepth, [](const LoraPiece& q) { return with_b(q, false); }));
   finish_expand();
 }
 

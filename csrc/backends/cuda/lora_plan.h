@@ -18,7 +18,6 @@ struct LoraPiece {
   std::size_t member;
   std::int64_t begin, end;  // rows of the batch
   std::int64_t out_features;
-  bool vector;  // few rows: no tiles
 
   int u_slabs = 1, grad_u_slabs = 1;
   float* u = nullptr;       // [slabs][rows, u_stride]: x A^T
@@ -42,7 +41,8 @@ struct LoraWork {
   std::vector<Task> tasks;
   int splits = 1;  // most of a task
   std::int64_t most_width = 0;
-  bool packs = true;  // every row of every tensor
+  int most_columns = 0;  // of a stack
+  bool packs = true;     // every row of every tensor
 };
 template <class Task>
 using LoraWorkByMode = std::array<LoraWork<Task>, 3>;  // by LoraMode
@@ -59,10 +59,7 @@ struct LoraTables {
   std::vector<LoraStack> stacks;
 
   LoraWorkByMode<LoraShrinkTask> shrink, shrink_gradient;
-  LoraWork<LoraShrinkTask> shrink_vector;
   std::vector<LoraExpandWork> expand;
-  std::array<LoraWork<LoraVectorExpandTask>, 2> expand_vector;  // without and with packs
-  int expand_vector_columns = 0;
   LoraWorkByMode<LoraGradientTask> gradient;
   std::vector<LoraSum> slab_sums, gradient_sums;  // of u and grad_u; of grad_a and grad_b
 };
@@ -74,9 +71,9 @@ class LoraPlanner {
       : context_(context), multiprocessors_(num_multiprocessors), exact_(exact) {}
 
   template <class Members, class Output>
-  void list_pieces(const Members& members, Output&& output, bool vectors) {
+  void list_pieces(const Members& members, Output&& output) {
     for (std::size_t m = 0; m < members.size(); ++m)
-      for (const auto& segment : members[m].segments) add_piece(segment, m, output(members[m]).shape(1), vectors);
+      for (const auto& segment : members[m].segments) add_piece(segment, m, output(members[m]).shape(1));
   }
   bool empty() const { return pieces_.empty(); }
 
@@ -98,15 +95,16 @@ class LoraPlanner {
     float* slabs = nullptr;
   };
 
-  void add_piece(const LoraSegment& segment, std::size_t member, std::int64_t out_features, bool vectors);
-  std::vector<LoraInterval> cut_rows(bool vectors) const;
+  void add_piece(const LoraSegment& segment, std::size_t member, std::int64_t out_features);
+  std::vector<LoraInterval> cut_rows() const;
   LoraMode mode_of(const TensorView& x) const;
   int choose_tile_rows() const;
-  int splits_of(std::int64_t tasks, std::int64_t width) const;
+  int shrink_rows() const;
+  int splits_of(std::int64_t width) const;
   template <class Pieces, class MakePart>
   std::pair<int, int> add_stacks(const Pieces& pieces, int columns, MakePart&& make_part);
   void add_shrink_tasks(LoraWork<LoraShrinkTask>& work, const TensorView& x, std::int64_t begin, std::int64_t end,
-                        int rows_at_once, std::pair<int, int> stacks, int splits);
+                        std::pair<int, int> stacks, int splits);
   void add_expand_tasks(const TensorView& y, std::int64_t begin, std::int64_t end, std::pair<int, int> stacks);
   void finish_expand();
   template <class Visit>
@@ -117,7 +115,7 @@ class LoraPlanner {
   int multiprocessors_;
   bool exact_;
   std::vector<LoraPiece> pieces_;
-  std::vector<LoraInterval> intervals_;  // with tiles
+  std::vector<LoraInterval> intervals_;
   int tile_rows_ = 32;
   LoraTables tables_;
   std::int64_t chunk_rows_ = 0;

@@ -51,17 +51,27 @@ def elementwise(name: str, bytes: float, launches: int = 1, flops: float = 0) ->
     return Kernel(name, bytes, flops, launches, "float32")
 
 
-def linear(name: str, rows: int, inputs: int, outputs: Sequence[int], out_size: int = 2, add: bool = False) -> Kernel:
-    """y = x W^T of linears with one input, a GEMM each; `add`: y is read too."""
-    written = out_size * (2 if add else 1)
-    each = sum(2 * out * inputs + 2 * rows * inputs + written * rows * out for out in outputs)
-    return Kernel(name, each, 2 * rows * inputs * sum(outputs), len(outputs))
+def linear(
+    name: str,
+    rows: int,
+    inputs: int,
+    outputs: Sequence[int],
+    out_size: int = 2,
+    add: bool = False,
+    joined: bool = True,
+) -> Kernel:
+    """y = x W^T of linears with one input; `add`: y is read too. `joined`: their outputs lie side by side, so that one
+    GEMM makes all of them."""
+    gemms, written = 1 if joined else len(outputs), out_size * (2 if add else 1)
+    bytes = (2 * inputs + written * rows) * sum(outputs) + gemms * 2 * rows * inputs
+    return Kernel(name, bytes, 2 * rows * inputs * sum(outputs), gemms)
 
 
-def linear_backward(name: str, rows: int, inputs: int, outputs: Sequence[int]) -> Kernel:
-    """grad x = sum of grad y W in float32, a GEMM each; all but the first add to it."""
-    bytes = sum(2 * out * inputs + 2 * rows * out for out in outputs) + 4 * rows * inputs * (2 * len(outputs) - 1)
-    return Kernel(name, bytes, 2 * rows * inputs * sum(outputs), len(outputs))
+def linear_backward(name: str, rows: int, inputs: int, outputs: Sequence[int], joined: bool = True) -> Kernel:
+    """grad x = sum of grad y W in float32, in one GEMM or in one each, of which all but the first add to it."""
+    gemms = 1 if joined else len(outputs)
+    bytes = (2 * inputs + 2 * rows) * sum(outputs) + 4 * rows * inputs * (2 * gemms - 1)
+    return Kernel(name, bytes, 2 * rows * inputs * sum(outputs), gemms)
 
 
 def lora_forward(name: str, lora: Lora, inputs: int, outputs: Sequence[int], out_size: int = 2) -> Kernel:
@@ -94,7 +104,8 @@ def _forward_layer(card: Card, shape: Shape, spans: Sequence[Span], lora: Lora |
     cached = 4 * s.kv * sum(span.context for span in spans)  # keys and values
     merges = attention_forward_splits(card, spans, s.heads, s.kv_heads, s.head_dim)
     norm = elementwise("rms_norm", 6 * rows * s.hidden + 4 * s.hidden, flops=4 * rows * s.hidden)
-    kernels = [norm, linear("linear q, k, v", rows, s.hidden, (s.q, s.kv, s.kv))]
+    # Norms of heads want them without gaps.
+    kernels = [norm, linear("linear q, k, v", rows, s.hidden, (s.q, s.kv, s.kv), joined=not s.qk_norm)]
     if s.qkv_bias:
         kernels.append(elementwise("bias to bfloat16", 6 * (s.q + 2 * s.kv), 3))
     if lora:
@@ -188,7 +199,7 @@ def backward_unit(card: Card, shape: Shape, span: Span, lora: Lora, first_layer:
     norm_backward = elementwise("rms_norm_backward", 14 * rows * s.hidden + 4 * s.hidden)
     converted = elementwise("gradient to bfloat16", 6 * rows * s.hidden)
     cached, pairs = 4 * s.kv * span.context, s.q * span.pairs
-    merges = attention_backward_splits(card, [span], s.heads, s.kv_heads, s.head_dim, on_tensor_cores=False)
+    merges = attention_backward_splits(card, [span], s.heads, s.kv_heads, s.head_dim)
     kernels = [
         elementwise("rebuild rms_norm", 4 * rows * s.hidden, 2),
         elementwise("rebuild silu_mul", 6 * rows * s.wide),
@@ -202,16 +213,15 @@ def backward_unit(card: Card, shape: Shape, span: Span, lora: Lora, first_layer:
         converted,
         linear_backward("linear_backward o", rows, s.q, (s.hidden,)),
         lora_backward(card, "LoRA backward o", lora, s.q, (s.hidden,), 4),
-        elementwise("attention delta", 6 * rows * s.q + 4 * rows * s.heads),
-        # The gradient of attention's output is float32, so this is not on tensor cores.
+        elementwise("attention's gradient to bfloat16", 6 * rows * s.q),
+        elementwise("attention delta", 4 * rows * s.q + 4 * rows * s.heads),
         Kernel(
             "attention grad_k, grad_v",
-            6 * rows * s.q + cached + 16 * s.kv * span.context + 4 * rows * s.kv,
+            4 * rows * s.q + cached + 16 * s.kv * span.context + 4 * rows * s.kv,
             8 * pairs,
             1,
-            "float32",
         ),
-        Kernel("attention grad_q", 8 * rows * s.q + cached, 6 * pairs, 1 + merges, "float32"),
+        Kernel("attention grad_q", 6 * rows * s.q + cached, 6 * pairs, 1 + merges),
         elementwise("rotary backward", 4 * rows * (s.q + s.kv) + 8 * rows * s.head_dim, 2),
     ]
     if s.qk_norm:
@@ -221,7 +231,7 @@ def backward_unit(card: Card, shape: Shape, span: Span, lora: Lora, first_layer:
     if first_layer:
         kernels.append(elementwise("rebuild embedding", 6 * rows * s.hidden))
     else:
-        kernels.append(linear_backward("linear_backward q, k, v", rows, s.hidden, outputs))
+        kernels.append(linear_backward("linear_backward q, k, v", rows, s.hidden, outputs, joined=not s.qk_norm))
         kernels.append(norm_backward)
     kernels.append(lora_backward(card, "LoRA backward q, k, v", lora, s.hidden, outputs, 2, input_grad=not first_layer))
     return _merged(kernels)

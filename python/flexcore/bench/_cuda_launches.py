@@ -56,16 +56,10 @@ def attention_forward_splits(card: Card, spans: Sequence[Span], heads: int, kv_h
     return _splits_keys(spans, heads // kv_heads, kv_heads, options, tile, slots)
 
 
-def attention_backward_splits(
-    card: Card, spans: Sequence[Span], heads: int, kv_heads: int, head_dim: int, on_tensor_cores: bool
-) -> bool:
-    """The same of grad_q. GradQShape, or ExactBackwardShape for float32 gradients."""
-    size = compiled_head_dim(head_dim)
-    if on_tensor_cores:
-        tile = 64 if size <= 128 else 32
-        options, slots = [16, 32] + [tile] * (tile > 32), 2 * card.multiprocessors
-    else:
-        tile, options, slots = 32, [32], card.multiprocessors * (2 if size <= 128 else 1)
+def attention_backward_splits(card: Card, spans: Sequence[Span], heads: int, kv_heads: int, head_dim: int) -> bool:
+    """The same of grad_q. GradQShape; bfloat16."""
+    tile = 64 if compiled_head_dim(head_dim) <= 128 else 32
+    options, slots = [16, 32] + [tile] * (tile > 32), 2 * card.multiprocessors
     return _splits_keys(spans, heads // kv_heads, kv_heads, options, tile, slots)
 
 
@@ -104,14 +98,9 @@ class Lora:
         return sum(self.segments)
 
 
-_VECTOR_ROWS = 4  # kLoraVectorRows
-
-
 def lora_forward_launches(lora: Lora) -> int:
-    """Shrink and expand: for adapters with few rows, and for those with tiles."""
-    few = any(0 < rows <= _VECTOR_ROWS for rows in lora.segments)
-    tiles = any(rows > _VECTOR_ROWS for rows in lora.segments)
-    return 2 * few + 2 * tiles
+    """Shrink and expand."""
+    return 2 if lora.rows > 0 else 0
 
 
 def lora_backward_launches(
@@ -120,15 +109,8 @@ def lora_backward_launches(
     """lora_plan.cu. `one_dtype`: x and the gradients of y share a dtype, and so a launch for grad A and grad B."""
     stride, many = (lora.rank + 3) // 4 * 4, card.multiprocessors
     segments = [rows for rows in lora.segments if rows > 0]
-    tile = next((t for t in (128, 64) if lora.rows >= t * many / 4), 32)
     stacked = divide_up(len(outputs) * stride, 64)
-    tasks = sum(divide_up(rows, tile) for rows in segments) * stacked
-    grad_tasks = sum(divide_up(rows, tile) for rows in segments) * len(outputs) * divide_up(stride, 64)
-
-    def splits(count: int, width: int) -> int:
-        return max(1, min(divide_up(2 * many, max(count, 1)), width // 256, 8))
-
-    slabs = splits(tasks, inputs) > 1 or any(splits(grad_tasks, width) > 1 for width in outputs)
+    slabs = any(width >= 2 * 1024 for width in (inputs, *outputs))  # kSplitFeatures
     row_tiles = lora.rows * divide_up(inputs, 128) * stacked
     row_tiles += sum(lora.rows * divide_up(width, 128) * divide_up(stride, 64) for width in outputs)
     chunk = max(128, divide_up(row_tiles, 3 * many))

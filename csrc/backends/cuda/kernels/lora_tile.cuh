@@ -22,8 +22,6 @@ inline constexpr int kLoraThreads = 256;
 inline constexpr int kLoraM = 128, kLoraN = 64, kLoraK = 64;
 /// Expand's k, ranks, is short: stacks of 32 columns there.
 inline constexpr int kLoraExpandDepth = 32;
-/// Segments of at most so many rows (decode) are bound by the bytes of A and B: vectors in float32, no tiles.
-inline constexpr int kLoraVectorRows = 4;
 /// Distance between rows of C in shared memory: its fragments are stored without bank conflicts.
 inline constexpr int kLoraCStride = 72;
 
