@@ -43,7 +43,7 @@ class DeviceRuntime {
   virtual bool records() const { return false; }
   /// Records what `work` runs with `context`, and runs nothing. All that ops are given by reference (spans, segments,
   /// tensors, weights) must stay where it is, with contents that may change; so must scratch. `previous`: a recording
-  /// of the same work that the batch did not fit.
+  /// of the same work that the batch did not fit. Null: something else in the process spoiled it.
   virtual std::unique_ptr<RecordedWork> record(OpContext& /*context*/, MemoryLedger& /*ledger*/,
                                                const std::function<void()>& /*work*/,
                                                const RecordedWork* /*previous*/) {

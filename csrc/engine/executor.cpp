@@ -286,6 +286,7 @@ void Executor::run_recorded(const RecordedKey& key, const std::function<void()>&
     }
     ++entry.attempts;
     entry.work = device_.record(forward_.context(), ledger_, work, entry.work.get());
+    if (entry.work == nullptr) return work();
     ++num_recorded_;
     require<DeviceError>(entry.work->replay(), "forward: a batch does not fit what was recorded of it");
     forget_old_recordings();

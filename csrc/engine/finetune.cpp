@@ -181,6 +181,7 @@ void Engine::Impl::end_job(TrainingJob& job, JobStatus status, const std::string
   for (const auto& state : job.sequences)
     if (state) in_flight.erase(state->id);
   job.release();
+  if (in_flight.empty()) device->allocator().trim();
   job.status = status;
   job.error = error;
 }

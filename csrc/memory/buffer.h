@@ -16,6 +16,8 @@ class Allocator {
   /// Aligned to at least 64 bytes, not initialised. Null when there is no memory left.
   virtual void* allocate(std::size_t bytes) = 0;
   virtual void deallocate(void* data, std::size_t bytes) noexcept = 0;
+  /// Gives back what it keeps for the next allocations of the same size, if it does.
+  virtual void trim() noexcept {}
   virtual Device device() const = 0;
   /// From host memory to this device's, back, and within it. They see the work given to the device before; when upload
   /// and download return, the bytes are there.

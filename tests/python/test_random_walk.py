@@ -194,7 +194,13 @@ def test_soak(make_engine: MakeEngine, reference: fc.Engine, directories: dict[s
     """One engine for a long time (FLEXCORE_SOAK_SECONDS=600), objectives and policies changing too: the same answers
     and losses, and after each round the memory that it began with."""
     engine = make_engine("mistral", kv_cache_memory_bytes=40 * 3072 * 4, block_size=4, max_num_seqs=6)
-    empty = engine.memory()
+    # A GPU keeps the tables of the steps that it has recorded, and records new kinds of steps as they come.
+    kept = () if engine.model().device == "cpu" else ("workspace",)
+
+    def memory() -> dict[str, int]:
+        return {tag: count for tag, count in engine.memory().items() if tag not in kept}
+
+    empty = memory()
     end = time.monotonic() + float(os.environ.get("FLEXCORE_SOAK_SECONDS", "5"))
     rounds, requests, steps, jobs, resident = 0, 0, 0, 0, []
     while time.monotonic() < end or rounds < 2:
@@ -207,7 +213,7 @@ def test_soak(make_engine: MakeEngine, reference: fc.Engine, directories: dict[s
         walk.check_requests()
         walk.check_jobs()
         clear(engine)
-        assert engine.memory() == empty
+        assert memory() == empty
         rounds, requests, jobs = rounds + 1, requests + len(walk.requests), jobs + len(walk.jobs)
         steps += len(walk.log.reports)
         del walk

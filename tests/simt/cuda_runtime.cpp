@@ -18,6 +18,7 @@
 
 struct SimtStream {
   std::vector<std::function<void()>>* capturing = nullptr;
+  bool lost = false;  // the capture: somebody waited for the device
   std::deque<std::function<void()>> pending;
   std::int64_t given = 0, done = 0;  // pieces of work
 };
@@ -83,6 +84,10 @@ DeviceAccess::~DeviceAccess() {
   if (--accesses == 0)
     for (const auto& [data, bytes] : allocations) forbid(data, bytes, true);
   device.unlock();
+}
+
+void advance_all() {
+  for (auto* stream : streams) advance(stream, stream->given);
 }
 
 void enqueue(cudaStream_t stream, std::function<void()> work) {
@@ -172,7 +177,7 @@ cudaError_t cudaFree(void* data) {
   if (data == nullptr) return cudaSuccess;
   const auto found = simt::allocations.find(static_cast<char*>(data));
   if (found == simt::allocations.end()) return cudaErrorInvalidValue;
-  cudaDeviceSynchronize();  // as the runtime does
+  simt::advance_all();  // as the runtime does
   simt::forbid(found->first, found->second, false);
   simt::bytes_in_use -= found->second;
   simt::allocations.erase(found);
@@ -219,13 +224,20 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   const std::lock_guard lock(simt::device);
   if (stream == nullptr) return cudaDeviceSynchronize();
-  if (stream->capturing != nullptr) return cudaErrorInvalidValue;
+  if (stream->capturing != nullptr) {
+    stream->lost = true;
+    return cudaErrorStreamCaptureUnsupported;
+  }
   simt::advance(stream, stream->given);
   return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() {
   const std::lock_guard lock(simt::device);
-  for (auto* stream : simt::streams) simt::advance(stream, stream->given);
+  bool captures = false;
+  for (auto* stream : simt::streams)
+    if (stream->capturing != nullptr) stream->lost = captures = true;
+  if (captures) return cudaErrorStreamCaptureUnsupported;
+  simt::advance_all();
   return cudaSuccess;
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
@@ -258,9 +270,11 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   if (stream == nullptr || stream->capturing == nullptr) return cudaErrorInvalidValue;
-  *graph = new SimtGraph{std::move(*stream->capturing)};
+  *graph = nullptr;
+  const bool lost = std::exchange(stream->lost, false);
+  if (!lost) *graph = new SimtGraph{std::move(*stream->capturing)};
   delete std::exchange(stream->capturing, nullptr);
-  return cudaSuccess;
+  return lost ? cudaErrorStreamCaptureInvalidated : cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
   *exec = new SimtGraphExec{graph->work};

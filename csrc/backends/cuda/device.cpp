@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstring>
+#include <mutex>
 #include <utility>
 
 #include "backends/cuda/allocator.h"
@@ -30,7 +31,7 @@ class CurrentDevice {
 class Runtime final : public DeviceRuntime {
  public:
   explicit Runtime(int index)
-      : index_(index), stream_(index), second_stream_(index), allocator_(index, stream_.handle) {}
+      : index_(index), stream_(index), second_stream_(index), allocator_(index, stream_, second_stream_) {}
   Allocator& allocator() override { return allocator_; }
   Allocator& pinned() override { return pinned_; }
   void* stream() override { return &stream_; }
@@ -39,13 +40,20 @@ class Runtime final : public DeviceRuntime {
   bool records() const override { return true; }
   std::unique_ptr<RecordedWork> record(OpContext& context, MemoryLedger& ledger, const std::function<void()>& work,
                                        const RecordedWork* previous) override {
-    return std::make_unique<Recording>(context, ledger, allocator_, pinned_, work,
-                                       static_cast<const Recording*>(previous));
+    try {
+      return std::make_unique<Recording>(context, ledger, allocator_, pinned_, work,
+                                         static_cast<const Recording*>(previous));
+    } catch (const CaptureLost&) {
+      return nullptr;
+    }
   }
   void synchronize(void* stream) override {
     require_cuda(cudaStreamSynchronize(static_cast<Stream*>(stream)->handle), "a kernel or copy before");
   }
-  void synchronize_with_others() override { require_cuda(cudaDeviceSynchronize(), "a kernel or copy before"); }
+  void synchronize_with_others() override {
+    const std::lock_guard lock(capture_mutex());
+    require_cuda(cudaDeviceSynchronize(), "a kernel or copy before");
+  }
   std::string name() const override {
     cudaDeviceProp properties;
     require_cuda(cudaGetDeviceProperties(&properties, index_), "cudaGetDeviceProperties");

@@ -4,6 +4,11 @@
 
 namespace flexcore::cuda {
 
+std::mutex& capture_mutex() {
+  static std::mutex mutex;
+  return mutex;
+}
+
 Recording::Recording(OpContext& context, MemoryLedger& ledger, Allocator& device, Allocator& pinned,
                      const std::function<void()>& work, const Recording* previous)
     : context_(context), ledger_(ledger), device_(device), pinned_(pinned), previous_(previous) {
@@ -19,6 +24,7 @@ Recording::Recording(OpContext& context, MemoryLedger& ledger, Allocator& device
 
 void Recording::capture(const std::function<void()>& work) {
   Stream& stream = stream_of(context_);
+  const std::lock_guard lock(capture_mutex());
   cudaGraph_t graph = nullptr;
   // Relaxed: tables are allocated while the stream is captured, which no launch in it depends on.
   require_cuda(cudaStreamBeginCapture(stream.handle, cudaStreamCaptureModeRelaxed), "cudaStreamBeginCapture");
@@ -32,19 +38,25 @@ void Recording::capture(const std::function<void()>& work) {
   try {
     work();
   } catch (...) {
-    end();
+    const cudaError_t ended = end();
     if (graph != nullptr) cudaGraphDestroy(graph);
     cudaGetLastError();
+    if (ended == cudaErrorStreamCaptureInvalidated) throw CaptureLost();
     throw;
   }
-  require_cuda(end(), "cudaStreamEndCapture");
+  const cudaError_t ended = end();
+  if (ended == cudaErrorStreamCaptureInvalidated) {
+    cudaGetLastError();
+    throw CaptureLost();
+  }
+  require_cuda(ended, "cudaStreamEndCapture");
   const cudaError_t error = cudaGraphInstantiate(&graph_, graph, 0);
   cudaGraphDestroy(graph);
   require_cuda(error, "cudaGraphInstantiate");
 }
 
 Recording::~Recording() {
-  cudaDeviceSynchronize();  // a replay may be running
+  cudaStreamSynchronize(handle_of(context_));  // a replay may be running
   if (graph_ != nullptr) cudaGraphExecDestroy(graph_);
   if (copied_ != nullptr) cudaEventDestroy(copied_);
 }

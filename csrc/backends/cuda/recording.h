@@ -1,6 +1,7 @@
 #pragma once
 
 #include <functional>
+#include <mutex>
 #include <vector>
 
 #include "backends/cuda/tables.h"
@@ -8,11 +9,17 @@
 
 namespace flexcore::cuda {
 
+/// Held while work is recorded, and while a whole device is waited for: that spoils what others are recording.
+std::mutex& capture_mutex();
+
+/// A recording that somebody else's call spoiled.
+struct CaptureLost {};
+
 /// A CUDA graph of the launches of one batch shape, and the tables that its kernels read. A replay makes the tables
 /// again, copies them at once and launches the graph: the host goes through no layer.
 class Recording final : public RecordedWork, public TableKeeper {
  public:
-  /// `previous`: a recording of the same work whose room was not enough.
+  /// `previous`: a recording of the same work whose room was not enough. Throws CaptureLost.
   Recording(OpContext& context, MemoryLedger& ledger, Allocator& device, Allocator& pinned,
             const std::function<void()>& work, const Recording* previous);
   ~Recording() override;
