@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Build, tests, sanitizers and benchmarks on a machine with a GPU, in one call of under ten minutes; no network is needed.
-#   bench/gpu.sh --pack       on a machine with apt and PyPI: what the other one may lack, into build/travel (ignored by git)
+#   bench/gpu.sh --pack       on a machine with apt and PyPI: what the other one may lack, into build/travel (ignored by git);
+#                             what STAGES=build made here before goes with it, for PREBUILT=1 there (same Python version)
 #   bench/gpu.sh              every stage; a failed one does not stop the next. Exit status 1 if any failed
 #   bench/gpu.sh --dry-run    the stages, their limits and what they would run with
-# STAGES="build cpp" chooses stages, MODELS="llama-3.2-1b llama-3.1-8b" shapes of random models, BUDGET seconds in all
-# (570; more for a slow machine), ARCH CUDA architectures, PYTHON the interpreter. What was found goes to $OUT/gpu.json, the
+# STAGES="build cpp" chooses stages, MODELS="llama-3.2-1b llama-3.1-8b" shapes of random models (LAYERS of them, in
+# MODEL_DIR), BUDGET seconds in all (570; more for a slow machine), ARCH CUDA architectures, PYTHON the interpreter. What was found goes to $OUT/gpu.json, the
 # end of the logs to $OUT/gpu.log ($OUT: bench/results).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -13,12 +14,13 @@ PYTHON=${PYTHON:-python3}
 BUDGET=${BUDGET:-570}
 MODELS=${MODELS:-llama-3.2-1b}
 work=$root/build/gpu
+MODEL_DIR=${MODEL_DIR:-$work/models}
 tree=$work/tree site=$work/site logs=$work/logs results=$work/results travel=$root/build/travel
 OUT=${OUT:-$root/bench/results}
 
-all=(env build cpp python memcheck racecheck kernels model latency throughput coserve)
-declare -A limit=([env]=40 [build]=240 [cpp]=70 [python]=80 [memcheck]=60 [racecheck]=45 [kernels]=60 [model]=60
-                  [latency]=60 [throughput]=60 [coserve]=110)
+all=(env build cpp python memcheck racecheck kernels ops model steps peers latency throughput coserve)
+declare -A limit=([env]=40 [build]=240 [cpp]=70 [python]=80 [memcheck]=60 [racecheck]=45 [kernels]=60 [ops]=45 [model]=60
+                  [steps]=50 [peers]=90 [latency]=60 [throughput]=60 [coserve]=110)
 if [ "$BUDGET" -gt 570 ]; then
   for name in "${all[@]}"; do limit[$name]=$((limit[$name] * BUDGET / 570)); done
 fi
@@ -74,6 +76,14 @@ pack() {
     echo "wheels: not all of ${wheels[*]}" >&2
     exit 1
   fi
+  if [ -x "$tree/bench/flexcore_bench" ]; then
+    mkdir -p "$travel/built/tree/tests/cpp" "$travel/built/tree/bench" "$travel/built/site"
+    cp "$tree/tests/cpp/flexcore_tests" "$travel/built/tree/tests/cpp"
+    cp "$tree/bench/flexcore_bench" "$travel/built/tree/bench"
+    cp -r "$site"/flexcore* "$travel/built/site"
+    rm -rf "$travel"/built/site/flexcore/{lib,include}
+    strip "$travel"/built/tree/*/{cpp/flexcore_tests,flexcore_bench} 2>/dev/null || true
+  fi
   { git rev-parse HEAD; git diff --quiet HEAD || echo "with changes"; } | paste -sd' ' >"$travel/commit"
   du -sm "$travel" | awk '{print $1 " MB in build/travel"; exit $1 > 50}'
 }
@@ -94,6 +104,11 @@ stage_env() {
 }
 
 stage_build() {
+  if [ -n "${PREBUILT:-}" ]; then
+    mkdir -p "$tree" && cp -r "$travel/built/tree/." "$tree" && cp -r "$travel/built/site/." "$site" || return 1
+    "$PYTHON" -c 'import flexcore; print("built before:", flexcore.__file__)'
+    return
+  fi
   local defines=(FLEXCORE_CUDA=ON FLEXCORE_BUILD_TESTS=ON "CMAKE_CUDA_ARCHITECTURES=$(architecture)") options=() define
   local config=$travel/usr/lib/x86_64-linux-gnu/cmake
   if [ -d "$config/GTest" ]; then defines+=("GTest_DIR=$config/GTest"); fi
@@ -119,10 +134,15 @@ stage_cpp() {
   return $status
 }
 
+# Those of the server, the guides and the datasets ask nothing of a device.
 stage_python() {
-  local options=()
-  if "$PYTHON" -c 'import xdist' 2>/dev/null; then options=(-n 4); fi
-  FLEXCORE_DEVICE=cuda "$PYTHON" -m pytest -q -p no:cacheprovider "${options[@]}" "--junitxml=$results/python.xml" tests/python
+  local options=() name
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then options=(-n 8); fi
+  for name in server_faults server_load server_openai server_page server_schema readme rules stub datasets traces tokenizer; do
+    options+=("--ignore=tests/python/test_$name.py")
+  done
+  FLEXCORE_DEVICE=cuda "$PYTHON" -m pytest -q -p no:cacheprovider "${options[@]}" "--junitxml=$results/python.xml" \
+    --durations=10 tests/python
 }
 
 # sanitize TOOL SECONDS: each family in its own process with its own share of the time.
@@ -156,7 +176,28 @@ stage_kernels() {
 
 stage_model() {
   local model
-  for model in $MODELS; do "$PYTHON" bench/random_model.py "$model" "$work/models/$model" || return 1; done
+  for model in $MODELS; do
+    "$PYTHON" bench/random_model.py "${model%%:*}" "$MODEL_DIR/$model" ${LAYERS:+--num-layers $LAYERS} || return 1
+  done
+}
+
+stage_ops() { "$PYTHON" bench/gpu_profile.py ops ${OPS:-} --json "$results/ops.json"; }
+
+stage_steps() {
+  local model status=0
+  for model in $MODELS; do
+    "$PYTHON" bench/gpu_profile.py steps "$MODEL_DIR/$model" --json "$results/steps-$model.json" ${PARTS:+--parts $PARTS} || status=1
+  done
+  return $status
+}
+
+# transformers and PEFT on the same models.
+stage_peers() {
+  local model status=0
+  for model in $MODELS; do
+    "$PYTHON" bench/gpu_peers.py "$MODEL_DIR/$model" --json "$results/peers-$model.json" || status=1
+  done
+  return $status
 }
 
 bench() {  # bench NAME VERB OPTION...: for every model
@@ -164,7 +205,7 @@ bench() {  # bench NAME VERB OPTION...: for every model
   shift
   for model in $MODELS; do
     echo "$name, $model"
-    "$PYTHON" -m flexcore bench "$@" --model "$work/models/$model" --device cuda --max-num-batched-tokens 2048 \
+    "$PYTHON" -m flexcore bench "$@" --model "$MODEL_DIR/$model" --device cuda --max-num-batched-tokens 2048 \
       --json "$results/$name-$model.json" || status=1
   done
   return $status

@@ -6,9 +6,11 @@ python bench/random_model.py llama-3.2-1b build/models/llama-3.2-1b
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -37,7 +39,7 @@ def config(shape: Shape) -> dict[str, object]:
     }
 
 
-def tensors(shape: Shape, device: str) -> list[dict[str, torch.Tensor]]:
+def tensors(shape: Shape, device: str) -> Iterator[dict[str, torch.Tensor]]:
     """By file: the embedding and the head, then each layer. Products of unit rows stay near one."""
     source = torch.Generator(device).manual_seed(0)
 
@@ -49,7 +51,7 @@ def tensors(shape: Shape, device: str) -> list[dict[str, torch.Tensor]]:
     first = {"model.embed_tokens.weight": matrix(shape.vocab_size, shape.hidden), "model.norm.weight": ones}
     if not shape.tied:
         first["lm_head.weight"] = matrix(shape.vocab_size, shape.hidden)
-    files = [first]
+    yield first
     for layer in range(shape.num_layers):
         prefix = f"model.layers.{layer}."
         sizes = {
@@ -63,8 +65,7 @@ def tensors(shape: Shape, device: str) -> list[dict[str, torch.Tensor]]:
         }
         made = {f"{prefix}{name}.weight": matrix(*size) for name, size in sizes.items()}
         norms = ("input_layernorm", "post_attention_layernorm")
-        files.append(made | {f"{prefix}{name}.weight": ones.clone() for name in norms})
-    return files
+        yield made | {f"{prefix}{name}.weight": ones.clone() for name in norms}
 
 
 def main() -> int:
@@ -72,11 +73,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("preset", choices=llamas)
     parser.add_argument("directory", type=Path)
+    parser.add_argument("--num-layers", type=int, metavar="N", help="fewer than the preset's: a layer costs the same")
     args = parser.parse_args()
     if (args.directory / "config.json").exists():
         return 0
     args.directory.mkdir(parents=True, exist_ok=True)
     shape = PRESETS[args.preset]
+    shape = dataclasses.replace(shape, num_layers=args.num_layers or shape.num_layers)
     index: dict[str, str] = {}
     for number, part in enumerate(tensors(shape, "cuda" if torch.cuda.is_available() else "cpu")):
         name = f"model-{number:05d}.safetensors"
