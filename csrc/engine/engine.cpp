@@ -220,6 +220,9 @@ StepReport Engine::step() {
 bool Engine::cancel(RequestId id) {
   const Impl::Entry entry(*impl_);
   if (!impl_->requests.contains(id)) return false;
+  // It has had what it wanted of an answer: a stop string, or a reader who has gone.
+  if (const Sequence& sequence = impl_->requests.at(id)->sequence; sequence.num_generated() > 0)
+    impl_->count_attainment(sequence);
   impl_->end_early(id, FinishReason::kCancelled);
   impl_->counters["requests_cancelled"] += 1;
   return true;
@@ -242,8 +245,15 @@ void Engine::load_adapter(const std::string& name, const std::string& directory)
 }
 
 void Engine::save_adapter(const std::string& name, const std::string& directory) const {
-  const Impl::Entry entry(*impl_);
-  impl_->adapters.save(name, directory);
+  LoraConfig config;
+  std::vector<LoraWeights> weights;
+  {
+    const Impl::Entry entry(*impl_);
+    const auto adapter = impl_->adapters.get(name);
+    config = adapter->config;
+    weights = lora_weights(*adapter, adapter->download().data());
+  }
+  write_peft(directory, config, weights);  // while others go on
 }
 
 std::vector<AdapterInfo> Engine::adapters() const {

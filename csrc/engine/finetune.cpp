@@ -231,12 +231,26 @@ void Engine::cancel_job(JobId id) {
   impl_->job_events.push_back(event_of(job));
 }
 
-void Engine::save_checkpoint(JobId id, const std::string& directory) const {
+JobSnapshot Engine::snapshot_job(JobId id, bool optimizer) const {
   const Impl::Entry entry(*impl_);
   const TrainingJob& job = impl_->find_job(id);
-  require(!job.ended(), "job ", id, " is ", job_status_name(job.status),
-          ": its optimizer state is gone; save_adapter still saves the result");
-  write_checkpoint(directory, job, *impl_->adapters.get(job.adapter));
+  const bool whole = optimizer && !job.ended();
+  return JobSnapshot(std::make_shared<const JobState>(copy_state(job, *impl_->adapters.get(job.adapter), whole)));
+}
+
+// Steps may go on while files are written.
+void Engine::save_checkpoint(JobId id, const std::string& directory) const {
+  snapshot_job(id).save_checkpoint(directory);
+}
+
+JobSnapshot::JobSnapshot(std::shared_ptr<const JobState> state) : state_(std::move(state)) {}
+
+std::int64_t JobSnapshot::step() const { return state_->step; }
+
+void JobSnapshot::save_checkpoint(const std::string& directory) const { write_checkpoint(directory, *state_); }
+
+void JobSnapshot::save_adapter(const std::string& directory) const {
+  write_peft(directory, state_->lora, state_->weights);
 }
 
 JobId Engine::resume_finetune(const std::string& directory, std::vector<Example> examples) {

@@ -96,7 +96,7 @@ struct Engine::Impl {
                                      std::vector<std::vector<std::pair<std::int32_t, float>>>& top,
                                      std::vector<std::string>& errors);
   void emit_token(RequestState& request, const SamplingResult& result);
-  void count_attainment(const Sequence& sequence, double last_token_ms);
+  void count_attainment(const Sequence& sequence);
 
   // finetune.cpp
   JobId start_job(const std::string& adapter, std::vector<Example> examples, const FinetuneConfig& config);

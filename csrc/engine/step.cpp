@@ -204,6 +204,7 @@ void Engine::Impl::emit_token(RequestState& request, const SamplingResult& resul
   sequence.tokens.push_back(result.token);
   const double now = now_ms();
   if (sequence.first_token_ms < 0) sequence.first_token_ms = now;
+  sequence.last_token_ms = now;
   TokenEvent event{.request_id = sequence.id,
                    .token_id = result.token,
                    .logprob = result.logprob,
@@ -222,15 +223,14 @@ void Engine::Impl::emit_token(RequestState& request, const SamplingResult& resul
   const bool done = event.finish_reason != FinishReason::kNone;
   token_events.push_back(std::move(event));
   if (done) {
-    count_attainment(sequence, now);
+    count_attainment(sequence);
     finish(sequence.id);
     counters["requests_finished"] += 1;
   }
 }
 
-void Engine::Impl::count_attainment(const Sequence& sequence, double last_token_ms) {
-  const auto [ttft, tpot] =
-      kept(sequence, scheduler.objectives()[static_cast<std::size_t>(sequence.slo_class)], last_token_ms);
+void Engine::Impl::count_attainment(const Sequence& sequence) {
+  const auto [ttft, tpot] = kept(sequence, scheduler.objectives()[static_cast<std::size_t>(sequence.slo_class)]);
   Attainment& of_class = attainment[static_cast<std::size_t>(sequence.slo_class)];
   of_class.requests += 1;
   of_class.kept_ttft += ttft;

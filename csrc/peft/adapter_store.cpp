@@ -155,11 +155,6 @@ std::shared_ptr<Adapter> AdapterStore::read(const std::string& name, const std::
   return adapter;
 }
 
-void AdapterStore::save(const std::string& name, const std::string& directory) const {
-  const auto adapter = get(name);
-  write_peft(directory, adapter->config, lora_weights(*adapter, adapter->download().data()));
-}
-
 void AdapterStore::remove(const std::string& name) {
   get(name);
   newest_.erase(name);

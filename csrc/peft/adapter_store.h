@@ -70,7 +70,6 @@ class AdapterStore {
   std::shared_ptr<Adapter> load(const std::string& name, const std::string& directory);
   /// As load, but nothing here knows of it until it is published.
   std::shared_ptr<Adapter> read(const std::string& name, const std::string& directory);
-  void save(const std::string& name, const std::string& directory) const;
   void remove(const std::string& name);
 
   bool contains(const std::string& name) const { return newest_.contains(name); }

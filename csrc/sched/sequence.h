@@ -25,18 +25,19 @@ struct Sequence {
   double arrival_ms = 0.0;
   double first_step_ms = -1.0;   // begin of the first step that works on it; < 0: it waits
   double first_token_ms = -1.0;  // time of the first generated token; < 0: none yet
+  double last_token_ms = -1.0;   // of the newest
 
   std::int64_t num_generated() const { return static_cast<std::int64_t>(tokens.size()) - num_prompt_tokens; }
 };
 
-/// Which parts of its objective a request keeps whose last token came at `last_token_ms`.
+/// Which parts of its objective a request keeps, by the tokens that it has.
 struct Kept {
   bool ttft, tpot;
 };
-inline Kept kept(const Sequence& sequence, const SLO& slo, double last_token_ms) {
+inline Kept kept(const Sequence& sequence, const SLO& slo) {
   const auto gaps = static_cast<double>(sequence.num_generated() - 1);
   return {.ttft = sequence.first_token_ms - sequence.arrival_ms <= slo.ttft_ms,
-          .tpot = last_token_ms - sequence.first_token_ms <= slo.tpot_ms * gaps};
+          .tpot = sequence.last_token_ms - sequence.first_token_ms <= slo.tpot_ms * gaps};
 }
 
 /// A training sequence in flight. It goes forward through all layers window by window, then backward layer by layer,

@@ -192,10 +192,10 @@ class Simulator {
     sequence.tokens.push_back(0);
     SimulatedAnswer& answer = result_.answers[static_cast<std::size_t>(sequence.id)];
     if (sequence.num_generated() == 1) sequence.first_token_ms = now_ms_;
+    sequence.last_token_ms = now_ms_;
     answer.token_ms.push_back(now_ms_);
     if (static_cast<std::int64_t>(sequence.tokens.size()) < sequence.max_total_tokens) return;
-    const auto [ttft, tpot] =
-        kept(sequence, scheduler_.objectives()[static_cast<std::size_t>(sequence.slo_class)], now_ms_);
+    const auto [ttft, tpot] = kept(sequence, scheduler_.objectives()[static_cast<std::size_t>(sequence.slo_class)]);
     answer.kept = ttft && tpot;
     scheduler_.finish(&sequence);
     running_.erase(static_cast<std::size_t>(sequence.id));

@@ -84,26 +84,39 @@ FinetuneConfig parse_config(const Fields& f) {
 
 }  // namespace
 
-void write_checkpoint(const std::string& directory, const TrainingJob& job, const Adapter& adapter) {
+JobState copy_state(const TrainingJob& job, const Adapter& adapter, bool whole) {
+  JobState state{.job = job.id,
+                 .step = job.step,
+                 .lora = adapter.config,
+                 .weights = lora_weights(adapter, adapter.download().data())};
+  if (!whole) return state;
+  state.moments = job.download_optimizer();
+  const Json position = Json::Object{{"format", 1},
+                                     {"adapter", job.adapter},
+                                     {"step", job.step},
+                                     {"total_steps", job.total_steps()},
+                                     {"loss", job.loss},
+                                     {"trained_tokens", job.trained_tokens},
+                                     {"num_examples", job.num_examples},
+                                     {"version", adapter.version},
+                                     {"config", config_json(job.config)}};
+  state.position = position.dump(2) + "\n";
+  return state;
+}
+
+void write_checkpoint(const std::string& directory, const JobState& state) {
+  require(state.position.has_value(), "job ", state.job, ": its optimizer state is gone, as it has ended, or was left ",
+          "out; save_adapter still saves the result");
   AtomicDirectory target(directory);
-  write_peft(target, adapter.config, lora_weights(adapter, adapter.download().data()));
-  std::vector<float> host = job.download_optimizer();
+  write_peft(target, state.lora, state.weights);
   std::vector<std::pair<std::string, TensorView>> tensors;
-  if (!host.empty()) {
-    const TensorView moments(host.data(), DType::kFloat32, {2, static_cast<std::int64_t>(host.size() / 2)});
+  if (!state.moments.empty()) {
+    const TensorView moments(const_cast<float*>(state.moments.data()), DType::kFloat32,
+                             {2, static_cast<std::int64_t>(state.moments.size() / 2)});
     tensors = {{"exp_avg", moments.rows(0, 1)}, {"exp_avg_sq", moments.rows(1, 2)}};
   }
   write_safetensors(target.file(kOptimizerFile), tensors);
-  const Json state = Json::Object{{"format", 1},
-                                  {"adapter", job.adapter},
-                                  {"step", job.step},
-                                  {"total_steps", job.total_steps()},
-                                  {"loss", job.loss},
-                                  {"trained_tokens", job.trained_tokens},
-                                  {"num_examples", job.num_examples},
-                                  {"version", adapter.version},
-                                  {"config", config_json(job.config)}};
-  write_file(target.file(kStateFile), state.dump(2) + "\n");
+  write_file(target.file(kStateFile), *state.position);
   target.commit();
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,34 @@ def test_checkpoint_in_the_middle_of_a_step(engine: fc.Engine, tmp_path: Path) -
     assert run(engine).losses(resumed) == pytest.approx(wanted[2:], rel=1e-5)
     engine.load_adapter("copy", tmp_path / "c")
     assert np.array_equal(engine.score(PROMPT, "copy"), scores)
+
+
+def test_a_snapshot_is_the_job_as_it_was(engine: fc.Engine, tmp_path: Path) -> None:
+    """Written after the job went on, and by another thread: what a checkpoint was at the time of the copy."""
+    job = start(engine)
+    log = run(engine, until=after(job, 2))
+    engine.save_checkpoint(job, tmp_path / "wanted")
+    snapshot, adapter_only = engine.snapshot_job(job), engine.snapshot_job(job, optimizer=False)
+    wanted = run(engine, log=log).losses(job)
+    ended = engine.snapshot_job(job)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(snapshot.save_checkpoint, tmp_path / "got").result()
+        other.submit(adapter_only.save_adapter, tmp_path / "adapter").result()
+    for name in ("adapter_model.safetensors", "adapter_config.json", "optimizer.safetensors", "trainer_state.json"):
+        assert (tmp_path / "got" / name).read_bytes() == (tmp_path / "wanted" / name).read_bytes()
+    weights = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert weights == (tmp_path / "wanted" / "adapter_model.safetensors").read_bytes()
+    assert (snapshot.step, adapter_only.step, ended.step) == (2, 2, len(wanted))
+    for without in (adapter_only, ended):
+        with pytest.raises(fc.InvalidArgument, match=f"job {job}: its optimizer state is gone"):
+            without.save_checkpoint(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    engine.save_adapter("a", tmp_path / "last")
+    ended.save_adapter(tmp_path / "ended")
+    last = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("last", "ended")]
+    assert last[0] == last[1] != weights
+    resumed = engine.resume_finetune(tmp_path / "got", EXAMPLES)
+    assert run(engine).losses(resumed) == wanted[2:]
 
 
 def test_checkpoint_of_other_examples(engine: fc.Engine, tmp_path: Path) -> None:

@@ -42,6 +42,20 @@ def test_requests_are_held_to_the_objective_of_their_class(numpy_model: Path) ->
     assert (stats["slo.new.kept"], stats["slo.new.kept_tpot"], stats["slo.new.kept_ttft"]) == (0, 1, 0)
 
 
+def test_a_request_that_ends_early_counts_by_the_tokens_that_it_got(numpy_model: Path) -> None:
+    engine = load(numpy_model, slo=fc.SLO(1e6, 1e6))
+    engine.cancel(engine.submit([1, 2], GREEDY))  # before its first token: nothing was kept or broken
+    drain(engine)
+    assert engine.stats().get("slo.default.requests", 0) == 0
+    request = engine.submit([1, 2], GREEDY)
+    while not engine.step().outputs:
+        pass
+    assert engine.cancel(request)
+    drain(engine)
+    stats = engine.stats()
+    assert (stats["slo.default.requests"], stats["slo.default.kept"], stats["requests_cancelled"]) == (1, 1, 2)
+
+
 def test_time_before_submission_counts_to_the_first_token(numpy_model: Path) -> None:
     engine = load(numpy_model)
     engine.submit([1, 2, 3], GREEDY, waited_ms=3_600_000.0)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -180,7 +181,7 @@ def test_a_client_that_goes_away_frees_its_pages(served: Served, stream: bool) -
             head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer right\r\n"
             head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             connection.sendall(head.encode() + body)
-            wait_for(lambda: served.state.runner.engine.stats()["requests_running"] > 0)
+            wait_for(lambda: served.state.runner.engine.stats()["requests_running"] > 0, every=0.001)  # not for long
             if stream:
                 connection.recv(100)
         wait_for(lambda: idle(served), seconds=5)
@@ -377,6 +378,31 @@ def test_storage_that_fails_pauses_a_job(model: Path, tmp_path: Path, monkeypatc
         http.post(f"/v1/fine_tuning/jobs/{job}/resume")
         wait_for_success(http, job)
         assert [step for step, _ in losses(http, job)] == list(range(1, STEPS + 1))
+
+
+def test_no_token_waits_for_a_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of a job are written beside the steps: with a disk that hangs, requests are answered and the job trains."""
+    hangs, written = threading.Event(), threading.Event()
+    save = fc.JobSnapshot.save_checkpoint
+
+    def slow(snapshot: fc.JobSnapshot, directory: Path) -> None:
+        written.set()
+        assert hangs.wait(60)
+        save(snapshot, directory)
+
+    monkeypatch.setattr(fc.JobSnapshot, "save_checkpoint", slow)
+    with serving(fc.LLM(model, **ENGINE), tmp_path / "data") as served, served.http() as http:
+        job = train(http, epochs=900)
+        assert written.wait(60)
+        step = job_row(http, job)["step"]
+        wait_for_step(http, job, step + 3)
+        assert http.post("/v1/completions", json=ASK).status_code == 200
+        hangs.set()
+        assert http.post(f"/v1/fine_tuning/jobs/{job}/pause").json()["paused"]
+        http.post(f"/v1/fine_tuning/jobs/{job}/resume")
+        wait_for_step(http, job, job_row(http, job)["step"] + 2)
+        assert http.post(f"/v1/fine_tuning/jobs/{job}/cancel").json()["status"] == "cancelled"
+        wait_for(lambda: not list((tmp_path / "data" / "jobs").iterdir()))
 
 
 def test_pause_at_any_moment(model: Path, tmp_path: Path) -> None:

@@ -282,6 +282,25 @@ def test_jobs_that_are_refused(
     assert info.value.param.startswith(param)
 
 
+def test_an_objective_by_request_and_a_weight_by_job(llm: fc.LLM, tmp_path: Path) -> None:
+    own = fc.LLM(llm.engine.model_directory, slo_classes={"batch": fc.SLO(1e6, 1e6)}, **ENGINE)
+    with serving(own, tmp_path) as served:
+        client = served.openai()
+        file = client.files.create(file=("train.jsonl", json_lines(CHAT_ROWS)), purpose="fine-tune").id
+        options = {"training": {"weight": 3.0, "optimizer": "sgd", "lr_scheduler": "cosine"}}
+        method = hyperparameters(n_epochs=2, batch_size=4)
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file, method=method, extra_body=options)
+        for _ in range(2):
+            client.chat.completions.create(model="tiny", messages=HELLO, extra_body={"slo_class": "batch"})
+        assert ended(client, job.id).status == "succeeded"
+        events = client.fine_tuning.jobs.list_events(job.id, limit=100).data
+        rates = [event.data["learning_rate"] for event in events if event.type == "metrics"][::-1]
+        assert len(rates) == 6 and rates == sorted(rates, reverse=True) and rates[0] > 10 * rates[-1]  # a cosine
+        stats = own.engine.stats()
+        assert (stats["slo.batch.requests"], stats["slo.batch.kept"]) == (2, 2)
+        assert stats.get("slo.default.requests", 0) == 0
+
+
 def test_adapters_that_are_loaded(client: Any, served: Served, twin: fc.LLM, tmp_path: Path) -> None:
     twin.engine.create_adapter("a", fc.LoraConfig(r=2), seed=3)
     twin.engine.save_adapter("a", tmp_path / "a")

@@ -192,6 +192,14 @@ void register_jobs(Bound& cls) {
       },
       py::arg("job_id"), py::arg("directory"), "Adapter, optimizer state and position, as of the last optimizer step.");
   cls.def(
+      "snapshot_job",
+      [](Engine& self, const py::object& job, bool optimizer) {
+        const JobId id = to_int64(job, "snapshot_job: job_id");
+        return released([&] { return self.snapshot_job(id, optimizer); });
+      },
+      py::arg("job_id"), py::arg("optimizer") = true,
+      "A copy of the job after its last optimizer step, to be written on any thread while the engine goes on.");
+  cls.def(
       "job",
       [](Engine& self, const py::object& job) {
         const JobId id = to_int64(job, "job: job_id");
@@ -246,7 +254,27 @@ void register_state(Bound& cls) {
 
 }  // namespace
 
+void register_snapshot(py::module_& m) {
+  py::class_<JobSnapshot>(m, "JobSnapshot")
+      .def_property_readonly("step", &JobSnapshot::step)
+      .def(
+          "save_checkpoint",
+          [](const JobSnapshot& self, const py::object& directory) {
+            const std::string where = to_path(directory, "save_checkpoint: directory");
+            released([&] { self.save_checkpoint(where); });
+          },
+          py::arg("directory"), "As Engine.save_checkpoint; refused where the optimizer state was left out.")
+      .def(
+          "save_adapter",
+          [](const JobSnapshot& self, const py::object& directory) {
+            const std::string where = to_path(directory, "save_adapter: directory");
+            released([&] { self.save_adapter(where); });
+          },
+          py::arg("directory"), "PEFT's files.");
+}
+
 void register_engine(py::module_& m) {
+  register_snapshot(m);
   Bound cls(m, "Engine", py::release_gil_before_calling_cpp_dtor(),
             "Serves and finetunes one model. Calls from several threads queue up.");
   register_serving(cls);

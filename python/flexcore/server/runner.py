@@ -143,6 +143,10 @@ class EngineRunner:
         self._inbox.put(work)
         return await future
 
+    def post(self, work: Callable[[], object]) -> None:
+        """Runs it on the engine's thread, between two steps. Any thread may call it."""
+        self._inbox.put(work)
+
     async def submit(
         self, ids: Sequence[int], sampling: SamplingParams, adapter: Adapter, slo_class: str | None = None
     ) -> Stream:

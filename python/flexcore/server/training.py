@@ -1,4 +1,5 @@
-"""What the engine trains for jobs. Everything here is on the engine's thread."""
+"""What the engine trains for jobs. Everything here is on the engine's thread, but for files: a thread of their own
+writes those, from copies, so that no token waits for a disk."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ import math
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from flexcore._core import (
@@ -70,8 +73,11 @@ class Training:
     saved_step: int = 0
     save_seconds: float = 0.0
     save_failed: bool = False
+    saving: bool = False  # its state is being written
+    writing: int = 0  # files of it
     evaluations: list[Evaluation] = field(default_factory=list)
     trained: bool = False  # what is left is to evaluate
+    finishing: bool = False  # the finished model is being written
 
 
 class Trainer:
@@ -89,6 +95,8 @@ class Trainer:
         self._engine, self._store, self._released = runner.engine, store, released
         self._base, self._served_name, self._max_length = base, served_name, max_length
         self._training: dict[int, Training] = {}  # by the engine's job
+        self._runner = runner
+        self._writer = ThreadPoolExecutor(1, "flexcore-writer")  # one thing after the other, in the order of steps
         runner.after_step.append(self._after_step)
         runner.when_idle.append(self._when_idle)
 
@@ -145,6 +153,9 @@ class Trainer:
     def cancel(self, job: str) -> None:
         row = self._active(job, "cancelled")
         if (training := self.find(row["id"])) is not None:
+            if training.finishing:  # it has ended then
+                self._wait_for_files()
+                self._active(job, "cancelled")
             self._leave(training)
         self.end(job, "cancelled")
 
@@ -157,7 +168,7 @@ class Trainer:
         if training is not None:
             if training.trained:
                 raise ApiError(400, f"Job {job} is trained; its last evaluation runs", code="job_not_running")
-            self._save(training)
+            self._save_now(training)
             if training.save_failed:
                 raise ApiError(507, f"Job {job} can't be paused: its state can't be saved", code="storage")
             self._leave(training)
@@ -177,7 +188,8 @@ class Trainer:
     def save_all(self) -> None:
         for training in self.all():
             if not training.trained:
-                self._save(training)
+                self._save_now(training)
+        self._wait_for_files()
 
     def _active(self, job: str, verb: str) -> Row:
         """As it is now: the step that ran meanwhile may have ended it."""
@@ -202,7 +214,7 @@ class Trainer:
         for training in self.all():
             self._guarded(training, self._evaluate, True)
 
-    def _guarded(self, training: Training, work: Callable[[Training, Any], None], event: Any) -> None:
+    def _guarded(self, training: Training, work: Callable[[Training, Any], None], event: Any = None) -> None:
         """What the disk or the database refuses costs the job its turn, not its progress."""
         try:
             if training.engine_job in self._training:
@@ -223,8 +235,7 @@ class Trainer:
                 self._checkpoint(training, event)
         if event.status == "succeeded":
             training.trained = True
-            if not training.evaluations:
-                self._succeed(training)
+            self._finish_if_done(training)
         elif event.status == "failed":
             message = self._engine.job(training.engine_job).error
             self._leave(training)
@@ -247,38 +258,107 @@ class Trainer:
             self._store.update("jobs", training.id, step=event.step, trained_tokens=info.trained_tokens)
 
     def _should_save(self, training: Training, step: int) -> bool:
+        if training.saving:
+            return False
         spent = time.monotonic() - training.saved_at
         many = step - training.saved_step >= MOST_LOST * self._engine.job(training.engine_job).total_steps
         many = many and self._engine.stats()["requests_running"] == 0  # whose tokens it would hold up
         return spent * (MOST_SAVE_OVERHEAD if many else SAVE_OVERHEAD) >= training.save_seconds
 
+    def _write(
+        self, training: Training, work: Callable[[], None], then: Callable[[Training, Exception | None], None]
+    ) -> None:
+        """`then`, on the engine's thread, with what went wrong, unless the job has left."""
+        training.writing += 1
+
+        def written(error: Exception | None) -> None:
+            training.writing -= 1
+            self._guarded(training, then, error)
+            self._guarded(training, self._finish_if_done)
+
+        def write() -> None:
+            error = None
+            try:
+                work()
+            except Exception as caught:
+                error = caught
+            self._runner.post(lambda: written(error))
+
+        self._writer.submit(write)
+
+    def _wait_for_files(self) -> None:
+        self._writer.submit(lambda: None).result()
+
     def _save(self, training: Training) -> None:
         """What a restart goes on from."""
         begin = time.monotonic()
-        training.saved_step = self._engine.job(training.engine_job).step
+        snapshot = self._engine.snapshot_job(training.engine_job)
+        copied = time.monotonic() - begin
+        directory = self._store.resume_directory(training.id)
+        seconds = [copied]
+
+        def write() -> None:
+            start = time.monotonic()
+            snapshot.save_checkpoint(directory)
+            seconds.append(time.monotonic() - start)
+
+        def written(training: Training, error: Exception | None) -> None:
+            training.saving = False
+            self._saved(training, snapshot.step, sum(seconds), error)
+
+        training.saving = True
+        self._write(training, write, written)
+
+    def _save_now(self, training: Training) -> None:
+        """The same at once: the job stops here."""
+        self._wait_for_files()
+        begin, error = time.monotonic(), None
+        snapshot = self._engine.snapshot_job(training.engine_job)
         try:
-            self._engine.save_checkpoint(training.engine_job, self._store.resume_directory(training.id))
-            training.save_failed = False
-        except Error as error:
-            if not training.save_failed:
-                self._store.add_event(training.id, f"The job's state can't be saved: {error}", level="warn")
-            training.save_failed = True
-        training.saved_at = time.monotonic()
-        training.save_seconds = training.saved_at - begin
+            snapshot.save_checkpoint(self._store.resume_directory(training.id))
+        except Error as caught:
+            error = caught
+        self._saved(training, snapshot.step, time.monotonic() - begin, error)
+
+    def _saved(self, training: Training, step: int, seconds: float, error: Exception | None) -> None:
+        training.saved_at, training.save_seconds = time.monotonic(), seconds
+        if error is None:
+            training.saved_step = step
+        elif not isinstance(error, Error):
+            raise error
+        elif not training.save_failed:
+            self._store.add_event(training.id, f"The job's state can't be saved: {error}", level="warn")
+        training.save_failed = error is not None
 
     def _checkpoint(self, training: Training, event: FinetuneEvent) -> None:
         """A model as of this step, which can be asked by its name."""
         name = f"{training.model}@{event.step}"
         directory = self._store.adapter_directory(training.id, event.step)
-        self._engine.save_adapter(training.model, directory)
+        snapshot = self._engine.snapshot_job(training.engine_job, optimizer=False)
         row: Row = {"id": new_id("ftckpt"), "job": training.id, "created_at": int(time.time()), "step": event.step}
         metrics = {"step": event.step, "train_loss": event.loss}
-        with self._store.transaction():
-            self._store.insert("checkpoints", {**row, "model": name, "metrics": metrics})
-            self._add_model(name, training, directory.name)
-            self._store.add_event(training.id, f"Checkpoint created at step {event.step}", step=event.step)
-        if training.validation:
-            self._queue_evaluation(training, name, row["id"], event.step)
+
+        def write() -> None:
+            snapshot.save_adapter(directory)
+            with self._store.transaction():
+                if not self._is_active(training.id):
+                    shutil.rmtree(directory, ignore_errors=True)
+                    return
+                self._store.insert("checkpoints", {**row, "model": name, "metrics": metrics})
+                self._add_model(name, training, directory)
+                self._store.add_event(training.id, f"Checkpoint created at step {event.step}", step=event.step)
+
+        def written(training: Training, error: Exception | None) -> None:
+            if error is not None:
+                raise error
+            if training.validation:
+                self._queue_evaluation(training, name, row["id"], event.step)
+
+        self._write(training, write, written)
+
+    def _is_active(self, job: str) -> bool:
+        row = self._store.get("jobs", job)
+        return row is not None and row["status"] in ACTIVE
 
     def _queue_evaluation(self, training: Training, name: str, checkpoint: str, step: int) -> None:
         directory = str(self._store.adapter_directory(training.id, step))
@@ -326,38 +406,51 @@ class Trainer:
 
     def _end_evaluation(self, training: Training) -> None:
         self._unload(training.evaluations.pop(0).model)
-        if training.trained and not training.evaluations:
-            self._succeed(training)
+        self._finish_if_done(training)
+
+    def _finish_if_done(self, training: Training, _: None = None) -> None:
+        if training.trained and not (training.finishing or training.writing or training.evaluations):
+            self._finish(training)
 
     def _unload(self, name: str) -> None:
         if any(adapter.name == name for adapter in self._engine.adapters()):
             self._engine.unload_adapter(name)
 
-    def _add_model(self, name: str, training: Training, directory: str) -> None:
+    def _add_model(self, name: str, training: Training, directory: Path) -> None:
         now = int(time.time())
-        row = {"name": name, "created_at": now, "base": self._base, "job": training.id, "directory": directory}
+        row = {"name": name, "created_at": now, "base": self._base, "job": training.id, "directory": directory.name}
         self._store.insert("models", row)
 
-    def _succeed(self, training: Training) -> None:
+    def _finish(self, training: Training) -> None:
+        training.finishing = True
         directory = self._store.adapter_directory(training.id)
-        self._engine.save_adapter(training.model, directory)
+        snapshot = self._engine.snapshot_job(training.engine_job, optimizer=False)
         trained = self._engine.job(training.engine_job).trained_tokens
-        result = self._store.add_file(self._results(training), "step_metrics.csv", "fine-tune-results")
-        with self._store.transaction():
-            self._add_model(training.model, training, directory.name)
-            self._store.update(
-                "jobs",
-                training.id,
-                status="succeeded",
-                finished_at=int(time.time()),
-                fine_tuned_model=training.model,
-                trained_tokens=trained,
-                result_files=[result["id"]],
-            )
-            self._store.add_event(training.id, f"New fine-tuned model created: {training.model}")
-            self._store.add_event(training.id, "The job has successfully completed")
-        self._leave(training)
-        shutil.rmtree(self._store.resume_directory(training.id).parent, ignore_errors=True)
+
+        def write() -> None:
+            snapshot.save_adapter(directory)
+            result = self._store.add_file(self._results(training), "step_metrics.csv", "fine-tune-results")
+            with self._store.transaction():
+                self._add_model(training.model, training, directory)
+                self._store.update(
+                    "jobs",
+                    training.id,
+                    status="succeeded",
+                    finished_at=int(time.time()),
+                    fine_tuned_model=training.model,
+                    trained_tokens=trained,
+                    result_files=[result["id"]],
+                )
+                self._store.add_event(training.id, f"New fine-tuned model created: {training.model}")
+                self._store.add_event(training.id, "The job has successfully completed")
+
+        def written(training: Training, error: Exception | None) -> None:
+            if error is not None:
+                raise error
+            self._leave(training)
+            self._remove_state(training.id)
+
+        self._write(training, write, written)
 
     def _results(self, training: Training) -> bytes:
         query = "SELECT data FROM events WHERE job = ? AND type = 'metrics' ORDER BY number"
@@ -402,7 +495,11 @@ class Trainer:
         except Exception:
             log.exception("job %s: its end can't be written", job)
             return
-        shutil.rmtree(self._store.resume_directory(job).parent, ignore_errors=True)
+        self._remove_state(job)
+
+    def _remove_state(self, job: str) -> None:
+        """After what is being written now."""
+        self._writer.submit(shutil.rmtree, self._store.resume_directory(job).parent, ignore_errors=True)
 
 
 def model_name(base: str, suffix: str | None, job: str) -> str:
