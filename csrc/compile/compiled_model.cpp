@@ -59,18 +59,76 @@ std::set<SiteId> CompiledModel::all_sites() const {
   return sites;
 }
 
-TrainingProgram& CompiledModel::training(const std::set<SiteId>& sites) {
-  auto& entry = training_[sites];
+CompiledModel::Draft CompiledModel::draft(const std::set<SiteId>& sites) const {
+  Draft draft{.graph = std::make_shared<Graph>(base_)};
+  attach_(*draft.graph, std::vector<SiteId>(sites.begin(), sites.end()));
+  fuse_shared_inputs(*draft.graph);
+  draft.num_forward = draft.graph->nodes.size();
+  draft.backward = derive_backward(*draft.graph);
+  require(draft.backward.target_grad != kNoTensor, "training program: no linear has a trainable bypass");
+  return draft;
+}
+
+// Of a layer that is like most: not the lowest with a backward, nor the last.
+const std::vector<KeepOption>& CompiledModel::options(const std::set<SiteId>& sites) {
+  const auto known = options_.find(sites);
+  if (known != options_.end()) return known->second;
+  const Draft d = draft(sites);
+  const int last = d.graph->num_layers - 1, layer = std::min(d.backward.first_layer + 1, last);
+  return options_.emplace(sites, keep_options(*d.graph, d.num_forward, layer, rates_)).first->second;
+}
+
+std::vector<CompiledModel::Candidate> CompiledModel::keep_candidates(const std::set<SiteId>& sites) {
+  constexpr std::int64_t kSteps = 4;  // quarters of the layers: every choice is a program of its own
+  const auto& all = options(sites);
+  const std::int64_t layers = base_.num_layers;
+  std::vector<Candidate> candidates;
+  for (std::size_t i = 0; i < all.size(); ++i)
+    for (std::size_t j = i; j < all.size(); ++j)
+      for (std::int64_t step = i == j ? kSteps : 1; step < (i == j ? kSteps + 1 : kSteps); ++step) {
+        const std::int64_t first = i == j ? 0 : layers * step / kSteps;
+        if (i != j && (first == 0 || first == layers)) continue;
+        const auto of = [&](auto member) {
+          return static_cast<double>(first) * static_cast<double>(all[j].*member) +
+                 static_cast<double>(layers - first) * static_cast<double>(all[i].*member);
+        };
+        candidates.push_back({{static_cast<int>(j), static_cast<int>(i), first},
+                              static_cast<std::size_t>(of(&KeepOption::bytes_per_token)),
+                              of(&KeepOption::seconds_per_token)});
+        if (i == j) candidates.back().choice.first = candidates.back().choice.others;
+      }
+  std::stable_sort(candidates.begin(), candidates.end(),
+                   [](const Candidate& a, const Candidate& b) { return a.seconds_per_token < b.seconds_per_token; });
+  return candidates;
+}
+
+TrainingProgram& CompiledModel::training(const std::set<SiteId>& sites, const KeepChoice& choice) {
+  auto& entry = training_[{sites, choice}];
   if (entry) return *entry;
   auto program = std::make_unique<TrainingProgram>();
-  auto graph = std::make_shared<Graph>(base_);
-  attach_(*graph, std::vector<SiteId>(sites.begin(), sites.end()));
-  fuse_shared_inputs(*graph);
-  const std::size_t num_forward = graph->nodes.size();
+  const Draft d = draft(sites);
+  const auto& graph = d.graph;
+  const std::size_t num_forward = d.num_forward;
   const TensorId hidden = graph->hidden;
-  const BackwardGraph backward = derive_backward(*graph);
-  require(backward.target_grad != kNoTensor, "training program: no linear has a trainable bypass");
-  const KeepPlan plan = prune_and_rematerialize(*graph, num_forward);
+  const BackwardGraph& backward = d.backward;
+  std::vector<std::set<std::string>> recomputed;
+  if (choice != KeepChoice{}) {
+    const auto& all = options(sites);
+    double extra = 0.0, whole = 0.0;
+    for (int l = 0; l < graph->num_layers; ++l) {
+      const auto& option = all[static_cast<std::size_t>(l < choice.num_first ? choice.first : choice.others)];
+      recomputed.push_back(option.recomputed);
+      extra += option.seconds_per_token;
+    }
+    for (std::size_t i = 0; i < num_forward; ++i)
+      if (graph->nodes[i].layer != kNoLayer) {
+        // A linear's backward is one product as large as its forward's, attention's is five for two.
+        const bool attends = graph->nodes[i].op->name() == "attention";
+        whole += graph->nodes[i].op->flops(*graph, rates_.context) * rates_.seconds_per_flop * (attends ? 2.5 : 1.0);
+      }
+    program->backward_cost = 1.0 + extra / whole;
+  }
+  const KeepPlan plan = prune_and_rematerialize(*graph, num_forward, recomputed);
   save_kept(*program, *graph, plan, trunk_.graph());
 
   program->first_layer = backward.first_layer;

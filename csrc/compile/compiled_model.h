@@ -1,5 +1,6 @@
 #pragma once
 
+#include <compare>
 #include <functional>
 #include <map>
 #include <memory>
@@ -23,6 +24,13 @@ struct SavedTensor {
   std::size_t bytes_per_token() const { return static_cast<std::size_t>(width) * dtype_size(dtype); }
 };
 
+/// What the backward's layers recompute: an index into keep_options for the first layers, and one for the others.
+struct KeepChoice {
+  int first = 0, others = 0;
+  std::int64_t num_first = 0;
+  auto operator<=>(const KeepChoice&) const = default;
+};
+
 /// The compiled backward for one set of LoRA sites.
 struct TrainingProgram {
   struct Layer {
@@ -41,7 +49,8 @@ struct TrainingProgram {
   std::vector<SavedTensor> saved;
   std::vector<std::vector<int>> saved_of_trunk;  // by tensor of the trunk: indices into `saved`
   std::size_t saved_bytes_per_token = 0;
-  std::vector<Layer> layers;  // empty programs below first_layer
+  double backward_cost = 1.0;  // time of a unit, of one that recomputes nothing
+  std::vector<Layer> layers;   // empty programs below first_layer
   int first_layer = 0;
   Program loss_head;  // input: hidden state; output: target_grad
   TensorId target_grad = kNoTensor;
@@ -68,8 +77,17 @@ class CompiledModel {
   const Graph& base() const { return base_; }
   std::set<SiteId> all_sites() const;
 
+  /// What choosing what to keep goes by; before the first program is asked for. Sizes do not depend on it.
+  void set_rates(const OperatorRates& rates) { rates_ = rates; }
   /// Compiled at the first use of a set of sites and kept. The reference stays valid.
-  TrainingProgram& training(const std::set<SiteId>& sites);
+  TrainingProgram& training(const std::set<SiteId>& sites, const KeepChoice& choice = {});
+  /// Ways of keeping less, the fastest first.
+  struct Candidate {
+    KeepChoice choice;
+    std::size_t bytes_per_token = 0;  // at most
+    double seconds_per_token = 0.0;
+  };
+  std::vector<Candidate> keep_candidates(const std::set<SiteId>& sites);
   std::size_t workspace_bytes() const { return workspace_bytes_; }  // of the serving programs
 
  private:
@@ -79,7 +97,18 @@ class CompiledModel {
   bool join_;
   Program trunk_, sample_head_, score_head_;
   std::size_t workspace_bytes_ = 0;
-  std::map<std::set<SiteId>, std::unique_ptr<TrainingProgram>> training_;
+  /// A training graph before it is decided what to keep.
+  struct Draft {
+    std::shared_ptr<Graph> graph;
+    std::size_t num_forward = 0;
+    BackwardGraph backward;
+  };
+  Draft draft(const std::set<SiteId>& sites) const;
+  const std::vector<KeepOption>& options(const std::set<SiteId>& sites);
+
+  OperatorRates rates_;
+  std::map<std::pair<std::set<SiteId>, KeepChoice>, std::unique_ptr<TrainingProgram>> training_;
+  std::map<std::set<SiteId>, std::vector<KeepOption>> options_;
 };
 
 }  // namespace flexcore

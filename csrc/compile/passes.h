@@ -1,5 +1,7 @@
 #pragma once
 
+#include <set>
+#include <string>
 #include <vector>
 
 #include "graph/graph.h"
@@ -21,8 +23,9 @@ struct BackwardGraph {
 /// section 5). Then removes, to a fixed point, nodes whose results nobody reads.
 BackwardGraph derive_backward(Graph& graph);
 
-/// What the backward of one layer does with a forward tensor that it reads.
-enum class Keep : std::uint8_t { kKept, kRebuilt, kDropped, kInPages };
+/// What the backward of one layer does with a forward tensor that it reads: rebuilt by cheap operators, recomputed by a
+/// GEMM or attention.
+enum class Keep : std::uint8_t { kKept, kRebuilt, kRecomputed, kDropped, kInPages };
 
 struct KeptTensor {
   TensorId tensor = kNoTensor;
@@ -30,13 +33,33 @@ struct KeptTensor {
   Keep keep = Keep::kDropped;
 };
 
-/// Keeps only the forward tensors that the backward reads; of those, rebuilds what cheap operators make from kept ones.
-/// Adds the rebuilding nodes and rewires the backward to them. `nodes_of_layer[l]`: the layer's backward in order,
-/// rebuilding first. Every forward tensor of the layers is in `kept`.
+/// What a layer may do without: the tensors of these names are recomputed instead of kept.
+struct KeepOption {
+  std::set<std::string> recomputed;
+  std::size_t bytes_per_token = 0;  // that are kept
+  double seconds_per_token = 0.0;   // that recomputing takes
+};
+
+/// What operators take, from the step-time model.
+struct OperatorRates {
+  double seconds_per_flop = 1e-11, seconds_per_byte = 1e-10;
+  double context = 512;  // positions that a row attends to
+};
+
+/// Of a layer's backward, every choice of tensors for which no other keeps less in less time; the fastest, which
+/// recomputes nothing, first. Exact: all subsets are looked at.
+std::vector<KeepOption> keep_options(const Graph& graph, std::size_t num_forward_nodes, int layer,
+                                     const OperatorRates& rates);
+
+/// Keeps only the forward tensors that the backward reads; of those, rebuilds what cheap operators make from kept ones,
+/// and recomputes in layer l what `recomputed[l]` names (empty: nothing in any layer). Adds the nodes for it and
+/// rewires the backward to them. `nodes_of_layer[l]`: the layer's backward in order. Every forward tensor of the layers
+/// is in `kept`.
 struct KeepPlan {
   std::vector<KeptTensor> kept;
   std::vector<std::vector<NodeId>> nodes_of_layer;
 };
-KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes);
+KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes,
+                                 const std::vector<std::set<std::string>>& recomputed);
 
 }  // namespace flexcore

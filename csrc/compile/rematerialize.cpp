@@ -1,90 +1,235 @@
 #include <algorithm>
+#include <limits>
 #include <map>
+#include <optional>
 #include <set>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "compile/passes.h"
+#include "graph/layer_ops.h"
 
 namespace flexcore {
 
 namespace {
 
-// Decides for one layer's backward. What is needed is there anyway, kept or rebuilt, so it may serve to rebuild
+// Decides for one layer's backward. What is needed is there anyway, kept or made again, so it may serve to make
 // another; tensor ids do not follow the order of execution (bypasses are added last), so nothing may hang on the order
 // of decisions.
 class LayerChoice {
  public:
-  LayerChoice(Graph& graph, std::set<TensorId> needed) : graph_(graph), needed_(std::move(needed)) {
-    for (const auto tensor : needed_) (rebuildable(tensor) ? rebuilt_ : kept_).insert(tensor);
+  LayerChoice(const Graph& graph, int layer, std::set<TensorId> needed, const std::set<std::string>& recomputed)
+      : graph_(graph), layer_(layer), needed_(std::move(needed)) {
+    for (const auto tensor : needed_)
+      (rebuildable(tensor)                               ? rebuilt_
+       : recomputed.contains(graph_.tensor(tensor).name) ? recomputed_
+                                                         : kept_)
+          .insert(tensor);
+    possible_ = std::all_of(recomputed_.begin(), recomputed_.end(), [&](TensorId tensor) { return want(tensor); });
+    for (const auto tensor : rebuilt_) possible_ = want(tensor) && possible_;
+    if (!possible_) return;
+    for (const auto& [id, wanted] : wanted_) {
+      const Node& node = graph_.nodes[static_cast<std::size_t>(id)];
+      for (const int index : remake(node, wanted).inputs) ++readers_[node.inputs[static_cast<std::size_t>(index)]];
+    }
   }
   const std::set<TensorId>& kept() const { return kept_; }
   const std::set<TensorId>& rebuilt() const { return rebuilt_; }
+  const std::set<TensorId>& recomputed() const { return recomputed_; }
+  bool possible() const { return possible_; }
 
-  // The tensor that holds `tensor` in the backward; adds the nodes that make it.
-  TensorId source(TensorId tensor, int layer, std::vector<NodeId>& nodes) {
+  std::size_t kept_bytes() const {
+    std::size_t bytes = 0;
+    for (const auto tensor : kept_) {
+      const GraphTensor& t = graph_.tensor(tensor);
+      bytes += static_cast<std::size_t>(t.width) * dtype_size(t.keep_dtype);
+    }
+    return bytes;
+  }
+  double seconds(const OperatorRates& rates) const {
+    double total = 0.0;
+    for (const auto& [id, wanted] : wanted_) {
+      const Node& node = graph_.nodes[static_cast<std::size_t>(id)];
+      const Recompute made = remake(node, wanted);
+      double bytes = 0.0;
+      for (const auto& [indices, tensors] : {std::pair(&made.inputs, &node.inputs), {&made.outputs, &node.outputs}})
+        for (const int index : *indices) {
+          const GraphTensor& tensor = graph_.tensor((*tensors)[static_cast<std::size_t>(index)]);
+          bytes += static_cast<double>(tensor.width) * static_cast<double>(dtype_size(tensor.dtype));
+        }
+      total += made.op->flops(graph_, rates.context) * rates.seconds_per_flop + bytes * rates.seconds_per_byte;
+    }
+    return total;
+  }
+
+  /// The tensor that holds `tensor` in the backward; adds the nodes that make it to the graph, which is the same.
+  TensorId source(Graph& graph, TensorId tensor, std::vector<NodeId>& nodes) {
     if (kept_.contains(tensor)) return tensor;
     if (const auto made = copy_.find(tensor); made != copy_.end()) return made->second;
-    const Node forward = graph_.nodes[static_cast<std::size_t>(graph_.tensor(tensor).producer)];
-    Node node = forward;
-    node.layer = layer;
-    node.phase = Phase::kBackward;
-    for (auto& input : node.inputs) input = source(input, layer, nodes);
-    GraphTensor rebuilt = graph_.tensor(tensor);
-    rebuilt.layer = layer;
-    node.outputs = {graph_.add_tensor(std::move(rebuilt))};
-    copy_[tensor] = node.outputs[0];
-    nodes.push_back(graph_.add_node(std::move(node)));
-    return copy_[tensor];
+    const NodeId producer = graph.tensor(tensor).producer;
+    const Node forward = graph.nodes[static_cast<std::size_t>(producer)];
+    const Recompute made = remake(forward, wanted_.at(producer));
+    std::vector<TensorId> inputs, outputs;
+    for (const int index : made.inputs)
+      inputs.push_back(source(graph, forward.inputs[static_cast<std::size_t>(index)], nodes));
+    for (std::size_t o = 0; o < made.outputs.size(); ++o) {
+      // What others read too is not overwritten.
+      const int alias = made.op->alias(static_cast<int>(o));
+      if (alias < 0 || !made.op->in_place_only()) continue;
+      const TensorId taken = forward.inputs[static_cast<std::size_t>(made.inputs[static_cast<std::size_t>(alias)])];
+      if (needed_.contains(taken) || readers_.at(taken) > 1) {
+        TensorId& input = inputs[static_cast<std::size_t>(alias)];
+        input = add(graph, copy_op(), {input}, {graph.tensor(taken)}, nodes)[0];
+      }
+    }
+    std::vector<GraphTensor> like;
+    for (const int index : made.outputs) like.push_back(graph.tensor(forward.outputs[static_cast<std::size_t>(index)]));
+    outputs = add(graph, made.op, std::move(inputs), std::move(like), nodes);
+    for (std::size_t o = 0; o < outputs.size(); ++o)
+      copy_[forward.outputs[static_cast<std::size_t>(made.outputs[o])]] = outputs[o];
+    return copy_.at(tensor);
   }
 
  private:
+  std::vector<TensorId> add(Graph& graph, std::shared_ptr<const Operator> op, std::vector<TensorId> inputs,
+                            std::vector<GraphTensor> outputs, std::vector<NodeId>& nodes) const {
+    std::vector<TensorId> made;
+    for (auto& output : outputs) {
+      output.layer = layer_;
+      made.push_back(graph.add_tensor(std::move(output)));
+    }
+    nodes.push_back(graph.add_node({std::move(op), std::move(inputs), made, layer_, Phase::kBackward}));
+    return made;
+  }
+  const Node& producer(TensorId tensor) const {
+    return graph_.nodes[static_cast<std::size_t>(graph_.tensor(tensor).producer)];
+  }
   bool rebuildable(TensorId tensor) const {
-    const auto& node = graph_.nodes[static_cast<std::size_t>(graph_.tensor(tensor).producer)];
+    const auto& node = producer(tensor);
     if (!node.op->rebuildable() || node.outputs.size() != 1) return false;
     return std::all_of(node.inputs.begin(), node.inputs.end(),
                        [&](TensorId input) { return needed_.contains(input) || rebuildable(input); });
   }
+  // The node again, with at least the wanted outputs.
+  static Recompute remake(const Node& node, const std::vector<bool>& wanted) {
+    if (!node.op->rebuildable()) return *node.op->recompute(wanted);
+    Recompute whole{.op = node.op, .inputs = {}, .outputs = {0}};
+    for (std::size_t i = 0; i < node.inputs.size(); ++i) whole.inputs.push_back(static_cast<int>(i));
+    return whole;
+  }
+  // Notes which outputs of which nodes it takes to have `tensor`. False: it cannot be made from what is kept.
+  bool want(TensorId tensor) {
+    if (kept_.contains(tensor)) return true;
+    const NodeId id = graph_.tensor(tensor).producer;
+    const Node& node = graph_.nodes[static_cast<std::size_t>(id)];
+    const bool cheap = node.op->rebuildable() && node.outputs.size() == 1;
+    if (!cheap && node.layer != layer_) return false;
+    std::vector<bool> only(node.outputs.size(), false);
+    for (std::size_t o = 0; o < node.outputs.size(); ++o) only[o] = node.outputs[o] == tensor;
+    if (!cheap && !node.op->recompute(only)) return false;
+    auto& wanted = wanted_.try_emplace(id, node.outputs.size(), false).first->second;
+    for (std::size_t o = 0; o < only.size(); ++o) wanted[o] = wanted[o] || only[o];
+    const auto inputs = remake(node, only).inputs;
+    return std::all_of(inputs.begin(), inputs.end(),
+                       [&](int index) { return want(node.inputs[static_cast<std::size_t>(index)]); });
+  }
 
-  Graph& graph_;
-  std::set<TensorId> needed_, kept_, rebuilt_;
+  const Graph& graph_;
+  int layer_;
+  std::set<TensorId> needed_, kept_, rebuilt_, recomputed_;
+  std::map<NodeId, std::vector<bool>> wanted_;  // outputs of nodes that are made again
+  std::map<TensorId, int> readers_;             // among these nodes
   std::map<TensorId, TensorId> copy_;
+  bool possible_ = true;
 };
+
+/// Of the forward's nodes alone.
+std::vector<bool> forward_tensors(const Graph& graph, std::size_t num_forward_nodes) {
+  std::vector<bool> is_forward(graph.tensors.size(), false);
+  for (std::size_t i = 0; i < num_forward_nodes; ++i)
+    for (const auto output : graph.nodes[i].outputs) is_forward[static_cast<std::size_t>(output)] = true;
+  return is_forward;
+}
+
+struct LayerBackward {
+  std::vector<NodeId> nodes;
+  std::set<TensorId> needed;  // forward tensors that they read
+};
+LayerBackward backward_of(const Graph& graph, std::size_t num_forward_nodes, std::size_t num_nodes,
+                          const std::vector<bool>& is_forward, int layer) {
+  LayerBackward found;
+  for (std::size_t i = num_forward_nodes; i < num_nodes; ++i) {
+    const auto& node = graph.nodes[i];
+    if (node.phase != Phase::kBackward || node.layer != layer) continue;
+    found.nodes.push_back(static_cast<NodeId>(i));
+    for (const auto input : node.inputs)
+      if (is_forward[static_cast<std::size_t>(input)]) found.needed.insert(input);
+  }
+  return found;
+}
 
 }  // namespace
 
-KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes) {
+std::vector<KeepOption> keep_options(const Graph& graph, std::size_t num_forward_nodes, int layer,
+                                     const OperatorRates& rates) {
+  const auto is_forward = forward_tensors(graph, num_forward_nodes);
+  const auto needed = backward_of(graph, num_forward_nodes, graph.nodes.size(), is_forward, layer).needed;
+  const LayerChoice nothing(graph, layer, needed, {});
+  const double least = nothing.seconds(rates);
+  std::vector<std::string> names;
+  for (const auto tensor : nothing.kept())
+    if (graph.tensor(tensor).layer == layer) names.push_back(graph.tensor(tensor).name);
+  std::vector<KeepOption> options;
+  for (std::size_t subset = 0; subset < std::size_t{1} << names.size(); ++subset) {
+    std::set<std::string> recomputed;
+    for (std::size_t n = 0; n < names.size(); ++n)
+      if (subset >> n & 1) recomputed.insert(names[n]);
+    const LayerChoice choice(graph, layer, needed, recomputed);
+    if (choice.possible()) options.push_back({recomputed, choice.kept_bytes(), choice.seconds(rates) - least});
+  }
+  std::stable_sort(options.begin(), options.end(), [](const KeepOption& a, const KeepOption& b) {
+    return std::pair(a.seconds_per_token, a.bytes_per_token) < std::pair(b.seconds_per_token, b.bytes_per_token);
+  });
+  std::size_t fewest = std::numeric_limits<std::size_t>::max();
+  std::erase_if(options, [&](const KeepOption& option) {
+    const bool worse = option.bytes_per_token >= fewest;
+    fewest = std::min(fewest, option.bytes_per_token);
+    return worse;
+  });
+  return options;
+}
+
+KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes,
+                                 const std::vector<std::set<std::string>>& recomputed) {
   const std::size_t num_nodes = graph.nodes.size();
   const auto layers = static_cast<std::size_t>(graph.num_layers);
   KeepPlan plan;
   plan.nodes_of_layer.resize(layers);
-
-  std::vector<bool> is_forward(graph.tensors.size(), false);
-  for (std::size_t i = 0; i < num_forward_nodes; ++i)
-    for (const auto output : graph.nodes[i].outputs) is_forward[static_cast<std::size_t>(output)] = true;
+  const auto is_forward = forward_tensors(graph, num_forward_nodes);
 
   std::set<std::pair<TensorId, int>> seen;
   for (std::size_t l = 0; l < layers; ++l) {
-    std::vector<NodeId> backward;
-    std::set<TensorId> needed;
-    for (std::size_t i = num_forward_nodes; i < num_nodes; ++i) {
-      const auto& node = graph.nodes[i];
-      if (node.phase != Phase::kBackward || node.layer != static_cast<int>(l)) continue;
-      backward.push_back(static_cast<NodeId>(i));
-      for (const auto input : node.inputs)
-        if (is_forward[static_cast<std::size_t>(input)]) needed.insert(input);
-    }
-    LayerChoice choice(graph, needed);
-    for (const auto tensor : choice.kept()) plan.kept.push_back({tensor, static_cast<int>(l), Keep::kKept});
-    for (const auto tensor : choice.rebuilt()) plan.kept.push_back({tensor, static_cast<int>(l), Keep::kRebuilt});
-    for (const auto tensor : needed) seen.emplace(tensor, static_cast<int>(l));
+    const int layer = static_cast<int>(l);
+    const auto backward = backward_of(graph, num_forward_nodes, num_nodes, is_forward, layer);
+    std::optional<LayerChoice> choice;
+    choice.emplace(graph, layer, backward.needed, recomputed.empty() ? std::set<std::string>{} : recomputed[l]);
+    if (!choice->possible())
+      choice.emplace(graph, layer, backward.needed, std::set<std::string>{});  // unlike the others
+    const auto list = [&](const std::set<TensorId>& tensors, Keep keep) {
+      for (const auto tensor : tensors) plan.kept.push_back({tensor, layer, keep});
+    };
+    list(choice->kept(), Keep::kKept);
+    list(choice->rebuilt(), Keep::kRebuilt);
+    list(choice->recomputed(), Keep::kRecomputed);
+    for (const auto tensor : backward.needed) seen.emplace(tensor, layer);
 
     auto& nodes = plan.nodes_of_layer[l];
-    for (const auto id : backward) {
+    for (const auto id : backward.nodes) {
       auto inputs = graph.nodes[static_cast<std::size_t>(id)].inputs;
       for (auto& input : inputs)
         if (static_cast<std::size_t>(input) < is_forward.size() && is_forward[static_cast<std::size_t>(input)])
-          input = choice.source(input, static_cast<int>(l), nodes);
+          input = choice->source(graph, input, nodes);
       graph.nodes[static_cast<std::size_t>(id)].inputs = std::move(inputs);
       nodes.push_back(id);
     }

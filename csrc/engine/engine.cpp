@@ -49,6 +49,7 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
       adapters(compiled.base().sites, device->allocator(), ledger),
       blocks(sizes.limits.num_blocks, sizes.limits.block_size, config.enable_prefix_caching),
       scheduler(scheduler_config(model, config, sizes, compiled), blocks, cost) {
+  compiled.set_rates(operator_rates(sizes));
   const ScratchBytes scratch_sizes = scratch_bytes(model, config, sizes);
   scratch.reserve(static_cast<std::size_t>(scratch_sizes.forward));
   std::vector<WeightSpec> specs;

@@ -425,9 +425,11 @@ void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
   for (const auto& rows : all) total += rows.end - rows.begin;
   require<Error>(total <= limits_.max_rows, "backward: ", total, " rows, wanted at most ", limits_.max_rows);
 
+  const BatchIdentity batch(backward_.context(), ++num_batches_);
   backward_.clear_segments();
   std::vector<std::int32_t> tokens, positions;
   std::vector<AttentionBackwardSpan> spans;
+  std::vector<AttentionSpan> forward_spans;  // for attention that is recomputed
   std::int64_t row = 0, segment_begin = 0;
   for (std::size_t i = 0; i < all.size(); ++i) {
     TrainState& train = *all[i].train;
@@ -444,7 +446,9 @@ void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
   }
   backward_.batch.token_ids = backward_.staged(IndexArray::kTokens, DType::kInt32, tokens);
   backward_.batch.positions = backward_.staged(IndexArray::kPositions, DType::kInt32, positions);
+  for (const auto& span : spans) forward_spans.push_back(span.span);
   backward_.batch.backward_spans = spans;
+  backward_.batch.spans = forward_spans;
 
   // One window is read and written where it is stored; several are brought together.
   std::vector<TensorView> inputs;

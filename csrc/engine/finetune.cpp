@@ -21,7 +21,7 @@ void Engine::Impl::fail_job(TrainingJob& job, const std::string& error) {
   job_events.push_back(event_of(job));
 }
 
-void Engine::Impl::validate(const std::vector<Example>& examples, const TrainingProgram& program) const {
+void Engine::Impl::validate(const std::vector<Example>& examples, const std::set<SiteId>& sites) {
   require(!examples.empty(), "examples: empty, wanted at least one");
   for (std::size_t i = 0; i < examples.size(); ++i) {
     const auto& example = examples[i];
@@ -41,10 +41,7 @@ void Engine::Impl::validate(const std::vector<Example>& examples, const Training
     const std::int64_t pages = (length + sizes.limits.block_size - 1) / sizes.limits.block_size;
     require(pages <= blocks.num_blocks(), where, ": ", length, " tokens need ", pages, " pages, but the pool has ",
             blocks.num_blocks(), "; raise kv_cache_memory_bytes");
-    const std::int64_t bytes = finetune_bytes(model, program, length);
-    require(bytes <= config.finetune_memory_bytes.value_or(bytes), where, ": ", length, " tokens keep ", bytes,
-            " bytes for the backward, more than finetune_memory_bytes (", config.finetune_memory_bytes.value_or(0),
-            ")");
+    executor->reserve(fitting_program(model, compiled, sites, length, config.finetune_memory_bytes, where));
   }
 }
 
@@ -56,9 +53,7 @@ JobId Engine::Impl::start_job(const std::string& adapter, std::vector<Example> e
   if (target->lora_dropout != 0.0)
     throw Unsupported(str("lora_dropout: ", target->lora_dropout, " in adapter \"", adapter,
                           "\", wanted 0: finetuning has no dropout yet"));
-  TrainingProgram& program = compiled.training(target->sites());
-  validate(examples, program);
-  executor->reserve(program);
+  validate(examples, target->sites());
   auto job = std::make_unique<TrainingJob>(next_job++, adapter, std::move(examples), settings);
   job->allocate(context, device->allocator(), ledger, target->num_parameters);
   return begin(std::move(job));
@@ -81,9 +76,7 @@ JobId Engine::Impl::resume_finetune(const std::string& directory, std::vector<Ex
           ", wanted those of the first call (", checkpoint.num_examples, ")");
   const auto adapter = adapters.read(name, directory);
   adapter->version = checkpoint.version;
-  TrainingProgram& program = compiled.training(adapter->sites());
-  validate(examples, program);
-  executor->reserve(program);
+  validate(examples, adapter->sites());
   auto job = std::make_unique<TrainingJob>(next_job++, name, std::move(examples), checkpoint.config);
   job->step = checkpoint.step;
   job->loss = checkpoint.loss;
@@ -112,7 +105,6 @@ std::int64_t Engine::Impl::program_id(const TrainingProgram& program) {
 
 void Engine::Impl::start_batch(TrainingJob& job) {
   const auto adapter = adapters.get(job.adapter);
-  TrainingProgram& program = compiled.training(adapter->sites());
   const auto batch = job.batch();
   job.batch_targets = 0;
   job.batch_loss = 0.0;
@@ -120,8 +112,12 @@ void Engine::Impl::start_batch(TrainingJob& job) {
   for (const auto index : batch) job.batch_targets += count_targets(job.examples[static_cast<std::size_t>(index)]);
   const float scale = 1.0f / static_cast<float>(job.batch_targets);
   for (const auto index : batch) {
-    auto state = std::make_unique<TrainState>(job.examples[static_cast<std::size_t>(index)], adapter, program,
-                                              job.gradients(), scale);
+    const Example& example = job.examples[static_cast<std::size_t>(index)];
+    TrainingProgram& program =
+        fitting_program(model, compiled, adapter->sites(), static_cast<std::int64_t>(example.input_ids.size()),
+                        config.finetune_memory_bytes, "finetune_memory_bytes");
+    executor->reserve(program);
+    auto state = std::make_unique<TrainState>(example, adapter, program, job.gradients(), scale);
     auto entry = std::make_unique<InFlight>();
     entry->state = state.get();
     entry->sequence = {.id = next_train_sequence++,
@@ -130,7 +126,8 @@ void Engine::Impl::start_batch(TrainingJob& job) {
                        .length = state->length(),
                        .first_layer = program.first_layer,
                        .window_tokens = job.config.window_tokens.value_or(0),
-                       .backward_window_tokens = job.config.backward_window_tokens.value_or(0)};
+                       .backward_window_tokens = job.config.backward_window_tokens.value_or(0),
+                       .backward_cost = program.backward_cost};
     state->id = entry->sequence.id;
     state->block_table = &entry->sequence.block_table;
     scheduler.add_training(&entry->sequence);
@@ -229,6 +226,14 @@ void Engine::cancel_job(JobId id) {
   require(!job.ended(), "job ", id, " is ", job_status_name(job.status), ", nothing to cancel");
   impl_->end_job(job, JobStatus::kCancelled, "");
   impl_->job_events.push_back(event_of(job));
+}
+
+void Engine::set_finetune_memory(std::optional<std::int64_t> bytes) {
+  const Impl::Entry entry(*impl_);
+  require(bytes.value_or(1) > 0, "finetune_memory_bytes: ", bytes.value_or(1), ", wanted more than 0");
+  impl_->config.finetune_memory_bytes = bytes;
+  impl_->scheduler.set_finetune_tokens_in_flight(
+      scheduler_config(impl_->model, impl_->config, impl_->sizes, impl_->compiled).max_finetune_tokens_in_flight);
 }
 
 JobSnapshot Engine::snapshot_job(JobId id, bool optimizer) const {

@@ -53,6 +53,13 @@ SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& c
                                  CompiledModel& compiled);
 /// What one training sequence of `length` tokens keeps for its backward.
 std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& program, std::int64_t length);
+/// By what operators take on such a device, relative to each other: what is recomputed depends on nothing that was
+/// measured, so that a plan says what an engine does.
+OperatorRates operator_rates(const EngineSizes& sizes);
+/// The fastest of the backward programs with which a sequence keeps no more than `budget` bytes. Where even the
+/// smallest keeps more: InvalidArgument, which begins with `what` and says how long a sequence may be.
+TrainingProgram& fitting_program(const ModelConfig& model, CompiledModel& compiled, const std::set<SiteId>& sites,
+                                 std::int64_t length, std::optional<std::int64_t> budget, const std::string& what);
 ScratchBytes scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes);
 /// Throws InvalidArgument that names the field.
 void check(const EngineConfig& config);
@@ -102,7 +109,7 @@ struct Engine::Impl {
   JobId start_job(const std::string& adapter, std::vector<Example> examples, const FinetuneConfig& config);
   JobId resume_finetune(const std::string& directory, std::vector<Example> examples);
   JobId begin(std::unique_ptr<TrainingJob> job);
-  void validate(const std::vector<Example>& examples, const TrainingProgram& program) const;
+  void validate(const std::vector<Example>& examples, const std::set<SiteId>& sites);
   TrainingJob& find_job(JobId id) const;
   void start_batch(TrainingJob& job);
   void finish_sequences(TrainingJob& job);

@@ -60,8 +60,11 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
   const auto adapter = adapters.get(name);
   require(window_tokens >= 0, "window_tokens: ", window_tokens, ", wanted >= 0");
   require(backward_window_tokens >= 0, "backward_window_tokens: ", backward_window_tokens, ", wanted >= 0");
-  TrainingProgram& program = compiled.training(adapter->sites());
-  validate(examples, program);
+  validate(examples, adapter->sites());
+  std::size_t longest = 0;
+  for (const auto& example : examples) longest = std::max(longest, example.input_ids.size());
+  TrainingProgram& program = fitting_program(model, compiled, adapter->sites(), static_cast<std::int64_t>(longest),
+                                             config.finetune_memory_bytes, "examples");
   executor->reserve(program);
   Buffer gradients(device->allocator(), ledger, MemoryTag::kGradients,
                    static_cast<std::size_t>(adapter->num_parameters) * sizeof(float));

@@ -22,6 +22,8 @@ std::string_view choice_name(Keep keep) {
       return "kept";
     case Keep::kRebuilt:
       return "rebuilt";
+    case Keep::kRecomputed:
+      return "recomputed";
     case Keep::kInPages:
       return "in kv_pages";
     case Keep::kDropped:
@@ -36,6 +38,8 @@ std::string_view choice_reason(Keep keep) {
       return "only a GEMM or attention makes it";
     case Keep::kRebuilt:
       return "made again from what is kept";
+    case Keep::kRecomputed:
+      return "made again, to fit finetune_memory_bytes";
     case Keep::kInPages:
       return "read from the KV pages";
     case Keep::kDropped:
@@ -78,7 +82,8 @@ void explain(MemoryPlan& plan, const TrainingProgram& program, std::int64_t num_
     plan.unpruned_bytes_per_token_per_layer += bytes;
   }
   const auto rank = [](const PlannedTensor& t) {
-    return t.choice == "kept" ? 0 : t.choice == "rebuilt" ? 1 : t.choice == "in kv_pages" ? 2 : 3;
+    const auto order = {"kept", "recomputed", "rebuilt", "in kv_pages"};
+    return std::find(order.begin(), order.end(), t.choice) - order.begin();
   };
   std::stable_sort(plan.tensors.begin(), plan.tensors.end(),
                    [&](const PlannedTensor& a, const PlannedTensor& b) { return rank(a) < rank(b); });
@@ -94,6 +99,7 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
           ", wanted 1 to max_model_len (", sizes.max_model_len, ")");
   CompiledModel compiled(build_model(model, sizes.compute), attach_lora, row_capacity(sizes.limits),
                          joins_outputs(sizes.device));
+  compiled.set_rates(operator_rates(sizes));
   MemoryPlan plan;
   plan.num_layers = model.num_layers;
   plan.sequence_length = sequence_length;
@@ -101,13 +107,12 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   plan.kv_pages = sizes.block_bytes * sizes.limits.num_blocks;
   const std::int64_t rotary = sizes.limits.max_positions * model.head_dim * static_cast<std::int64_t>(sizeof(float));
   const bool two_lanes = sizes.device.kind != DeviceKind::kCpu;
-  const auto programs_bytes = [&](const std::set<SiteId>& sites) {
-    return static_cast<std::int64_t>(
-        Executor::workspace_bytes(compiled, compiled.training(sites), sizes.limits.max_rows, two_lanes));
+  const auto programs_bytes = [&](const TrainingProgram& program) {
+    return static_cast<std::int64_t>(Executor::workspace_bytes(compiled, program, sizes.limits.max_rows, two_lanes));
   };
   const ScratchBytes scratch = scratch_bytes(model, config, sizes);
   // An engine probes its speed with LoRA at every linear when it loads.
-  const std::int64_t programs = programs_bytes(compiled.all_sites());
+  const std::int64_t programs = programs_bytes(compiled.training(compiled.all_sites()));
   plan.workspace = rotary + static_cast<std::int64_t>((two_lanes ? 2 : 1) * Lane::indices_bytes(sizes.limits)) +
                    static_cast<std::int64_t>(Executor::losses_bytes(sizes.limits)) + scratch.forward +
                    scratch.backward + programs;
@@ -118,8 +123,9 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   const auto modules = lora_modules(matcher, compiled.base().sites);
   std::set<SiteId> sites;
   for (const auto& module : modules) sites.insert(module.site);
-  const TrainingProgram& program = compiled.training(sites);
-  plan.workspace += std::max<std::int64_t>(0, programs_bytes(sites) - programs);
+  const TrainingProgram& program =
+      fitting_program(model, compiled, sites, sequence_length, config.finetune_memory_bytes, "sequence_length");
+  plan.workspace += std::max<std::int64_t>(0, programs_bytes(program) - programs);
   const std::int64_t tokens =
       scheduler_config(model, config, sizes, compiled).finetune_tokens_in_flight(sequence_length);
   plan.tokens_in_flight = tokens;

@@ -101,6 +101,34 @@ std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& pro
       TrainState::gradient_bytes({model.hidden_size, model.num_kv_heads * model.head_dim}, length));
 }
 
+OperatorRates operator_rates(const EngineSizes& sizes) {
+  // FLOP in the time of a byte: of bfloat16 products and of memory.
+  constexpr double kOnCpu = 8, kOnGpu = 256;
+  return {.seconds_per_flop = 1e-12,
+          .seconds_per_byte = 1e-12 * (sizes.device.kind == DeviceKind::kCpu ? kOnCpu : kOnGpu),
+          .context = static_cast<double>(sizes.max_model_len) / 2};
+}
+
+TrainingProgram& fitting_program(const ModelConfig& model, CompiledModel& compiled, const std::set<SiteId>& sites,
+                                 std::int64_t length, std::optional<std::int64_t> budget, const std::string& what) {
+  TrainingProgram& fastest = compiled.training(sites);
+  if (!budget || finetune_bytes(model, fastest, length) <= *budget) return fastest;
+  const std::int64_t gradients =
+      finetune_bytes(model, fastest, length) - static_cast<std::int64_t>(TrainState::saved_bytes(fastest, length));
+  const TrainingProgram* smallest = &fastest;
+  for (const auto& candidate : compiled.keep_candidates(sites)) {
+    const bool fits = static_cast<std::int64_t>(candidate.bytes_per_token) * length + gradients <= *budget;
+    const bool least = candidate.bytes_per_token < smallest->saved_bytes_per_token;
+    if (!fits && !least) continue;
+    TrainingProgram& program = compiled.training(sites, candidate.choice);
+    if (finetune_bytes(model, program, length) <= *budget) return program;
+    if (program.saved_bytes_per_token < smallest->saved_bytes_per_token) smallest = &program;
+  }
+  throw InvalidArgument(str(what, ": ", length, " tokens keep at least ", finetune_bytes(model, *smallest, length),
+                            " bytes for the backward, more than finetune_memory_bytes (", *budget, "); at most ",
+                            *budget / finetune_bytes(model, *smallest, 1), " tokens fit"));
+}
+
 SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
                                  CompiledModel& compiled) {
   SchedulerConfig scheduler{.max_num_seqs = sizes.limits.max_sampled_rows,

@@ -31,6 +31,15 @@ TensorView grouped(const TensorView& x, std::int64_t group) {
   return x.shape(1) == group ? x : x.reshape({x.shape(0) * (x.shape(1) / group), group});
 }
 
+class CopyOp final : public Operator {
+ public:
+  std::string_view name() const override { return "copy"; }
+  void run(const RunState& state, const Node&, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    flexcore::run(*state.context, CopyArgs{in[0], out[0]});
+  }
+};
+
 class RmsNormBackwardOp final : public Operator {
  public:
   RmsNormBackwardOp(ParamId weight, std::int64_t group, float eps, bool accumulate)
@@ -125,16 +134,24 @@ class AttentionBackwardOp final : public Operator {
   AttentionShape shape_;
 };
 
+// Inputs: q, k, v; or q alone, where keys and values are in the pages already.
 class AttentionOp final : public Operator {
  public:
-  explicit AttentionOp(const AttentionShape& shape) : shape_(shape) {}
+  AttentionOp(const AttentionShape& shape, bool writes) : shape_(shape), writes_(writes) {}
   std::string_view name() const override { return "attention"; }
-  bool effect() const override { return true; }
+  bool effect() const override { return writes_; }
+  std::optional<Recompute> recompute(const std::vector<bool>&) const override {
+    return Recompute{std::make_shared<AttentionOp>(shape_, false), {0}, {0, 1}};
+  }
+  double flops(const Graph&, double context) const override {
+    return 4.0 * static_cast<double>(shape_.num_heads * shape_.head_dim) * context;
+  }
   void run(const RunState& state, const Node& node, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
     const auto h = shape_.num_heads, kv = shape_.num_kv_heads;
     const auto& pages = state.batch->pages[static_cast<std::size_t>(node.layer)];
-    flexcore::run(*state.context, KvWriteArgs{in[1].split_rows(kv), in[2].split_rows(kv), pages, state.batch->spans});
+    if (writes_)
+      flexcore::run(*state.context, KvWriteArgs{in[1].split_rows(kv), in[2].split_rows(kv), pages, state.batch->spans});
     flexcore::run(*state.context, AttentionArgs{in[0].split_rows(h), pages, state.batch->spans, out[0].split_rows(h),
                                                 out[1], shape_.scale, shape_.sliding_window});
   }
@@ -148,6 +165,7 @@ class AttentionOp final : public Operator {
 
  private:
   AttentionShape shape_;
+  bool writes_;
 };
 
 class SiluMulBackwardOp final : public Operator {
@@ -180,6 +198,7 @@ class SiluMulOp final : public Operator {
 }  // namespace
 
 std::shared_ptr<const Operator> embedding_op(ParamId weight) { return std::make_shared<EmbeddingOp>(weight); }
+std::shared_ptr<const Operator> copy_op() { return std::make_shared<CopyOp>(); }
 std::shared_ptr<const Operator> rms_norm_op(ParamId weight, std::int64_t group, float eps) {
   return std::make_shared<RmsNormOp>(weight, group, eps);
 }
@@ -187,7 +206,7 @@ std::shared_ptr<const Operator> rotary_op(std::int64_t num_heads, bool inverse) 
   return std::make_shared<RotaryOp>(num_heads, inverse);
 }
 std::shared_ptr<const Operator> attention_op(const AttentionShape& shape) {
-  return std::make_shared<AttentionOp>(shape);
+  return std::make_shared<AttentionOp>(shape, true);
 }
 std::shared_ptr<const Operator> silu_mul_op() { return std::make_shared<SiluMulOp>(); }
 

@@ -8,6 +8,8 @@ namespace flexcore {
 
 /// in: none; out: x [kTokens, hidden_size].
 std::shared_ptr<const Operator> embedding_op(ParamId weight);
+/// y = x, for what a node would overwrite.
+std::shared_ptr<const Operator> copy_op();
 /// in: x; out: y of the same width, normalised in groups of the weight's width (whole rows, or heads).
 std::shared_ptr<const Operator> rms_norm_op(ParamId weight, std::int64_t group, float eps);
 /// in: x; out: rotated x, in place.

@@ -84,6 +84,51 @@ void LinearOp::vjp(BackwardBuilder& builder, const Node& node) const {
   if (residual_) builder.pass(node.inputs[1], grads[0]);
 }
 
+std::optional<Recompute> LinearOp::recompute(const std::vector<bool>& wanted) const {
+  Recompute result{.inputs = {0}};
+  if (residual_) result.inputs.push_back(1);
+  std::vector<Member> members;
+  for (std::size_t i = 0; i < members_.size(); ++i) {
+    if (!wanted[i]) continue;
+    members.push_back(members_[i]);
+    result.outputs.push_back(static_cast<int>(i));
+  }
+  result.op = std::make_shared<LinearOp>(std::move(members), residual_);
+  return result;
+}
+
+double LinearOp::flops(const Graph& graph, double) const {
+  double total = 0.0;
+  for (const auto& member : members_) {
+    const GraphParam& weight = graph.params[static_cast<std::size_t>(member.weight)];
+    total += 2.0 * static_cast<double>(weight.out_features) * static_cast<double>(weight.in_features);
+  }
+  return total;
+}
+
+std::optional<Recompute> LoraOp::recompute(const std::vector<bool>& wanted) const {
+  Recompute result{.inputs = {0}};
+  std::vector<SiteId> sites;
+  for (std::size_t i = 0; i < sites_.size(); ++i) {
+    if (!wanted[i]) continue;
+    sites.push_back(sites_[i]);
+    result.inputs.push_back(static_cast<int>(i) + 1);
+    result.outputs.push_back(static_cast<int>(i));
+  }
+  result.op = std::make_shared<LoraOp>(std::move(sites));
+  return result;
+}
+
+double LoraOp::flops(const Graph& graph, double) const {
+  constexpr double kUsualRank = 16;  // a program serves adapters of every rank
+  double features = 0.0;
+  for (const auto site : sites_) {
+    const LinearSite& linear = graph.sites[static_cast<std::size_t>(site)];
+    features += static_cast<double>(linear.in_features + linear.out_features);
+  }
+  return 2.0 * kUsualRank * features;
+}
+
 void LoraOp::run(const RunState& state, const Node&, std::span<const TensorView> in,
                  std::span<const TensorView> out) const {
   std::vector<LoraArgs::Member> members;

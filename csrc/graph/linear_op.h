@@ -24,6 +24,8 @@ class LinearOp final : public Operator {
   void vjp(BackwardBuilder& builder, const Node& node) const override;
   int alias(int) const override { return residual_ ? 1 : -1; }
   bool joins_outputs() const override { return true; }
+  std::optional<Recompute> recompute(const std::vector<bool>& wanted) const override;
+  double flops(const Graph& graph, double context) const override;
 
   const std::vector<Member>& members() const { return members_; }
   bool residual() const { return residual_; }
@@ -45,6 +47,8 @@ class LoraOp final : public Operator {
   void vjp(BackwardBuilder& builder, const Node& node) const override;
   int alias(int output) const override { return 1 + output; }
   bool trainable() const override { return true; }
+  std::optional<Recompute> recompute(const std::vector<bool>& wanted) const override;
+  double flops(const Graph& graph, double context) const override;
 
   const std::vector<SiteId>& sites() const { return sites_; }
 

@@ -1,6 +1,8 @@
 #pragma once
 
 #include <array>
+#include <memory>
+#include <optional>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -48,6 +50,14 @@ struct RunState {
 
 struct Node;
 class BackwardBuilder;
+class Graph;
+class Operator;
+
+/// An operator that makes some of a node's outputs again in the backward.
+struct Recompute {
+  std::shared_ptr<const Operator> op;
+  std::vector<int> inputs, outputs;  // which of the node's it has
+};
 
 /// What a node computes. Stateless: attributes only.
 class Operator {
@@ -68,6 +78,10 @@ class Operator {
   virtual bool takes_gaps(std::int64_t /*width*/) const { return true; }
   /// Cheap enough (no GEMM, no attention) to run again in the backward instead of keeping its output.
   virtual bool rebuildable() const { return false; }
+  /// Makes at least the wanted outputs again, whatever that costs. None: it cannot.
+  virtual std::optional<Recompute> recompute(const std::vector<bool>& /*wanted*/) const { return {}; }
+  /// Multiplications and additions for a row that attends to `context` positions.
+  virtual double flops(const Graph&, double /*context*/) const { return 0.0; }
   /// Holds trainable parameters: its outputs need gradients.
   virtual bool trainable() const { return false; }
   /// Does something beside writing its outputs; never removed.

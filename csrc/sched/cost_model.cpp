@@ -37,7 +37,7 @@ Vector terms_of(const StepFeatures& f) {
           f.any_finetune() ? 1.0 : 0.0,
           static_cast<double>(f.finetune_tokens),
           static_cast<double>(f.finetune_context),
-          static_cast<double>(f.backward_layer_tokens),
+          static_cast<double>(f.backward_layer_tokens) + f.recomputed_layer_tokens,
           static_cast<double>(f.backward_layer_context),
           static_cast<double>(f.backward_units)};
 }

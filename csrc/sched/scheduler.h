@@ -53,6 +53,7 @@ class Scheduler {
   void set_objective(std::int64_t slo_class, const SLO& slo);
   /// From the next plan on. Throws InvalidArgument.
   void set_policy(const std::string& policy) { policy_ = make_policy(policy); }
+  void set_finetune_tokens_in_flight(std::int64_t tokens) { config_.max_finetune_tokens_in_flight = tokens; }
   std::span<const SLO> objectives() const { return config_.objectives; }
 
   /// Waits for admission. Throws InvalidArgument when it has no tokens, OutOfMemory when the pool could never hold it.

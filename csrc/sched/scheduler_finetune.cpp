@@ -275,6 +275,7 @@ Scheduler::Outcome Scheduler::give_backward(Step& step, Job& job, bool force) {
       const std::int64_t rows = backward_rows(*top, config_.max_num_batched_tokens);
       unit_.push_back({static_cast<std::size_t>(top - flights_.data()), rows});
       f.backward_layer_tokens += rows;
+      f.recomputed_layer_tokens += static_cast<double>(rows) * (top->sequence->backward_cost - 1.0);
       f.backward_layer_context += context_sum(top->rows - rows, top->rows);
       ++f.backward_units;
     }
@@ -318,6 +319,7 @@ StepFeatures Scheduler::collect(const Step& step, const Job& job, std::int64_t p
       unit_.push_back({i, rows});
       limit -= rows;
       f.backward_layer_tokens += rows;
+      f.recomputed_layer_tokens += static_cast<double>(rows) * (flight.sequence->backward_cost - 1.0);
       f.backward_layer_context += context_sum(flight.rows - rows, flight.rows);
     }
   }

@@ -50,6 +50,7 @@ struct TrainSequence {
   std::int64_t first_layer = 0;             // lowest layer that has a backward
   std::int64_t window_tokens = 0;           // largest forward window; 0: any
   std::int64_t backward_window_tokens = 0;  // largest backward window; 0: any
+  double backward_cost = 1.0;               // of its units, in units that make nothing again
   std::vector<std::int32_t> block_table;
 
   bool started = false;           // pages and saved activations are held

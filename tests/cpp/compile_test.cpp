@@ -84,6 +84,50 @@ TEST_F(CompileTest, KeepsWhatOnlyGemmsAndAttentionMake) {
   EXPECT_EQ(bytes, 3 * layer - 2 * 32);
 }
 
+// Less memory for more time, down to the layer's input alone; what is promised is what a program then keeps.
+TEST_F(CompileTest, KeepsLessForMoreTime) {
+  const auto all = model.all_sites();
+  const auto candidates = model.keep_candidates(all);
+  ASSERT_GT(candidates.size(), 8u);
+  EXPECT_EQ(candidates.front().choice, KeepChoice{});
+  std::size_t least = model.training(all).saved_bytes_per_token;
+  for (std::size_t i = 0; i < candidates.size(); ++i) {
+    const auto& candidate = candidates[i];
+    if (i > 0) EXPECT_GE(candidate.seconds_per_token, candidates[i - 1].seconds_per_token);
+    const auto& program = model.training(all, candidate.choice);
+    EXPECT_LE(program.saved_bytes_per_token, candidate.bytes_per_token);
+    EXPECT_GE(program.saved_bytes_per_token + 2 * 32, candidate.bytes_per_token);  // the lowest layer's input
+    EXPECT_EQ(program.backward_cost == 1.0, i == 0);
+    least = std::min(least, program.saved_bytes_per_token);
+  }
+  EXPECT_EQ(least, 2u * 2 * 32);  // bf16 inputs of two layers; the lowest's are the tokens
+}
+
+TEST_F(CompileTest, OfALayersChoicesNoneIsWorseThanAnother) {
+  // By hand: 2^6 subsets of q, attention, lse, residual, gate and up, and the front of them.
+  auto graph = std::make_shared<Graph>(model.base());
+  std::vector<SiteId> sites(model.base().sites.size());
+  std::iota(sites.begin(), sites.end(), 0);
+  attach_lora(*graph, sites);
+  fuse_shared_inputs(*graph);
+  const std::size_t num_forward = graph->nodes.size();
+  derive_backward(*graph);
+  const auto options =
+      keep_options(*graph, num_forward, 1, {.seconds_per_flop = 1, .seconds_per_byte = 0, .context = 10});
+  ASSERT_GE(options.size(), 4u);
+  EXPECT_TRUE(options.front().recomputed.empty());
+  for (std::size_t i = 1; i < options.size(); ++i) {
+    EXPECT_GT(options[i].seconds_per_token, options[i - 1].seconds_per_token);
+    EXPECT_LT(options[i].bytes_per_token, options[i - 1].bytes_per_token);
+  }
+  const std::set<std::string> everything = {"attention", "attention.lse", "attention_residual",
+                                            "gate",      "q.rotated",     "up"};
+  EXPECT_EQ(options.back().recomputed, everything);
+  // q, attention over 10 positions, o, gate and up, and their bypasses of rank 16.
+  const auto linear = [](double in, double out) { return 2 * in * out + 2 * 16 * (in + out); };
+  EXPECT_DOUBLE_EQ(options.back().seconds_per_token, 2 * linear(32, 32) + 4 * 32 * 10 + 2 * linear(32, 48));
+}
+
 TEST_F(CompileTest, NothingBelowTheLowestBypass) {
   const auto& program = model.training(sites_ending(model.base(), {"q_proj", "v_proj"}, 1));
   EXPECT_EQ(program.first_layer, 1);

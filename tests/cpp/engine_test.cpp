@@ -72,6 +72,41 @@ TEST_F(EngineTest, AnySplitGivesTheSameGradients) {
   }
 }
 
+// Activations that are not kept are made again, on every device, whatever the windows.
+TEST_F(EngineTest, RecomputingGivesTheSameGradients) {
+  Engine engine = load();
+  engine.create_adapter("a", {.r = 4, .lora_alpha = 8}, 1);
+  engine.finetune("a", examples(2), {.learning_rate = 0.05});  // B is no longer zero
+  drain(engine);
+  const auto some = examples(2);
+  const auto wanted = engine.loss_and_gradients("a", some, 5, 3);
+  const MemoryPlan plan = flexcore::plan(path(), small(), LoraConfig{.r = 4}, 60);
+  std::int64_t budget = plan.saved_activations / plan.tokens_in_flight * 60 * 2;
+  int accepted = 0;
+  for (; budget > 0; budget = budget * 2 / 3) {
+    engine.set_finetune_memory(budget);
+    LossAndGradients got;
+    try {
+      got = engine.loss_and_gradients("a", some, 5, 3);
+    } catch (const InvalidArgument& error) {
+      EXPECT_NE(std::string(error.what()).find("tokens keep at least"), std::string::npos) << error.what();
+      break;
+    }
+    ++accepted;
+    EXPECT_NEAR(got.loss, wanted.loss, 1e-6);
+    for (std::size_t t = 0; t < wanted.gradients.size(); ++t) {
+      double error = 0, norm = 0;
+      for (std::size_t i = 0; i < wanted.gradients[t].data.size(); ++i) {
+        error += std::pow(got.gradients[t].data[i] - wanted.gradients[t].data[i], 2);
+        norm += std::pow(wanted.gradients[t].data[i], 2);
+      }
+      EXPECT_LE(std::sqrt(error), 2e-5 * std::sqrt(norm)) << wanted.gradients[t].name << ", " << budget << " bytes";
+    }
+  }
+  EXPECT_GE(accepted, 3);
+  EXPECT_GT(budget, 0);
+}
+
 TEST_F(EngineTest, SmallPoolPreemptsAndFinishesEverything) {
   const std::int64_t block = 2 * kLayers * kKvHeads * (kHidden / kHeads) * 16 * 4;
   Engine large = load(), small = load({.kv_cache_memory_bytes = 7 * block});

@@ -244,6 +244,13 @@ void register_state(Bound& cls) {
       py::arg("slo"), py::arg("slo_class") = py::none(),
       "Changes an objective, of running requests too; a name that is new becomes a class.");
   cls.def(
+      "set_finetune_memory",
+      [](Engine& self, const py::object& bytes) {
+        const auto most = convert<std::optional<std::int64_t>>(bytes, "set_finetune_memory: bytes");
+        released([&] { self.set_finetune_memory(most); });
+      },
+      py::arg("bytes"), "EngineConfig.finetune_memory_bytes, for the sequences that begin from now on.");
+  cls.def(
       "set_policy",
       [](Engine& self, const py::object& policy) {
         const std::string name = to_string(policy, "set_policy: policy");

@@ -27,7 +27,8 @@ struct EngineConfig {
   std::optional<std::int64_t>
       kv_cache_memory_bytes;  // default: max_num_seqs sequences of max_model_len, within a quarter of memory
   std::optional<std::int64_t>
-      finetune_memory_bytes;  // saved activations and gradients in flight; default: no limit of its own
+      finetune_memory_bytes;  // saved activations and gradients in flight; sequences that do not fit recompute what
+                              // costs least time; default: no limit of its own, nothing is recomputed
   bool enable_prefix_caching = true;
   bool enforce_eager = false;  // on a GPU: launch the kernels of every step one by one, without CUDA graphs
   int num_threads = 0;         // 0: every core this process may use

@@ -177,6 +177,8 @@ class Engine {
   void set_slo(const SLO& slo, const std::string& slo_class = {});
   /// EngineConfig::policy, from the next step on.
   void set_policy(const std::string& policy);
+  /// EngineConfig::finetune_memory_bytes, for the sequences that begin from now on.
+  void set_finetune_memory(std::optional<std::int64_t> bytes);
 
   struct Impl;  // defined inside the library
 

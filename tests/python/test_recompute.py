@@ -1,0 +1,128 @@
+"""Sequences that do not fit finetune_memory_bytes keep less and recompute: the same gradients, as a plan says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from engines import EXACT, MODELS, MakeEngine
+from running import is_idle, random_examples, run
+
+import flexcore as fc
+
+LORA = fc.LoraConfig(r=5, target_modules="all-linear")
+LENGTH = 70
+
+
+def planned(directory: Any, lora: fc.LoraConfig, length: int, **changes: Any) -> fc.MemoryPlan:
+    return fc.plan(directory, fc.EngineConfig(**(EXACT | {"max_num_seqs": 1} | changes)), lora, length)
+
+
+def in_flight(plan: fc.MemoryPlan, parameter_bytes: int) -> int:
+    """What finetune_memory_bytes limits: gradients of the adapter are not in it."""
+    return plan.saved_activations + plan.gradients - parameter_bytes
+
+
+def budgets(directory: Any, lora: fc.LoraConfig, length: int, **changes: Any) -> list[tuple[int, fc.MemoryPlan]]:
+    """Every amount that a sequence may keep, the largest first, and its plan."""
+    found: list[tuple[int, fc.MemoryPlan]] = []
+    bound: int | None = None
+    while True:
+        try:
+            plan = planned(directory, lora, length, finetune_memory_bytes=bound, **changes)
+        except fc.InvalidArgument as error:
+            assert "tokens keep at least" in str(error)
+            return found
+        bytes = in_flight(plan, plan.optimizer // 2)
+        assert bound is None or bytes <= bound
+        found.append((bytes, plan))
+        bound = bytes - 1
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"], ["down_proj"]], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_gradients(name: str, targets: Any, make_engine: MakeEngine, tiny_dir: Any) -> None:
+    lora = fc.LoraConfig(r=5, lora_alpha=9, target_modules=targets)
+    engine = make_engine(name, max_num_seqs=1)
+    engine.create_adapter("a", lora)
+    examples = random_examples((LENGTH, 23), seed=3)
+    engine.finetune("a", examples, fc.FinetuneConfig(learning_rate=0.05, batch_size=2))  # B is no longer zero
+    run(engine)
+    wanted = {split: engine.loss_and_gradients("a", examples, *split) for split in ((None, None), (9, 17), (33, 7))}
+    choices = budgets(tiny_dir(name), lora, LENGTH)
+    assert len(choices) >= 2
+    for budget, _ in choices[:: max(1, len(choices) // 6)] + choices[-1:]:
+        engine.set_finetune_memory(budget)
+        for split, reference in wanted.items():
+            got = engine.loss_and_gradients("a", examples, *split)
+            for tensor, value in reference.items():
+                if EXACT["device"] == "cpu":  # a row's bits are the same wherever it is computed
+                    assert np.array_equal(got[tensor], value), (budget, split, tensor)
+                else:
+                    np.testing.assert_allclose(got[tensor], value, rtol=1e-4, atol=1e-6)
+    engine.set_finetune_memory(choices[-1][0] - 1)
+    with pytest.raises(fc.InvalidArgument, match=r"finetune_memory_bytes \(\d+\); at most \d+ tokens fit"):
+        engine.loss_and_gradients("a", examples)
+    assert is_idle(engine)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_job_keeps_what_was_planned(name: str, dtype: str, make_engine: MakeEngine, tiny_dir: Any) -> None:
+    examples, settings = random_examples((LENGTH,) * 3, seed=4), fc.FinetuneConfig(num_epochs=2, batch_size=1)
+    losses = []
+    choices = budgets(tiny_dir(name), LORA, LENGTH, dtype=dtype)
+    for budget, plan in (choices[0], choices[len(choices) // 2], choices[-1]):
+        engine = make_engine(name, dtype=dtype, max_num_seqs=1, finetune_memory_bytes=budget)
+        engine.create_adapter("a", LORA, seed=1)
+        job = engine.finetune("a", examples, settings)
+        losses.append(run(engine).losses(job))
+        assert engine.job(job).status == "succeeded"
+        peak = engine.memory_peak()
+        assert peak["saved_activations"] == plan.saved_activations
+        assert peak["gradients"] == plan.gradients and peak["workspace"] <= plan.workspace
+    assert choices[-1][1].saved_activations < choices[0][1].saved_activations / 2.5
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=1e-5 if dtype == "float32" else 2e-3)
+
+
+def test_the_budget_may_change_between_sequences(make_engine: MakeEngine, tiny_dir: Any) -> None:
+    examples = random_examples((LENGTH, 30, 64, 12), seed=5)
+    settings = fc.FinetuneConfig(num_epochs=3, batch_size=1, learning_rate=0.02)
+    engine = make_engine("llama", max_num_seqs=1)
+    engine.create_adapter("a", LORA, seed=1)
+    job = engine.finetune("a", examples, settings)
+    wanted = run(engine).losses(job)
+    choices = [budget for budget, _ in budgets(tiny_dir("llama"), LORA, LENGTH)]
+    engine.create_adapter("b", LORA, seed=1)
+    job, got = engine.finetune("b", examples, settings), []
+    while engine.job(job).status == "running":
+        engine.set_finetune_memory([None, *choices][len(got) % (1 + len(choices))])
+        got += [event.loss for event in engine.step().finetune if event.target_tokens]
+    assert got == wanted
+    engine.set_finetune_memory(choices[0])
+    for bad in (0, -5):
+        with pytest.raises(fc.InvalidArgument, match="finetune_memory_bytes"):
+            engine.set_finetune_memory(bad)
+    assert is_idle(engine)
+
+
+def test_the_plan_says_what_is_recomputed_and_how_long_a_sequence_may_be(tiny_dir: Any) -> None:
+    choices = budgets(tiny_dir("llama"), LORA, LENGTH)
+    assert "recomputed" not in choices[0][1].describe()
+    least = choices[-1][1]
+    kept = {tensor.name for tensor in least.tensors if tensor.choice == "kept"}
+    assert kept == {"hidden"} or len(kept) == 1
+    recomputed = {tensor.name for tensor in least.tensors if tensor.choice == "recomputed"}
+    assert {"gate", "up", "attention", "attention.lse", "q.rotated", "attention_residual"} <= recomputed
+    # Each smaller one costs more: what it recomputes is no less.
+    sizes = [budget for budget, _ in choices]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == len(sizes)
+    with pytest.raises(fc.InvalidArgument) as error:
+        planned(tiny_dir("llama"), LORA, LENGTH, finetune_memory_bytes=sizes[-1] // 2)
+    longest = int(str(error.value).split("at most ")[1].split(" ")[0])
+    assert 0 < longest < LENGTH
+    planned(tiny_dir("llama"), LORA, longest, finetune_memory_bytes=sizes[-1] // 2)
+    with pytest.raises(fc.InvalidArgument):
+        planned(tiny_dir("llama"), LORA, longest + 2, finetune_memory_bytes=sizes[-1] // 2)
