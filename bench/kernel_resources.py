@@ -36,7 +36,7 @@ SHARED = {
     "absorb_chunk_kernel": "2 * kWarpSize * sizeof(float)",
     "rms_norm_kernel": "2 * kWarpSize * sizeof(float)",
     "rms_norm_backward_kernel": "2 * kWarpSize * sizeof(float)",
-    "lora_shrink_kernel": "kShrinkBytes<{0}, {2}>",
+    "lora_shrink_kernel": "kShrinkBytes<{2}>",
     "exact_lora_shrink_kernel": "kLoraN * sizeof(LoraColumn) + LoraPipeline<LoraMode::kExact, false, {0}>::kBytes",
     "lora_gradient_kernel": "kLoraN * sizeof(LoraColumn) + LoraPipeline<LoraMode({0}), true, true>::kBytes",
     "lora_expand_kernel": "by rows and ranks",

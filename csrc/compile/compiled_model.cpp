@@ -60,7 +60,8 @@ std::set<SiteId> CompiledModel::all_sites() const {
 }
 
 CompiledModel::Draft CompiledModel::draft(const std::set<SiteId>& sites) const {
-  Draft draft{.graph = std::make_shared<Graph>(base_)};
+  Draft draft;
+  draft.graph = std::make_shared<Graph>(base_);
   attach_(*draft.graph, std::vector<SiteId>(sites.begin(), sites.end()));
   fuse_shared_inputs(*draft.graph);
   draft.num_forward = draft.graph->nodes.size();
@@ -70,33 +71,41 @@ CompiledModel::Draft CompiledModel::draft(const std::set<SiteId>& sites) const {
 }
 
 // Of a layer that is like most: not the lowest with a backward, nor the last.
-const std::vector<KeepOption>& CompiledModel::options(const std::set<SiteId>& sites) {
+const CompiledModel::Options& CompiledModel::options(const std::set<SiteId>& sites) {
   const auto known = options_.find(sites);
   if (known != options_.end()) return known->second;
   const Draft d = draft(sites);
-  const int last = d.graph->num_layers - 1, layer = std::min(d.backward.first_layer + 1, last);
-  return options_.emplace(sites, keep_options(*d.graph, d.num_forward, layer, rates_)).first->second;
+  const int layer = std::min(d.backward.first_layer + 1, d.graph->num_layers - 1);
+  Options found;
+  found.of_layer = keep_options(*d.graph, d.num_forward, layer, rates_);
+  for (int l = 0; l < d.graph->num_layers; ++l) {
+    auto& bytes = found.kept_bytes.emplace_back();
+    for (const auto& option : found.of_layer)
+      bytes.push_back(kept_bytes(*d.graph, d.num_forward, l, option.recomputed));
+  }
+  return options_.emplace(sites, std::move(found)).first->second;
 }
 
 std::vector<CompiledModel::Candidate> CompiledModel::keep_candidates(const std::set<SiteId>& sites) {
-  constexpr std::int64_t kSteps = 4;  // quarters of the layers: every choice is a program of its own
-  const auto& all = options(sites);
+  constexpr std::int64_t kParts = 4;  // quarters of the layers: every choice is a program of its own
+  const auto& [all, kept] = options(sites);
   const std::int64_t layers = base_.num_layers;
+  std::set<KeepChoice> choices;
+  for (int i = 0; i < static_cast<int>(all.size()); ++i) {
+    choices.insert({i, i, 0});
+    for (int j = i + 1; j < static_cast<int>(all.size()); ++j)
+      for (std::int64_t part = 1; part < kParts; ++part)
+        if (const std::int64_t first = layers * part / kParts; first > 0) choices.insert({j, i, first});
+  }
   std::vector<Candidate> candidates;
-  for (std::size_t i = 0; i < all.size(); ++i)
-    for (std::size_t j = i; j < all.size(); ++j)
-      for (std::int64_t step = i == j ? kSteps : 1; step < (i == j ? kSteps + 1 : kSteps); ++step) {
-        const std::int64_t first = i == j ? 0 : layers * step / kSteps;
-        if (i != j && (first == 0 || first == layers)) continue;
-        const auto of = [&](auto member) {
-          return static_cast<double>(first) * static_cast<double>(all[j].*member) +
-                 static_cast<double>(layers - first) * static_cast<double>(all[i].*member);
-        };
-        candidates.push_back({{static_cast<int>(j), static_cast<int>(i), first},
-                              static_cast<std::size_t>(of(&KeepOption::bytes_per_token)),
-                              of(&KeepOption::seconds_per_token)});
-        if (i == j) candidates.back().choice.first = candidates.back().choice.others;
-      }
+  for (const auto& choice : choices) {
+    Candidate& candidate = candidates.emplace_back(choice);
+    for (std::int64_t l = 0; l < layers; ++l) {
+      const auto option = static_cast<std::size_t>(l < choice.num_first ? choice.first : choice.others);
+      candidate.bytes_per_token += kept[static_cast<std::size_t>(l)][option];
+      candidate.seconds_per_token += all[option].seconds_per_token;
+    }
+  }
   std::stable_sort(candidates.begin(), candidates.end(),
                    [](const Candidate& a, const Candidate& b) { return a.seconds_per_token < b.seconds_per_token; });
   return candidates;
@@ -113,7 +122,7 @@ TrainingProgram& CompiledModel::training(const std::set<SiteId>& sites, const Ke
   const BackwardGraph& backward = d.backward;
   std::vector<std::set<std::string>> recomputed;
   if (choice != KeepChoice{}) {
-    const auto& all = options(sites);
+    const auto& all = options(sites).of_layer;
     double extra = 0.0, whole = 0.0;
     for (int l = 0; l < graph->num_layers; ++l) {
       const auto& option = all[static_cast<std::size_t>(l < choice.num_first ? choice.first : choice.others)];

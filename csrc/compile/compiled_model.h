@@ -84,7 +84,7 @@ class CompiledModel {
   /// Ways of keeping less, the fastest first.
   struct Candidate {
     KeepChoice choice;
-    std::size_t bytes_per_token = 0;  // at most
+    std::size_t bytes_per_token = 0;
     double seconds_per_token = 0.0;
   };
   std::vector<Candidate> keep_candidates(const std::set<SiteId>& sites);
@@ -104,11 +104,15 @@ class CompiledModel {
     BackwardGraph backward;
   };
   Draft draft(const std::set<SiteId>& sites) const;
-  const std::vector<KeepOption>& options(const std::set<SiteId>& sites);
+  struct Options {
+    std::vector<KeepOption> of_layer;                  // of one that is like most
+    std::vector<std::vector<std::size_t>> kept_bytes;  // by layer and option
+  };
+  const Options& options(const std::set<SiteId>& sites);
 
   OperatorRates rates_;
   std::map<std::pair<std::set<SiteId>, KeepChoice>, std::unique_ptr<TrainingProgram>> training_;
-  std::map<std::set<SiteId>, std::vector<KeepOption>> options_;
+  std::map<std::set<SiteId>, Options> options_;
 };
 
 }  // namespace flexcore

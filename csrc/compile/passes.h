@@ -51,6 +51,10 @@ struct OperatorRates {
 std::vector<KeepOption> keep_options(const Graph& graph, std::size_t num_forward_nodes, int layer,
                                      const OperatorRates& rates);
 
+/// Bytes a token that prune_and_rematerialize keeps for a layer.
+std::size_t kept_bytes(const Graph& graph, std::size_t num_forward_nodes, int layer,
+                       const std::set<std::string>& recomputed);
+
 /// Keeps only the forward tensors that the backward reads; of those, rebuilds what cheap operators make from kept ones,
 /// and recomputes in layer l what `recomputed[l]` names (empty: nothing in any layer). Adds the nodes for it and
 /// rewires the backward to them. `nodes_of_layer[l]`: the layer's backward in order. Every forward tensor of the layers

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <limits>
 #include <map>
-#include <optional>
+#include <memory>
 #include <set>
 #include <string>
 #include <utility>
@@ -169,7 +169,22 @@ LayerBackward backward_of(const Graph& graph, std::size_t num_forward_nodes, std
   return found;
 }
 
+// A layer that is unlike the others and cannot do without what is named keeps it.
+std::unique_ptr<LayerChoice> choose(const Graph& graph, int layer, const std::set<TensorId>& needed,
+                                    const std::set<std::string>& recomputed) {
+  auto choice = std::make_unique<LayerChoice>(graph, layer, needed, recomputed);
+  if (!choice->possible()) choice = std::make_unique<LayerChoice>(graph, layer, needed, std::set<std::string>{});
+  return choice;
+}
+
 }  // namespace
+
+std::size_t kept_bytes(const Graph& graph, std::size_t num_forward_nodes, int layer,
+                       const std::set<std::string>& recomputed) {
+  const auto is_forward = forward_tensors(graph, num_forward_nodes);
+  const auto backward = backward_of(graph, num_forward_nodes, graph.nodes.size(), is_forward, layer);
+  return choose(graph, layer, backward.needed, recomputed)->kept_bytes();
+}
 
 std::vector<KeepOption> keep_options(const Graph& graph, std::size_t num_forward_nodes, int layer,
                                      const OperatorRates& rates) {
@@ -212,10 +227,8 @@ KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes,
   for (std::size_t l = 0; l < layers; ++l) {
     const int layer = static_cast<int>(l);
     const auto backward = backward_of(graph, num_forward_nodes, num_nodes, is_forward, layer);
-    std::optional<LayerChoice> choice;
-    choice.emplace(graph, layer, backward.needed, recomputed.empty() ? std::set<std::string>{} : recomputed[l]);
-    if (!choice->possible())
-      choice.emplace(graph, layer, backward.needed, std::set<std::string>{});  // unlike the others
+    const auto choice =
+        choose(graph, layer, backward.needed, recomputed.empty() ? std::set<std::string>{} : recomputed[l]);
     const auto list = [&](const std::set<TensorId>& tensors, Keep keep) {
       for (const auto tensor : tensors) plan.kept.push_back({tensor, layer, keep});
     };

@@ -115,18 +115,16 @@ TrainingProgram& fitting_program(const ModelConfig& model, CompiledModel& compil
   if (!budget || finetune_bytes(model, fastest, length) <= *budget) return fastest;
   const std::int64_t gradients =
       finetune_bytes(model, fastest, length) - static_cast<std::int64_t>(TrainState::saved_bytes(fastest, length));
-  const TrainingProgram* smallest = &fastest;
+  std::size_t least = fastest.saved_bytes_per_token;
   for (const auto& candidate : compiled.keep_candidates(sites)) {
-    const bool fits = static_cast<std::int64_t>(candidate.bytes_per_token) * length + gradients <= *budget;
-    const bool least = candidate.bytes_per_token < smallest->saved_bytes_per_token;
-    if (!fits && !least) continue;
-    TrainingProgram& program = compiled.training(sites, candidate.choice);
-    if (finetune_bytes(model, program, length) <= *budget) return program;
-    if (program.saved_bytes_per_token < smallest->saved_bytes_per_token) smallest = &program;
+    if (static_cast<std::int64_t>(candidate.bytes_per_token) * length + gradients <= *budget)
+      return compiled.training(sites, candidate.choice);
+    least = std::min(least, candidate.bytes_per_token);
   }
-  throw InvalidArgument(str(what, ": ", length, " tokens keep at least ", finetune_bytes(model, *smallest, length),
+  const std::int64_t a_token = static_cast<std::int64_t>(least) + gradients / length;
+  throw InvalidArgument(str(what, ": ", length, " tokens keep at least ", a_token * length,
                             " bytes for the backward, more than finetune_memory_bytes (", *budget, "); at most ",
-                            *budget / finetune_bytes(model, *smallest, 1), " tokens fit"));
+                            *budget / a_token, " tokens fit"));
 }
 
 SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,

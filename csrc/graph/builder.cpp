@@ -83,7 +83,7 @@ TensorId GraphBuilder::linear_residual(TensorId x, TensorId residual, const Line
   return linear_node(x, residual, spec);
 }
 
-TensorId GraphBuilder::rotary(TensorId x, std::int64_t num_heads, std::int64_t head_dim) {
+TensorId GraphBuilder::rotary(TensorId x, std::int64_t num_heads) {
   const auto in = graph_.tensor(x);
   const TensorId y = tensor(in.name + ".rotated", in.width, in.dtype, in.rows);
   node(rotary_op(num_heads), {x}, {y});

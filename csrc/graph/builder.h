@@ -36,7 +36,7 @@ class GraphBuilder {
   /// residual + linear(x), in place; the output keeps the name given.
   TensorId linear_residual(TensorId x, TensorId residual, const LinearSpec& spec);
 
-  TensorId rotary(TensorId x, std::int64_t num_heads, std::int64_t head_dim);
+  TensorId rotary(TensorId x, std::int64_t num_heads);
   TensorId attention(const std::string& name, TensorId q, TensorId k, TensorId v, const AttentionShape& shape);
   TensorId silu_mul(const std::string& name, TensorId gate, TensorId up);
 

@@ -83,7 +83,7 @@ TEST_F(EngineTest, RecomputingGivesTheSameGradients) {
   const MemoryPlan plan = flexcore::plan(path(), small(), LoraConfig{.r = 4}, 60);
   std::int64_t budget = plan.saved_activations / plan.tokens_in_flight * 60 * 2;
   int accepted = 0;
-  for (; budget > 0; budget = budget * 2 / 3) {
+  for (; budget > 0; budget = test::emulated() ? budget / 3 : budget * 2 / 3) {
     engine.set_finetune_memory(budget);
     LossAndGradients got;
     try {
@@ -103,7 +103,7 @@ TEST_F(EngineTest, RecomputingGivesTheSameGradients) {
       EXPECT_LE(std::sqrt(error), 2e-5 * std::sqrt(norm)) << wanted.gradients[t].name << ", " << budget << " bytes";
     }
   }
-  EXPECT_GE(accepted, 3);
+  EXPECT_GE(accepted, test::emulated() ? 2 : 3);
   EXPECT_GT(budget, 0);
 }
 

@@ -39,6 +39,19 @@ def test_kernels_with_the_program(numpy_model: Path, tmp_path: Path) -> None:
     assert cli.main(["bench", "kernels", "--binary", str(tmp_path / "absent")]) == 1
 
 
+def test_memory(numpy_model: Path, tmp_path: Path) -> None:
+    sizes = ["--sequence-length", "40", "--points", "4", "--train-steps", "1", "--lora-r", "4"]
+    result = bench(numpy_model, tmp_path, "memory", *sizes)
+    rows = result["memory"]
+    assert 3 <= len(rows) <= 4 <= result["choices"]
+    for row in rows:  # what the ledger saw is what was planned
+        assert row["measured_bytes"] == row["planned_bytes"] < result["unpruned_bytes"]
+        assert row["tokens_per_s"] > 0 and len(row["step_seconds"]) == 2
+    kept = [row["measured_bytes"] for row in rows]
+    assert kept == sorted(kept, reverse=True) and kept[-1] < kept[0] / 3
+    assert not rows[0]["recomputed"] and "gate" in rows[-1]["recomputed"] and rows[-1]["kept"] == ["hidden"]
+
+
 def test_the_plan_of_kernels(numpy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--plan", "--batch-size", "2", "--context-len", "9", "--num-tokens", "5", "--lora-r", "4"]
     result = bench(numpy_model, tmp_path, "kernels", *sizes)

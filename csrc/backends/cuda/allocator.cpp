@@ -1,13 +1,16 @@
 #include "backends/cuda/allocator.h"
 
+#include <algorithm>
+
 #include "backends/cuda/context.h"
 
 namespace flexcore::cuda {
 
 namespace {
 
-// Kept are blocks from this size on, so many at most.
-constexpr std::size_t kLeastKept = 1 << 20, kMostKept = 8;
+// Kept are blocks from this size on, so many at most, and together no more than a few of the largest: what is kept is
+// nobody's, and others on the device may want it.
+constexpr std::size_t kLeastKept = 1 << 20, kMostKept = 8, kLargestKept = 2;
 
 // An error that was dealt with is not to be found again after the next launch.
 void forget_error() { cudaGetLastError(); }
@@ -18,7 +21,7 @@ void* DeviceAllocator::allocate(std::size_t bytes) {
   if (void* kept = reuse(bytes)) return kept;
   void* data = nullptr;
   cudaError_t error = cudaMalloc(&data, bytes);
-  if (error == cudaErrorMemoryAllocation && !kept_.empty()) {
+  if (error == cudaErrorMemoryAllocation && !kept_.empty() && !records()) {
     forget_error();
     trim();
     error = cudaMalloc(&data, bytes);
@@ -31,13 +34,15 @@ void* DeviceAllocator::allocate(std::size_t bytes) {
   return data;
 }
 
+// While work is recorded, nothing may wait for the stream.
+bool DeviceAllocator::records() const { return streams_[0]->keeper != nullptr; }
+
 // The smallest block that is large enough and wastes little. Its last owner's work may still be going on.
-void* DeviceAllocator::reuse(std::size_t bytes) noexcept {
+void* DeviceAllocator::reuse(std::size_t bytes) {
   auto best = kept_.end();
   for (auto i = kept_.begin(); i != kept_.end(); ++i)
     if (i->bytes >= bytes && i->bytes / 5 * 4 <= bytes && (best == kept_.end() || i->bytes < best->bytes)) best = i;
-  // What is recorded must not wait.
-  if (best == kept_.end() || streams_[0]->keeper != nullptr) return nullptr;
+  if (best == kept_.end() || records()) return nullptr;
   wait();
   void* data = best->data;
   sizes_[data] = best->bytes;
@@ -51,14 +56,26 @@ void DeviceAllocator::deallocate(void* data, std::size_t bytes) noexcept {
     bytes = whole->second;
     sizes_.erase(whole);
   }
-  if (bytes >= kLeastKept) {
-    kept_.push_back({data, bytes});
-    if (kept_.size() <= kMostKept) return;
-    data = kept_.front().data;
+  if ((bytes < kLeastKept && !records()) || kept_.size() == kept_.capacity()) {
+    wait();
+    cudaFree(data);
+    return;
+  }
+  kept_.push_back({data, bytes});
+  if (!records()) shrink();
+}
+
+void DeviceAllocator::shrink() noexcept {
+  const auto too_much = [&] {
+    std::size_t all = 0, largest = 0;
+    for (const auto& block : kept_) all += block.bytes, largest = std::max(largest, block.bytes);
+    return kept_.size() > kMostKept || all > kLargestKept * largest;
+  };
+  while (too_much()) {
+    wait();
+    cudaFree(kept_.front().data);
     kept_.erase(kept_.begin());
   }
-  wait();
-  cudaFree(data);
 }
 
 void DeviceAllocator::trim() noexcept {

@@ -17,7 +17,9 @@ struct Stream;  // context.h
 /// milliseconds to map and unmap.
 class DeviceAllocator final : public Allocator {
  public:
-  DeviceAllocator(int index, const Stream& first, const Stream& second) : index_(index), streams_{&first, &second} {}
+  DeviceAllocator(int index, const Stream& first, const Stream& second) : index_(index), streams_{&first, &second} {
+    kept_.reserve(64);  // it must not need memory to give memory back
+  }
   ~DeviceAllocator() { trim(); }
   DeviceAllocator(const DeviceAllocator&) = delete;
   DeviceAllocator& operator=(const DeviceAllocator&) = delete;
@@ -37,7 +39,9 @@ class DeviceAllocator final : public Allocator {
   };
   void copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind);
   void wait() const noexcept;  // until neither stream works on anything
-  void* reuse(std::size_t bytes) noexcept;
+  bool records() const;
+  void* reuse(std::size_t bytes);
+  void shrink() noexcept;
 
   int index_;
   std::array<const Stream*, 2> streams_;

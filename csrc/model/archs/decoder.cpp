@@ -19,8 +19,8 @@ TensorId attention_block(GraphBuilder& b, const ModelConfig& c, const DecoderTra
     q = b.rms_norm("q.norm", q, b.vector(attn + "q_norm.weight", c.head_dim), eps);
     k = b.rms_norm("k.norm", k, b.vector(attn + "k_norm.weight", c.head_dim), eps);
   }
-  q = b.rotary(q, c.num_heads, c.head_dim);
-  k = b.rotary(k, c.num_kv_heads, c.head_dim);
+  q = b.rotary(q, c.num_heads);
+  k = b.rotary(k, c.num_kv_heads);
   const AttentionShape shape{c.num_heads, c.num_kv_heads, c.head_dim,
                              static_cast<float>(1.0 / std::sqrt(static_cast<double>(c.head_dim))),
                              c.sliding_window[static_cast<std::size_t>(layer)]};

@@ -31,10 +31,10 @@ __device__ __forceinline__ std::int64_t first_feature(const LoraShrinkTask& task
 
 /// Rows of a task, two m16 tiles, and features that a warp takes at once: eight a lane.
 inline constexpr int kShrinkRows = 32, kShrinkFeatures = 32;
-/// Many warps with few features each: with few rows, what takes time is one load after the other. Float rows in two
-/// parts and 64 columns need the registers of fewer.
-template <bool is_bf16, int kTiles>
-inline constexpr int kShrinkThreads = is_bf16 || kTiles == 2 ? 512 : 256;
+/// Many warps with few features each: with few rows, what takes time is one load after the other. 64 columns need the
+/// registers of fewer.
+template <int kTiles>
+inline constexpr int kShrinkThreads = kTiles == 2 ? 512 : 384;
 
 /// Eight features of one row as pairs, and of float rows what they round off; zeros beyond `left`.
 template <bool is_bf16>
@@ -78,18 +78,18 @@ struct ShrinkRow {
 
 template <int kTiles>
 inline constexpr int kShrinkStride = kTiles * 8 + 8;  // of a row of the warps' sums: no bank conflicts
-template <bool is_bf16, int kTiles>
+template <int kTiles>
 inline constexpr int kShrinkBytes =
     kLoraN * static_cast<int>(sizeof(LoraColumn)) +
-    kShrinkThreads<is_bf16, kTiles> / kWarpSize * kShrinkRows * kShrinkStride<kTiles> * static_cast<int>(sizeof(float));
+    kShrinkThreads<kTiles> / kWarpSize * kShrinkRows * kShrinkStride<kTiles> * static_cast<int>(sizeof(float));
 
 /// Rows [row, row + rows <= 32) times one stack of at most 8 kTiles columns; the warps divide the features among them.
 /// `turned`: the matrix is B, whose ranks are neighbours. Grid: (tasks, most splits).
 /// Floor: x once per 64 stacked ranks (2 or 4 bytes an element), A once per 32 rows (4 bytes, from L2 after the first),
 /// slabs rows * ranks * 4 * splits bytes; 2 rows ranks width FLOP, times two (bfloat16 rows) or three mma.
 template <bool is_bf16, bool turned, int kTiles>
-__global__ void __launch_bounds__(kShrinkThreads<is_bf16, kTiles>, 1) lora_shrink_kernel(const LoraShrink args) {
-  constexpr int kWarps = kShrinkThreads<is_bf16, kTiles> / kWarpSize, kStride = kShrinkStride<kTiles>;
+__global__ void __launch_bounds__(kShrinkThreads<kTiles>, 1) lora_shrink_kernel(const LoraShrink args) {
+  constexpr int kWarps = kShrinkThreads<kTiles> / kWarpSize, kStride = kShrinkStride<kTiles>;
   FLEXCORE_SHARED(shared);
   auto* columns = reinterpret_cast<LoraColumn*>(shared);
   auto* sums = reinterpret_cast<float*>(shared + kLoraN * sizeof(LoraColumn));
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kShrinkThreads<is_bf16, kTiles>, 1) lora_shrin
   }
   __syncthreads();
   const int across = stack.columns / 4;
-  for (int i = static_cast<int>(threadIdx.x); i < task.rows * across; i += kShrinkThreads<is_bf16, kTiles>) {
+  for (int i = static_cast<int>(threadIdx.x); i < task.rows * across; i += kShrinkThreads<kTiles>) {
     const int row = i / across, at = i % across * 4;
     const LoraColumn& column = columns[at];
     if (column.valid == 0) continue;
@@ -189,8 +189,8 @@ void launch_lora_shrink(const LoraShrink& args, int tasks, int splits, int most_
   const bool narrow = most_columns <= 16;
   launch(narrow ? lora_shrink_kernel<is_bf16, turned, 2> : lora_shrink_kernel<is_bf16, turned, 8>,
          dim3(static_cast<unsigned>(tasks), static_cast<unsigned>(splits)),
-         dim3(narrow ? kShrinkThreads<is_bf16, 2> : kShrinkThreads<is_bf16, 8>),
-         narrow ? kShrinkBytes<is_bf16, 2> : kShrinkBytes<is_bf16, 8>, stream, args);
+         dim3(narrow ? kShrinkThreads<2> : kShrinkThreads<8>), narrow ? kShrinkBytes<2> : kShrinkBytes<8>, stream,
+         args);
 }
 
 /// The same in float32, with FMA: rows [row, row + rows <= 128).

@@ -1,0 +1,124 @@
+"""Activations of a training sequence against the speed of finetuning: what keeping less and recomputing costs."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+import flexcore
+from flexcore.bench import _measure
+from flexcore.cli import options
+from flexcore.cli.console import err, out, write_json
+from flexcore.ui import format_bytes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    parser.add_argument("--sequence-length", type=options.positive, default=512, metavar="TOKENS")
+    parser.add_argument("--points", type=options.positive, default=8, metavar="N", help="from all kept to the least")
+    parser.add_argument("--train-steps", type=options.positive, default=3, metavar="N", help="of a sequence each")
+    options.add_lora(parser)
+    options.add_engine(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    args.max_num_seqs = 2  # one training sequence at a time
+    args.max_model_len = max(args.max_model_len, args.sequence_length)
+    engine = _measure.load_engine(args)
+    lora = options.lora_config(args)
+    plans = list(_choices(engine, args, lora))
+    chosen = sorted({round(k * (len(plans) - 1) / max(1, args.points - 1)) for k in range(args.points)})
+    # The least first: the ledger's peaks only grow. Each is timed again on the way back.
+    rows = [_measured(engine, args, lora, *plans[index]) for index in reversed(chosen)][::-1]
+    for row, index in zip(rows, chosen, strict=True):
+        row["step_seconds"] += _step_seconds(engine, args, lora, plans[index][0])
+    for row in rows:
+        row["tokens_per_s"] = args.sequence_length / statistics.median(row["step_seconds"])
+    unpruned = plans[0][1].unpruned_bytes_per_token_per_layer * engine.model().num_layers * args.sequence_length
+    result = {
+        "machine": _measure.machine(engine),
+        "sequence_length": args.sequence_length,
+        "unpruned_bytes": unpruned,
+        "choices": len(plans),
+        "memory": rows,
+    }
+    write_json(args.json, result)
+    if args.json != "-":
+        out.print(_table(result))
+    return 0
+
+
+def _choices(
+    engine: flexcore.Engine, args: argparse.Namespace, lora: flexcore.LoraConfig
+) -> Iterator[tuple[int, flexcore.MemoryPlan]]:
+    """Every amount that a sequence may keep, in bytes in flight, the most first, and its plan."""
+    config = copy.copy(options.engine_config(args))
+    config.device = engine.model().device
+    while True:
+        try:
+            plan = flexcore.plan(engine.model_directory, config, lora, args.sequence_length)
+        except flexcore.InvalidArgument:
+            return
+        bound = plan.saved_activations + plan.gradients - plan.optimizer // 2  # gradients of the adapter are not in it
+        yield bound, plan
+        config.finetune_memory_bytes = bound - 1
+
+
+def _measured(
+    engine: flexcore.Engine, args: argparse.Namespace, lora: flexcore.LoraConfig, bound: int, plan: flexcore.MemoryPlan
+) -> dict[str, Any]:
+    seconds = _step_seconds(engine, args, lora, bound)
+    return {
+        "finetune_memory_bytes": bound,
+        "planned_bytes": plan.saved_activations,
+        "measured_bytes": engine.memory_peak()["saved_activations"],
+        "kept": sorted(tensor.name for tensor in plan.tensors if tensor.choice == "kept"),
+        "recomputed": sorted(tensor.name for tensor in plan.tensors if tensor.choice == "recomputed"),
+        "step_seconds": seconds,
+    }
+
+
+def _step_seconds(
+    engine: flexcore.Engine, args: argparse.Namespace, lora: flexcore.LoraConfig, bound: int
+) -> list[float]:
+    """Of optimizer steps on one sequence each; a first one is not counted."""
+    if err.is_terminal:
+        err.print(f"{format_bytes(bound)} ...", style="dim")
+    engine.set_finetune_memory(bound)
+    engine.create_adapter("bench", lora)
+    vocab = engine.model().vocab_size
+    ids = [_measure.random_ids(args.sequence_length, vocab, k) for k in range(args.train_steps + 1)]
+    examples = [flexcore.Example(row, row) for row in ids]
+    job = engine.finetune("bench", examples, flexcore.FinetuneConfig(batch_size=1))
+    ends: list[float] = []
+    while engine.has_work():
+        report = engine.step()
+        ends += [time.perf_counter() for event in report.finetune if event.target_tokens]
+    if engine.job(job).status != "succeeded":
+        raise flexcore.Error(f"the job ended as {engine.job(job).status}: {engine.job(job).error}")
+    engine.unload_adapter("bench")
+    return [later - earlier for earlier, later in itertools.pairwise(ends)]
+
+
+def _table(result: dict[str, Any]) -> Table:
+    first = result["memory"][0]
+    table = Table("kept", "of all", "planned", "tok/s", "of the speed", "made again")
+    for column in table.columns[:5]:
+        column.justify = "right"
+    for row in result["memory"]:
+        table.add_row(
+            format_bytes(row["measured_bytes"]),
+            f"{row['measured_bytes'] / result['unpruned_bytes']:.1%}",
+            format_bytes(row["planned_bytes"]),
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['tokens_per_s'] / first['tokens_per_s']:.0%}",
+            ", ".join(row["recomputed"]) or "-",
+        )
+    return table
