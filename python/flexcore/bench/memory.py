@@ -109,7 +109,7 @@ def _step_seconds(
 
 def _table(result: dict[str, Any]) -> Table:
     first = result["memory"][0]
-    table = Table("kept", "of all", "planned", "tok/s", "of the speed", "made again")
+    table = Table("kept", "of all", "planned", "tok/s", "of the speed", "made again in the upper layers")
     for column in table.columns[:5]:
         column.justify = "right"
     for row in result["memory"]:
