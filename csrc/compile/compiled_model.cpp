@@ -127,14 +127,11 @@ TrainingProgram& CompiledModel::training(const std::set<SiteId>& sites, const Ke
     for (int l = 0; l < graph->num_layers; ++l) {
       const auto& option = all[static_cast<std::size_t>(l < choice.num_first ? choice.first : choice.others)];
       recomputed.push_back(option.recomputed);
-      extra += option.seconds_per_token;
+      if (l >= d.backward.first_layer) extra += option.seconds_per_token;
     }
-    for (std::size_t i = 0; i < num_forward; ++i)
-      if (graph->nodes[i].layer != kNoLayer) {
-        // A linear's backward is one product as large as its forward's, attention's is five for two.
-        const bool attends = graph->nodes[i].op->name() == "attention";
-        whole += graph->nodes[i].op->flops(*graph, rates_.context) * rates_.seconds_per_flop * (attends ? 2.5 : 1.0);
-      }
+    for (const Node& node : graph->nodes)
+      if (node.phase == Phase::kBackward && node.layer != kNoLayer)
+        whole += node.op->flops(*graph, rates_.context) * rates_.seconds_per_flop;
     program->backward_cost = 1.0 + extra / whole;
   }
   const KeepPlan plan = prune_and_rematerialize(*graph, num_forward, recomputed);

@@ -77,7 +77,7 @@ class CompiledModel {
   const Graph& base() const { return base_; }
   std::set<SiteId> all_sites() const;
 
-  /// What choosing what to keep goes by; before the first program is asked for. Sizes do not depend on it.
+  /// What choosing what to keep goes by; before the first choice is asked for. Sizes do not depend on it.
   void set_rates(const OperatorRates& rates) { rates_ = rates; }
   /// Compiled at the first use of a set of sites and kept. The reference stays valid.
   TrainingProgram& training(const std::set<SiteId>& sites, const KeepChoice& choice = {});

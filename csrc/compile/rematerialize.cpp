@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <limits>
 #include <map>
 #include <memory>
 #include <set>
@@ -206,13 +205,10 @@ std::vector<KeepOption> keep_options(const Graph& graph, std::size_t num_forward
   std::stable_sort(options.begin(), options.end(), [](const KeepOption& a, const KeepOption& b) {
     return std::pair(a.seconds_per_token, a.bytes_per_token) < std::pair(b.seconds_per_token, b.bytes_per_token);
   });
-  std::size_t fewest = std::numeric_limits<std::size_t>::max();
-  std::erase_if(options, [&](const KeepOption& option) {
-    const bool worse = option.bytes_per_token >= fewest;
-    fewest = std::min(fewest, option.bytes_per_token);
-    return worse;
-  });
-  return options;
+  std::vector<KeepOption> best;
+  for (auto& option : options)
+    if (best.empty() || option.bytes_per_token < best.back().bytes_per_token) best.push_back(std::move(option));
+  return best;
 }
 
 KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes,

@@ -118,6 +118,9 @@ class AttentionBackwardOp final : public Operator {
  public:
   explicit AttentionBackwardOp(const AttentionShape& shape) : shape_(shape) {}
   std::string_view name() const override { return "attention_backward"; }
+  double flops(const Graph&, double context) const override {
+    return 10.0 * static_cast<double>(shape_.num_heads * shape_.head_dim) * context;
+  }
   bool joins_outputs() const override { return true; }
   // in: grad y, q, y, lse; out: grad q, grad k, grad v of these rows. Adds to the sequences' accumulators.
   void run(const RunState& state, const Node& node, std::span<const TensorView> in,

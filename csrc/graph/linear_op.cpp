@@ -11,6 +11,13 @@ namespace {
 const TensorView& vector_of(const RunState& state, ParamId id) { return state.vectors[static_cast<std::size_t>(id)]; }
 const WeightView& matrix_of(const RunState& state, ParamId id) { return state.matrices[static_cast<std::size_t>(id)]; }
 
+constexpr double kUsualRank = 16;  // a program serves adapters of every rank
+
+double product_flops(const Graph& graph, ParamId id) {
+  const GraphParam& weight = graph.params[static_cast<std::size_t>(id)];
+  return 2.0 * static_cast<double>(weight.out_features) * static_cast<double>(weight.in_features);
+}
+
 // Inputs: gradients of every member's y [, gradient to add to]. Output: gradient of x.
 class LinearBackwardOp final : public Operator {
  public:
@@ -18,6 +25,11 @@ class LinearBackwardOp final : public Operator {
       : weights_(std::move(weights)), accumulate_(accumulate) {}
   std::string_view name() const override { return "linear_backward"; }
   int alias(int) const override { return accumulate_ ? static_cast<int>(weights_.size()) : -1; }
+  double flops(const Graph& graph, double) const override {
+    double total = 0.0;
+    for (const auto weight : weights_) total += product_flops(graph, weight);
+    return total;
+  }
   void run(const RunState& state, const Node&, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
     std::vector<LinearBackwardArgs::Member> members;
@@ -39,6 +51,15 @@ class LoraBackwardOp final : public Operator {
   std::string_view name() const override { return "lora_backward"; }
   int alias(int) const override { return input_grad_ ? static_cast<int>(sites_.size()) + 1 : -1; }
   bool effect() const override { return true; }
+  // x A^T again, and the gradients of A and x; those of B and of x A^T.
+  double flops(const Graph& graph, double) const override {
+    double total = 0.0;
+    for (const auto site : sites_) {
+      const LinearSite& linear = graph.sites[static_cast<std::size_t>(site)];
+      total += 2.0 * kUsualRank * static_cast<double>(3 * linear.in_features + 2 * linear.out_features);
+    }
+    return total;
+  }
   void run(const RunState& state, const Node&, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
     std::vector<LoraBackwardArgs::Member> members;
@@ -99,10 +120,7 @@ std::optional<Recompute> LinearOp::recompute(const std::vector<bool>& wanted) co
 
 double LinearOp::flops(const Graph& graph, double) const {
   double total = 0.0;
-  for (const auto& member : members_) {
-    const GraphParam& weight = graph.params[static_cast<std::size_t>(member.weight)];
-    total += 2.0 * static_cast<double>(weight.out_features) * static_cast<double>(weight.in_features);
-  }
+  for (const auto& member : members_) total += product_flops(graph, member.weight);
   return total;
 }
 
@@ -120,7 +138,6 @@ std::optional<Recompute> LoraOp::recompute(const std::vector<bool>& wanted) cons
 }
 
 double LoraOp::flops(const Graph& graph, double) const {
-  constexpr double kUsualRank = 16;  // a program serves adapters of every rank
   double features = 0.0;
   for (const auto site : sites_) {
     const LinearSite& linear = graph.sites[static_cast<std::size_t>(site)];

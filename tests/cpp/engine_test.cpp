@@ -50,6 +50,22 @@ TEST_F(EngineTest, ServesWhileItTrainsAndGivesEverythingBack) {
   EXPECT_EQ(engine.stats().at("kv_blocks_free"), engine.stats().at("kv_blocks"));
 }
 
+// Of every tensor, relative to its norm.
+void expect_same_gradients(const LossAndGradients& got, const LossAndGradients& wanted) {
+  ASSERT_EQ(got.gradients.size(), wanted.gradients.size());
+  for (std::size_t t = 0; t < wanted.gradients.size(); ++t) {
+    const auto &a = got.gradients[t].data, &b = wanted.gradients[t].data;
+    ASSERT_EQ(a.size(), b.size()) << wanted.gradients[t].name;
+    double error = 0, norm = 0;
+    for (std::size_t i = 0; i < b.size(); ++i) {
+      error += std::pow(a[i] - b[i], 2);
+      norm += std::pow(b[i], 2);
+    }
+    EXPECT_GT(norm, 0) << wanted.gradients[t].name;
+    EXPECT_LE(std::sqrt(error), 2e-5 * std::sqrt(norm)) << wanted.gradients[t].name;
+  }
+}
+
 TEST_F(EngineTest, AnySplitGivesTheSameGradients) {
   Engine engine = load();
   engine.create_adapter("a", {.r = 4, .lora_alpha = 8}, 1);
@@ -60,15 +76,7 @@ TEST_F(EngineTest, AnySplitGivesTheSameGradients) {
   for (const auto& [forward, backward] : {std::pair(1, 1), std::pair(5, 3), std::pair(16, 7)}) {
     const auto split = engine.loss_and_gradients("a", examples(5), forward, backward);
     EXPECT_NEAR(split.loss, whole.loss, 1e-6);
-    for (std::size_t t = 0; t < whole.gradients.size(); ++t) {
-      double error = 0, norm = 0;
-      for (std::size_t i = 0; i < whole.gradients[t].data.size(); ++i) {
-        error += std::pow(split.gradients[t].data[i] - whole.gradients[t].data[i], 2);
-        norm += std::pow(whole.gradients[t].data[i], 2);
-      }
-      EXPECT_GT(norm, 0) << whole.gradients[t].name;
-      EXPECT_LE(std::sqrt(error), 2e-5 * std::sqrt(norm)) << whole.gradients[t].name;
-    }
+    expect_same_gradients(split, whole);
   }
 }
 
@@ -94,14 +102,8 @@ TEST_F(EngineTest, RecomputingGivesTheSameGradients) {
     }
     ++accepted;
     EXPECT_NEAR(got.loss, wanted.loss, 1e-6);
-    for (std::size_t t = 0; t < wanted.gradients.size(); ++t) {
-      double error = 0, norm = 0;
-      for (std::size_t i = 0; i < wanted.gradients[t].data.size(); ++i) {
-        error += std::pow(got.gradients[t].data[i] - wanted.gradients[t].data[i], 2);
-        norm += std::pow(wanted.gradients[t].data[i], 2);
-      }
-      EXPECT_LE(std::sqrt(error), 2e-5 * std::sqrt(norm)) << wanted.gradients[t].name << ", " << budget << " bytes";
-    }
+    SCOPED_TRACE(budget);
+    expect_same_gradients(got, wanted);
   }
   EXPECT_GE(accepted, test::emulated() ? 2 : 3);
   EXPECT_GT(budget, 0);

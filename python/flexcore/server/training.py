@@ -262,7 +262,7 @@ class Trainer:
             return False
         spent = time.monotonic() - training.saved_at
         many = step - training.saved_step >= MOST_LOST * self._engine.job(training.engine_job).total_steps
-        many = many and self._engine.stats()["requests_running"] == 0  # whose tokens it would hold up
+        many = many and self._engine.stats()["requests_running"] == 0  # whom even the copy would hold up
         return spent * (MOST_SAVE_OVERHEAD if many else SAVE_OVERHEAD) >= training.save_seconds
 
     def _write(
