@@ -42,8 +42,7 @@ void save_kept(TrainingProgram& program, const Graph& graph, const KeepPlan& pla
 CompiledModel::CompiledModel(Graph base, AttachBypasses attach, const RowCounts& capacity, bool join)
     : base_(std::move(base)), attach_(std::move(attach)), capacity_(capacity), join_(join) {
   auto graph = std::make_shared<Graph>(base_);
-  const auto sites = all_sites();
-  attach_(*graph, std::vector<SiteId>(sites.begin(), sites.end()));
+  attach_(*graph, nullptr);
   fuse_shared_inputs(*graph);
   const std::shared_ptr<const Graph> serving = graph;
   trunk_ = Program(serving, nodes_in(*serving, Phase::kTrunk), {}, {serving->hidden}, capacity, join);
@@ -53,16 +52,16 @@ CompiledModel::CompiledModel(Graph base, AttachBypasses attach, const RowCounts&
   workspace_bytes_ = trunk_.workspace_bytes() + std::max(sample_head_.workspace_bytes(), score_head_.workspace_bytes());
 }
 
-std::set<SiteId> CompiledModel::all_sites() const {
-  std::set<SiteId> sites;
-  for (std::size_t i = 0; i < base_.sites.size(); ++i) sites.insert(static_cast<SiteId>(i));
-  return sites;
+BypassSet CompiledModel::lora_everywhere() const {
+  BypassSet bypasses;
+  for (std::size_t i = 0; i < base_.sites.size(); ++i) bypasses.insert({static_cast<SiteId>(i), BypassKind::kLora});
+  return bypasses;
 }
 
-CompiledModel::Draft CompiledModel::draft(const std::set<SiteId>& sites) const {
+CompiledModel::Draft CompiledModel::draft(const BypassSet& bypasses) const {
   Draft draft;
   draft.graph = std::make_shared<Graph>(base_);
-  attach_(*draft.graph, std::vector<SiteId>(sites.begin(), sites.end()));
+  attach_(*draft.graph, &bypasses);
   fuse_shared_inputs(*draft.graph);
   draft.num_forward = draft.graph->nodes.size();
   draft.backward = derive_backward(*draft.graph);
@@ -71,10 +70,10 @@ CompiledModel::Draft CompiledModel::draft(const std::set<SiteId>& sites) const {
 }
 
 // Of a layer that is like most: not the lowest with a backward, nor the last.
-const CompiledModel::Options& CompiledModel::options(const std::set<SiteId>& sites) {
-  const auto known = options_.find(sites);
+const CompiledModel::Options& CompiledModel::options(const BypassSet& bypasses) {
+  const auto known = options_.find(bypasses);
   if (known != options_.end()) return known->second;
-  const Draft d = draft(sites);
+  const Draft d = draft(bypasses);
   const int layer = std::min(d.backward.first_layer + 1, d.graph->num_layers - 1);
   Options found;
   found.of_layer = keep_options(*d.graph, d.num_forward, layer, rates_);
@@ -83,12 +82,12 @@ const CompiledModel::Options& CompiledModel::options(const std::set<SiteId>& sit
     for (const auto& option : found.of_layer)
       bytes.push_back(kept_bytes(*d.graph, d.num_forward, l, option.recomputed));
   }
-  return options_.emplace(sites, std::move(found)).first->second;
+  return options_.emplace(bypasses, std::move(found)).first->second;
 }
 
-std::vector<CompiledModel::Candidate> CompiledModel::keep_candidates(const std::set<SiteId>& sites) {
+std::vector<CompiledModel::Candidate> CompiledModel::keep_candidates(const BypassSet& bypasses) {
   constexpr std::int64_t kParts = 4;  // quarters of the layers: every choice is a program of its own
-  const auto& [all, kept] = options(sites);
+  const auto& [all, kept] = options(bypasses);
   const std::int64_t layers = base_.num_layers;
   std::set<KeepChoice> choices;
   for (int i = 0; i < static_cast<int>(all.size()); ++i) {
@@ -111,18 +110,18 @@ std::vector<CompiledModel::Candidate> CompiledModel::keep_candidates(const std::
   return candidates;
 }
 
-TrainingProgram& CompiledModel::training(const std::set<SiteId>& sites, const KeepChoice& choice) {
-  auto& entry = training_[{sites, choice}];
+TrainingProgram& CompiledModel::training(const BypassSet& bypasses, const KeepChoice& choice) {
+  auto& entry = training_[{bypasses, choice}];
   if (entry) return *entry;
   auto program = std::make_unique<TrainingProgram>();
-  const Draft d = draft(sites);
+  const Draft d = draft(bypasses);
   const auto& graph = d.graph;
   const std::size_t num_forward = d.num_forward;
   const TensorId hidden = graph->hidden;
   const BackwardGraph& backward = d.backward;
   std::vector<std::set<std::string>> recomputed;
   if (choice != KeepChoice{}) {
-    const auto& all = options(sites).of_layer;
+    const auto& all = options(bypasses).of_layer;
     double extra = 0.0, whole = 0.0;
     for (int l = 0; l < graph->num_layers; ++l) {
       const auto& option = all[static_cast<std::size_t>(l < choice.num_first ? choice.first : choice.others)];

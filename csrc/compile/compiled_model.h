@@ -31,7 +31,7 @@ struct KeepChoice {
   auto operator<=>(const KeepChoice&) const = default;
 };
 
-/// The compiled backward for one set of LoRA sites.
+/// The compiled backward for one set of bypasses.
 struct TrainingProgram {
   struct Layer {
     Program program;         // inputs: gradient of the layer's output, then saved tensors
@@ -59,14 +59,14 @@ struct TrainingProgram {
   std::size_t gather_bytes_per_token = 0;  // of a layer's inputs, when a unit has windows of several sequences
 };
 
-/// Rewrites a graph with the bypass networks of a PEFT method (peft/) at the sites.
-using AttachBypasses = std::function<void(Graph&, std::span<const SiteId>)>;
+/// Rewrites a graph with bypass networks (peft/): those of the set, or, without a set, all that there may be, idle in a
+/// batch that has none of them.
+using AttachBypasses = std::function<void(Graph&, const BypassSet*)>;
 
 /// Every program of one model. Sizes are known before anything is allocated.
 class CompiledModel {
  public:
-  /// `base`: the architecture's graph without bypasses. Serving programs get a bypass at every site, which costs
-  /// nothing where no adapter is. `join`: as for Program.
+  /// `base`: the architecture's graph without bypasses. `join`: as for Program.
   CompiledModel(Graph base, AttachBypasses attach, const RowCounts& capacity, bool join = false);
 
   const Program& trunk() const { return trunk_; }
@@ -75,19 +75,20 @@ class CompiledModel {
   TensorId hidden() const { return trunk_.graph().hidden; }
   TensorId logits() const { return trunk_.graph().logits; }
   const Graph& base() const { return base_; }
-  std::set<SiteId> all_sites() const;
+  /// LoRA at every linear.
+  BypassSet lora_everywhere() const;
 
   /// What choosing what to keep goes by; before the first choice is asked for. Sizes do not depend on it.
   void set_rates(const OperatorRates& rates) { rates_ = rates; }
-  /// Compiled at the first use of a set of sites and kept. The reference stays valid.
-  TrainingProgram& training(const std::set<SiteId>& sites, const KeepChoice& choice = {});
+  /// Compiled at the first use of a set of bypasses and kept. The reference stays valid.
+  TrainingProgram& training(const BypassSet& bypasses, const KeepChoice& choice = {});
   /// Ways of keeping less, the fastest first.
   struct Candidate {
     KeepChoice choice;
     std::size_t bytes_per_token = 0;
     double seconds_per_token = 0.0;
   };
-  std::vector<Candidate> keep_candidates(const std::set<SiteId>& sites);
+  std::vector<Candidate> keep_candidates(const BypassSet& bypasses);
   std::size_t workspace_bytes() const { return workspace_bytes_; }  // of the serving programs
 
  private:
@@ -103,16 +104,16 @@ class CompiledModel {
     std::size_t num_forward = 0;
     BackwardGraph backward;
   };
-  Draft draft(const std::set<SiteId>& sites) const;
+  Draft draft(const BypassSet& bypasses) const;
   struct Options {
     std::vector<KeepOption> of_layer;                  // of one that is like most
     std::vector<std::vector<std::size_t>> kept_bytes;  // by layer and option
   };
-  const Options& options(const std::set<SiteId>& sites);
+  const Options& options(const BypassSet& bypasses);
 
   OperatorRates rates_;
-  std::map<std::pair<std::set<SiteId>, KeepChoice>, std::unique_ptr<TrainingProgram>> training_;
-  std::map<std::set<SiteId>, Options> options_;
+  std::map<std::pair<BypassSet, KeepChoice>, std::unique_ptr<TrainingProgram>> training_;
+  std::map<BypassSet, Options> options_;
 };
 
 }  // namespace flexcore

@@ -11,15 +11,10 @@ namespace flexcore {
 
 namespace {
 
-bool reads_any(const Node& node, const std::vector<TensorId>& tensors) {
-  return std::any_of(node.inputs.begin(), node.inputs.end(),
-                     [&](TensorId input) { return std::find(tensors.begin(), tensors.end(), input) != tensors.end(); });
-}
-
 // The second linear moves up to the first: it reads nothing else.
 std::optional<Node> merged_linear(const Node& a, const Node& b) {
   const auto x = std::dynamic_pointer_cast<const LinearOp>(a.op), y = std::dynamic_pointer_cast<const LinearOp>(b.op);
-  if (!x || !y || x->residual() || y->residual() || a.inputs != b.inputs || a.layer != b.layer || a.phase != b.phase)
+  if (!x || !y || !x->plain() || !y->plain() || a.inputs != b.inputs || a.layer != b.layer || a.phase != b.phase)
     return {};
   auto members = x->members();
   members.insert(members.end(), y->members().begin(), y->members().end());
@@ -29,17 +24,23 @@ std::optional<Node> merged_linear(const Node& a, const Node& b) {
   return node;
 }
 
-// The first bypass moves down to the second, so nothing between may read its output.
+// The second bypass moves up to the first, so nothing between may make what it reads, or read what it overwrites.
 std::optional<Node> merged_lora(const std::vector<Node>& nodes, std::size_t i, std::size_t j) {
   const Node &a = nodes[i], &b = nodes[j];
   const auto x = std::dynamic_pointer_cast<const LoraOp>(a.op), y = std::dynamic_pointer_cast<const LoraOp>(b.op);
-  if (!x || !y || a.inputs[0] != b.inputs[0] || a.layer != b.layer) return {};
-  for (std::size_t k = i + 1; k < j; ++k)
-    if (reads_any(nodes[k], a.outputs)) return {};
+  if (!x || !y || x->kind() != y->kind() || a.inputs[0] != b.inputs[0] || a.layer != b.layer) return {};
+  const auto has = [](const std::vector<TensorId>& tensors, TensorId tensor) {
+    return std::find(tensors.begin(), tensors.end(), tensor) != tensors.end();
+  };
+  for (std::size_t k = i; k < j; ++k) {
+    for (const auto output : nodes[k].outputs)
+      if (has(b.inputs, output)) return {};
+    if (k > i && has(nodes[k].inputs, b.inputs[1])) return {};
+  }
   auto sites = x->sites();
   sites.insert(sites.end(), y->sites().begin(), y->sites().end());
   Node node = a;
-  node.op = std::make_shared<LoraOp>(std::move(sites));
+  node.op = std::make_shared<LoraOp>(std::move(sites), x->kind());
   node.inputs.insert(node.inputs.end(), b.inputs.begin() + 1, b.inputs.end());
   node.outputs.insert(node.outputs.end(), b.outputs.begin(), b.outputs.end());
   return node;
@@ -49,7 +50,7 @@ std::optional<Node> merged_lora(const std::vector<Node>& nodes, std::size_t i, s
 
 void fuse_shared_inputs(Graph& graph) {
   auto nodes = std::exchange(graph.nodes, {});
-  constexpr std::size_t kReach = 8;  // nodes between two linears of one input, bypasses included
+  constexpr std::size_t kReach = 16;  // nodes between two linears of one input, bypasses included
   for (std::size_t i = 0; i < nodes.size(); ++i)
     for (std::size_t j = i + 1; j < std::min(nodes.size(), i + 1 + kReach);) {
       if (auto node = merged_linear(nodes[i], nodes[j])) {
@@ -60,13 +61,14 @@ void fuse_shared_inputs(Graph& graph) {
       }
     }
   for (std::size_t i = 0; i < nodes.size(); ++i)
-    for (std::size_t j = i + 1; j < std::min(nodes.size(), i + 1 + kReach); ++j)
+    for (std::size_t j = i + 1; j < std::min(nodes.size(), i + 1 + kReach);) {
       if (auto node = merged_lora(nodes, i, j)) {
-        nodes[j] = std::move(*node);
-        nodes.erase(nodes.begin() + static_cast<std::ptrdiff_t>(i));
-        --i;
-        break;
+        nodes[i] = std::move(*node);
+        nodes.erase(nodes.begin() + static_cast<std::ptrdiff_t>(j));
+      } else {
+        ++j;
       }
+    }
   for (auto& node : nodes) graph.add_node(std::move(node));
 }
 

@@ -166,11 +166,13 @@ void Program::run(const RunState& state, const RowCounts& rows, std::byte* works
   std::vector<TensorView> in, out;
   for (std::size_t i = 0; i < nodes_.size(); ++i) {
     const auto& node = graph_->nodes[static_cast<std::size_t>(nodes_[i])];
-    in.clear();
-    out.clear();
-    for (const auto id : node.inputs) in.push_back(value(id, rows, workspace, inputs));
-    for (const auto id : node.outputs) out.push_back(value(id, rows, workspace, inputs));
-    node.op->run(state, node, in, out);
+    if (!node.op->idle(*state.batch)) {
+      in.clear();
+      out.clear();
+      for (const auto id : node.inputs) in.push_back(value(id, rows, workspace, inputs));
+      for (const auto id : node.outputs) out.push_back(value(id, rows, workspace, inputs));
+      node.op->run(state, node, in, out);
+    }
     if (observer != nullptr)
       for (const auto id : observed_[i]) observer->ready(id, value(id, rows, workspace, inputs));
   }

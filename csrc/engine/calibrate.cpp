@@ -64,7 +64,7 @@ void Engine::Impl::calibrate() {
   const auto finetune = [&](std::int64_t rows) {
     const std::string name = "\x01probe";
     const auto adapter = adapters.create(name, LoraConfig{.r = 8, .lora_alpha = 8.0}, 0);
-    TrainingProgram& program = compiled.training(adapter->sites());
+    TrainingProgram& program = compiled.training(adapter->layout.bypasses());
     executor->reserve(program);
     Buffer gradients(device->allocator(), ledger, MemoryTag::kGradients, adapter->bytes());
     Example example;

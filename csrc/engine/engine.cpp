@@ -11,7 +11,7 @@
 #include "engine/impl.h"
 #include "model/archs/archs.h"
 #include "model/safetensors.h"
-#include "peft/lora.h"
+#include "peft/attach.h"
 #include "train/checkpoint.h"
 
 namespace flexcore {
@@ -44,9 +44,9 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
       scratch(device->allocator(), ledger),
       registry(make_op_registry()),
       context{&registry, sizes.device, &threads, &scratch, device->stream()},
-      compiled(build_model(model, sizes.compute), attach_lora, row_capacity(sizes.limits), joins_outputs(sizes.device)),
+      compiled(build_model(model, sizes.compute), attach_bypasses, row_capacity(sizes.limits), joins_outputs(sizes.device)),
       weights(context, device->allocator(), ledger, sizes.compute),
-      adapters(compiled.base().sites, device->allocator(), ledger),
+      adapters(compiled.base().sites, context, weights, device->allocator(), ledger),
       blocks(sizes.limits.num_blocks, sizes.limits.block_size, config.enable_prefix_caching),
       scheduler(scheduler_config(model, config, sizes, compiled), blocks, cost) {
   compiled.set_rates(operator_rates(sizes));
@@ -235,7 +235,7 @@ bool Engine::has_work() const {
          !impl_->job_events.empty();
 }
 
-void Engine::create_adapter(const std::string& name, const LoraConfig& config, std::uint64_t seed) {
+void Engine::create_adapter(const std::string& name, const AdapterConfig& config, std::uint64_t seed) {
   const Impl::Entry entry(*impl_);
   impl_->adapters.create(name, config, seed);
 }
@@ -246,15 +246,15 @@ void Engine::load_adapter(const std::string& name, const std::string& directory)
 }
 
 void Engine::save_adapter(const std::string& name, const std::string& directory) const {
-  LoraConfig config;
-  std::vector<LoraWeights> weights;
+  AdapterConfig config;
+  std::vector<AdapterTensor> tensors;
   {
     const Impl::Entry entry(*impl_);
     const auto adapter = impl_->adapters.get(name);
     config = adapter->config;
-    weights = lora_weights(*adapter, adapter->download().data());
+    tensors = adapter_tensors(*adapter, adapter->download().data());
   }
-  write_peft(directory, config, weights);  // while others go on
+  write_peft(directory, config, tensors);  // while others go on
 }
 
 std::vector<AdapterInfo> Engine::adapters() const {
@@ -263,9 +263,10 @@ std::vector<AdapterInfo> Engine::adapters() const {
   for (const auto& adapter : impl_->adapters.all()) {
     AdapterInfo info{.name = adapter->name,
                      .version = adapter->version,
+                     .peft_type = peft_type(adapter->config),
                      .bytes = static_cast<std::int64_t>(adapter->bytes()),
                      .training = impl_->is_training(adapter->name)};
-    for (const auto& module : adapter->modules) {
+    for (const auto& module : adapter->layout.modules) {
       info.rank = std::max(info.rank, module.rank);
       const std::string leaf = module.path.substr(module.path.rfind('.') + 1);
       if (std::find(info.target_modules.begin(), info.target_modules.end(), leaf) == info.target_modules.end())
@@ -306,9 +307,10 @@ std::vector<float> Engine::logits(const std::vector<std::int32_t>& token_ids, co
 }
 
 LossAndGradients Engine::loss_and_gradients(const std::string& adapter, const std::vector<Example>& examples,
-                                            std::int64_t window_tokens, std::int64_t backward_window_tokens) {
+                                            std::int64_t window_tokens, std::int64_t backward_window_tokens,
+                                            std::optional<std::uint64_t> dropout_seed) {
   const Impl::Entry entry(*impl_);
-  return impl_->loss_and_gradients(adapter, examples, window_tokens, backward_window_tokens);
+  return impl_->loss_and_gradients(adapter, examples, window_tokens, backward_window_tokens, dropout_seed);
 }
 
 std::map<std::string, std::int64_t> Engine::memory() const {

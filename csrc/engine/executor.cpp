@@ -194,9 +194,14 @@ Executor::Layout Executor::lay_out(std::span<const RowGroup> groups) {
     for (std::int64_t i = row; i < end; ++i) positions.push_back(static_cast<std::int32_t>(group.position + i - row));
     spans_.push_back({row, end, group.position, group.block_table});
     row = end;
-    const bool last = i + 1 == layout.order.size() || groups[layout.order[i + 1]].adapter != group.adapter;
-    if (last) {
-      if (group.adapter != nullptr) segments.push_back({group.adapter, segment_begin, row});
+    // Rows of one adapter are one segment, but every sequence drops elements of its own.
+    const auto dropping = [](const RowGroup& g) {
+      return g.train != nullptr && g.train->dropout.p > 0.0 ? g.train : nullptr;
+    };
+    const RowGroup* next = i + 1 == layout.order.size() ? nullptr : &groups[layout.order[i + 1]];
+    if (next == nullptr || next->adapter != group.adapter || dropping(group) != nullptr || dropping(*next) != nullptr) {
+      if (group.adapter != nullptr)
+        segments.push_back({group.adapter, segment_begin, row, dropping(group), group.position});
       segment_begin = row;
     }
   }
@@ -204,12 +209,19 @@ Executor::Layout Executor::lay_out(std::span<const RowGroup> groups) {
   layout.fixed = fix(layout, segments, tokens, positions);
   if (!layout.fixed) {
     forward_.clear_segments();
-    for (const auto& s : segments) forward_.add_segments(*s.adapter, s.begin, s.end, nullptr);
+    for (const auto& s : segments) add_segment(forward_, s, nullptr);
   }
   forward_.batch.token_ids = forward_.staged(IndexArray::kTokens, DType::kInt32, tokens);
   forward_.batch.positions = forward_.staged(IndexArray::kPositions, DType::kInt32, positions);
   forward_.batch.spans = spans_;
   return layout;
+}
+
+void Executor::add_segment(Lane& lane, const Segment& segment, float* gradients) {
+  const SegmentDropout dropout = segment.dropout == nullptr ? SegmentDropout{}
+                                                            : SegmentDropout{segment.dropout->dropout, segment.position};
+  lane.add_segments(*segment.adapter, segment.begin, segment.end, gradients,
+                    segment.dropout == nullptr ? nullptr : &dropout);
 }
 
 // Windows by program, in memory that is never moved: recordings read it.
@@ -233,7 +245,10 @@ bool Executor::fix(Layout& layout, std::span<const Segment> segments, std::vecto
   const auto in_use = [](const auto& entry) { return !entry.second.empty(); };
   const auto num_programs = std::count_if(windows_.begin(), windows_.end(), in_use);
   const auto windows = std::find_if(windows_.begin(), windows_.end(), in_use);
-  if (!record_ || rows == 0 || spans_.size() > kMostFixedSpans || segments.size() > Lane::kMostFixedSegments ||
+  const auto plain = [](const Segment& segment) {
+    return segment.adapter->only_adds() && segment.dropout == nullptr;
+  };
+  if (!record_ || rows == 0 || !std::all_of(segments.begin(), segments.end(), plain) || spans_.size() > kMostFixedSpans || segments.size() > Lane::kMostFixedSegments ||
       num_programs > 1 || (num_programs == 1 && windows->second.size() > kMostFixedWindows))
     return false;
   layout.num_rows = fixed;
@@ -439,8 +454,10 @@ void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
     for (std::int64_t i = begin; i < end; ++i) positions.push_back(static_cast<std::int32_t>(i));
     spans.push_back({{row, row + end - begin, begin, train.block_table->data()}, train.grad_k(), train.grad_v()});
     row += end - begin;
-    if (i + 1 == all.size() || all[i + 1].train->adapter != train.adapter) {
-      backward_.add_segments(*train.adapter, segment_begin, row, train.gradients);
+    const bool drops = train.dropout.p > 0.0;
+    if (i + 1 == all.size() || all[i + 1].train->adapter != train.adapter || drops) {
+      add_segment(backward_, {train.adapter.get(), segment_begin, row, drops ? &train : nullptr, begin},
+                  train.gradients);
       segment_begin = row;
     }
   }

@@ -21,7 +21,7 @@ void Engine::Impl::fail_job(TrainingJob& job, const std::string& error) {
   job_events.push_back(event_of(job));
 }
 
-void Engine::Impl::validate(const std::vector<Example>& examples, const std::set<SiteId>& sites) {
+void Engine::Impl::validate(const std::vector<Example>& examples, const BypassSet& bypasses) {
   require(!examples.empty(), "examples: empty, wanted at least one");
   for (std::size_t i = 0; i < examples.size(); ++i) {
     const auto& example = examples[i];
@@ -41,8 +41,15 @@ void Engine::Impl::validate(const std::vector<Example>& examples, const std::set
     const std::int64_t pages = (length + sizes.limits.block_size - 1) / sizes.limits.block_size;
     require(pages <= blocks.num_blocks(), where, ": ", length, " tokens need ", pages, " pages, but the pool has ",
             blocks.num_blocks(), "; raise kv_cache_memory_bytes");
-    executor->reserve(fitting_program(model, compiled, sites, length, config.finetune_memory_bytes, where));
+    executor->reserve(fitting_program(model, compiled, bypasses, length, config.finetune_memory_bytes, where));
   }
+}
+
+void Engine::Impl::check_trainable(const Adapter& adapter) const {
+  const auto* lora = std::get_if<LoraConfig>(&adapter.config);
+  require<Unsupported>(lora == nullptr || !lora->use_dora || lora->lora_dropout == 0.0, "lora_dropout: ",
+                       adapter.dropout(), " in adapter \"", adapter.name,
+                       "\" with use_dora, wanted 0: there is no dropout in DoRA");
 }
 
 JobId Engine::Impl::start_job(const std::string& adapter, std::vector<Example> examples,
@@ -50,12 +57,10 @@ JobId Engine::Impl::start_job(const std::string& adapter, std::vector<Example> e
   const auto target = adapters.get(adapter);
   check(settings);
   require(!is_training(adapter), "adapter \"", adapter, "\" is being trained by another job");
-  if (target->lora_dropout != 0.0)
-    throw Unsupported(str("lora_dropout: ", target->lora_dropout, " in adapter \"", adapter,
-                          "\", wanted 0: finetuning has no dropout yet"));
-  validate(examples, target->sites());
+  check_trainable(*target);
+  validate(examples, target->layout.bypasses());
   auto job = std::make_unique<TrainingJob>(next_job++, adapter, std::move(examples), settings);
-  job->allocate(context, device->allocator(), ledger, target->num_parameters);
+  job->allocate(context, device->allocator(), ledger, target->layout.num_parameters);
   return begin(std::move(job));
 }
 
@@ -76,12 +81,13 @@ JobId Engine::Impl::resume_finetune(const std::string& directory, std::vector<Ex
           ", wanted those of the first call (", checkpoint.num_examples, ")");
   const auto adapter = adapters.read(name, directory);
   adapter->version = checkpoint.version;
-  validate(examples, adapter->sites());
+  check_trainable(*adapter);
+  validate(examples, adapter->layout.bypasses());
   auto job = std::make_unique<TrainingJob>(next_job++, name, std::move(examples), checkpoint.config);
   job->step = checkpoint.step;
   job->loss = checkpoint.loss;
   job->trained_tokens = checkpoint.trained_tokens;
-  job->allocate(context, device->allocator(), ledger, adapter->num_parameters);
+  job->allocate(context, device->allocator(), ledger, adapter->layout.num_parameters);
   read_optimizer_state(directory, *job, *adapter);
   if (adapters.contains(name)) unload(name);
   adapters.publish(adapter);
@@ -111,13 +117,15 @@ void Engine::Impl::start_batch(TrainingJob& job) {
   job.sequences_done = 0;
   for (const auto index : batch) job.batch_targets += count_targets(job.examples[static_cast<std::size_t>(index)]);
   const float scale = 1.0f / static_cast<float>(job.batch_targets);
+  std::int64_t occurrence = job.step * job.config.batch_size;  // of all examples of the job, in order
   for (const auto index : batch) {
     const Example& example = job.examples[static_cast<std::size_t>(index)];
     TrainingProgram& program =
-        fitting_program(model, compiled, adapter->sites(), static_cast<std::int64_t>(example.input_ids.size()),
+        fitting_program(model, compiled, adapter->layout.bypasses(), static_cast<std::int64_t>(example.input_ids.size()),
                         config.finetune_memory_bytes, "finetune_memory_bytes");
     executor->reserve(program);
     auto state = std::make_unique<TrainState>(example, adapter, program, job.gradients(), scale);
+    state->dropout = {adapter->dropout(), job.config.seed, static_cast<std::uint32_t>(occurrence++)};
     auto entry = std::make_unique<InFlight>();
     entry->state = state.get();
     entry->sequence = {.id = next_train_sequence++,
@@ -255,7 +263,7 @@ std::int64_t JobSnapshot::step() const { return state_->step; }
 void JobSnapshot::save_checkpoint(const std::string& directory) const { write_checkpoint(directory, *state_); }
 
 void JobSnapshot::save_adapter(const std::string& directory) const {
-  write_peft(directory, state_->lora, state_->weights);
+  write_peft(directory, state_->adapter, state_->tensors);
 }
 
 JobId Engine::resume_finetune(const std::string& directory, std::vector<Example> examples) {

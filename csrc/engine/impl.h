@@ -58,7 +58,7 @@ std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& pro
 OperatorRates operator_rates(const EngineSizes& sizes);
 /// The fastest of the backward programs with which a sequence keeps no more than `budget` bytes. Where even the
 /// smallest keeps more: InvalidArgument, which begins with `what` and says how long a sequence may be.
-TrainingProgram& fitting_program(const ModelConfig& model, CompiledModel& compiled, const std::set<SiteId>& sites,
+TrainingProgram& fitting_program(const ModelConfig& model, CompiledModel& compiled, const BypassSet& bypasses,
                                  std::int64_t length, std::optional<std::int64_t> budget, const std::string& what);
 ScratchBytes scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes);
 /// Throws InvalidArgument that names the field.
@@ -109,7 +109,8 @@ struct Engine::Impl {
   JobId start_job(const std::string& adapter, std::vector<Example> examples, const FinetuneConfig& config);
   JobId resume_finetune(const std::string& directory, std::vector<Example> examples);
   JobId begin(std::unique_ptr<TrainingJob> job);
-  void validate(const std::vector<Example>& examples, const std::set<SiteId>& sites);
+  void validate(const std::vector<Example>& examples, const BypassSet& bypasses);
+  void check_trainable(const Adapter& adapter) const;
   TrainingJob& find_job(JobId id) const;
   void start_batch(TrainingJob& job);
   void finish_sequences(TrainingJob& job);
@@ -122,7 +123,8 @@ struct Engine::Impl {
   // measure.cpp
   void forward_alone(std::span<const std::int32_t> tokens, const Adapter* adapter, float* scores, float* logits);
   LossAndGradients loss_and_gradients(const std::string& adapter, const std::vector<Example>& examples,
-                                      std::int64_t window_tokens, std::int64_t backward_window_tokens);
+                                      std::int64_t window_tokens, std::int64_t backward_window_tokens,
+                                      std::optional<std::uint64_t> dropout_seed);
   // calibrate.cpp
   void calibrate();
   void keep_step_times() const;

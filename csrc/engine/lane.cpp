@@ -20,7 +20,7 @@ Lane::Lane(OpContext& context, Allocator& allocator, MemoryLedger& ledger, const
       indices_(allocator, ledger, MemoryTag::kWorkspace, indices_bytes(limits)),
       segments_(num_sites),
       fixed_segments_(num_sites) {
-  batch.lora = segments_;
+  batch.sites = segments_;
 }
 
 Lane::Lane(const OpContext& like, void* stream, Allocator& allocator, MemoryLedger& ledger,
@@ -58,31 +58,33 @@ TensorView Lane::index_array(IndexArray which, DType dtype, std::int64_t size) c
 void Lane::clear_segments() {
   for (const auto site : sites_in_use_) segments_[static_cast<std::size_t>(site)].clear();
   sites_in_use_.clear();
-  batch.lora = segments_;
+  batch.sites = segments_;
 }
 
-void Lane::add_segments(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients) {
-  for (const auto& module : adapter.modules) {
-    auto& segments = segments_[static_cast<std::size_t>(module.site)];
-    if (segments.empty()) sites_in_use_.push_back(module.site);
-    segments.push_back(adapter.segment(module, begin, end, gradients));
+void Lane::add_segments(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients,
+                        const SegmentDropout* dropout) {
+  for (const auto& module : adapter.layout.modules) {
+    auto& segments = segments_[static_cast<std::size_t>(module.bypass.site)];
+    if (segments.empty()) sites_in_use_.push_back(module.bypass.site);
+    adapter.add_rows(module, begin, end, gradients, dropout, segments);
   }
 }
 
 void Lane::begin_fixed_segments(std::size_t count, std::int64_t num_rows) {
   require<Error>(count <= kMostFixedSegments, "lane: ", count, " adapters, wanted at most ", kMostFixedSegments);
   for (auto& segments : fixed_segments_) {
-    if (count > 0) segments.reserve(kMostFixedSegments);
-    segments.assign(count, {.begin = num_rows, .end = num_rows});
+    if (count > 0) segments.lora.reserve(kMostFixedSegments);
+    segments.lora.assign(count, {.begin = num_rows, .end = num_rows});
   }
-  batch.lora = fixed_segments_;
+  batch.sites = fixed_segments_;
 }
 
 void Lane::set_fixed_segments(std::size_t index, const Adapter& adapter, std::int64_t begin, std::int64_t end) {
   // Where an adapter has no module, its segment is empty, but still in order.
-  for (auto& segments : fixed_segments_) segments[index].begin = segments[index].end = begin;
-  for (const auto& module : adapter.modules)
-    fixed_segments_[static_cast<std::size_t>(module.site)][index] = adapter.segment(module, begin, end, nullptr);
+  for (auto& segments : fixed_segments_) segments.lora[index].begin = segments.lora[index].end = begin;
+  for (const auto& module : adapter.layout.modules)
+    fixed_segments_[static_cast<std::size_t>(module.bypass.site)].lora[index] =
+        adapter.lora_segment(module, begin, end);
 }
 
 }  // namespace flexcore

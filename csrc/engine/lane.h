@@ -52,9 +52,11 @@ class Lane {
   }
 
   void clear_segments();
-  void add_segments(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients);
+  /// `dropout`: of the rows' sequence; null: none.
+  void add_segments(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients,
+                    const SegmentDropout* dropout);
   /// Segments for a batch that is recorded: every site has `count`, at addresses that stay. Adapters come by position
-  /// in the batch; what a site lacks has no rows.
+  /// in the batch, and only add (Adapter::only_adds); what a site lacks has no rows.
   static constexpr std::size_t kMostFixedSegments = 64;
   void begin_fixed_segments(std::size_t count, std::int64_t num_rows);
   void set_fixed_segments(std::size_t index, const Adapter& adapter, std::int64_t begin, std::int64_t end);
@@ -70,8 +72,8 @@ class Lane {
   Allocator& allocator_;
   MemoryLedger& ledger_;
   Buffer indices_, workspace_;
-  std::vector<std::vector<LoraSegment>> segments_;        // by site
-  std::vector<std::vector<LoraSegment>> fixed_segments_;  // by site, never moved
+  std::vector<SiteSegments> segments_;        // by site
+  std::vector<SiteSegments> fixed_segments_;  // by site; `lora` is never moved
   std::vector<SiteId> sites_in_use_;
 };
 

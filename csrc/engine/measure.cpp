@@ -56,20 +56,22 @@ void Engine::Impl::forward_alone(std::span<const std::int32_t> tokens, const Ada
 }
 
 LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const std::vector<Example>& examples,
-                                                  std::int64_t window_tokens, std::int64_t backward_window_tokens) {
+                                                  std::int64_t window_tokens, std::int64_t backward_window_tokens,
+                                                  std::optional<std::uint64_t> dropout_seed) {
   const auto adapter = adapters.get(name);
   require(window_tokens >= 0, "window_tokens: ", window_tokens, ", wanted >= 0");
   require(backward_window_tokens >= 0, "backward_window_tokens: ", backward_window_tokens, ", wanted >= 0");
-  validate(examples, adapter->sites());
+  if (dropout_seed) check_trainable(*adapter);
+  validate(examples, adapter->layout.bypasses());
   std::size_t longest = 0;
   for (const auto& example : examples) longest = std::max(longest, example.input_ids.size());
-  TrainingProgram& program = fitting_program(model, compiled, adapter->sites(), static_cast<std::int64_t>(longest),
+  TrainingProgram& program = fitting_program(model, compiled, adapter->layout.bypasses(), static_cast<std::int64_t>(longest),
                                              config.finetune_memory_bytes, "examples");
   executor->reserve(program);
   Buffer gradients(device->allocator(), ledger, MemoryTag::kGradients,
-                   static_cast<std::size_t>(adapter->num_parameters) * sizeof(float));
+                   static_cast<std::size_t>(adapter->layout.num_parameters) * sizeof(float));
   auto* grads = reinterpret_cast<float*>(gradients.data());
-  run(context, ZeroArgs{gradients.view(DType::kFloat32, {adapter->num_parameters})});
+  run(context, ZeroArgs{gradients.view(DType::kFloat32, {adapter->layout.num_parameters})});
 
   std::int64_t targets = 0;
   for (const auto& example : examples) targets += count_targets(example);
@@ -83,6 +85,8 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
   for (const auto& example : examples) {
     auto& sequence = *sequences.emplace_back(std::make_unique<Progress>());
     sequence.state = std::make_unique<TrainState>(example, adapter, program, grads, 1.0f / static_cast<float>(targets));
+    if (dropout_seed)
+      sequence.state->dropout = {adapter->dropout(), *dropout_seed, static_cast<std::uint32_t>(&example - examples.data())};
     sequence.pages = std::make_unique<TemporaryPages>(blocks, sequence.block_table, sequence.state->length());
     sequence.state->block_table = &sequence.block_table;
     sequence.state->allocate(device->allocator(), ledger, executor->shape());
@@ -139,19 +143,10 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
   LossAndGradients result;
   for (const auto& sequence : sequences) result.loss += sequence->state->loss_sum;
   result.loss /= static_cast<double>(targets);
-  std::vector<float> host(static_cast<std::size_t>(adapter->num_parameters));
+  std::vector<float> host(static_cast<std::size_t>(adapter->layout.num_parameters));
   device->allocator().download(host.data(), grads, gradients.bytes());
-  for (const auto& module : adapter->modules) {
-    const auto copy = [&](std::int64_t offset, std::int64_t rows, std::int64_t columns) {
-      return std::vector<float>(host.begin() + offset, host.begin() + offset + rows * columns);
-    };
-    result.gradients.push_back({peft_key(module, true),
-                                {module.rank, module.in_features},
-                                copy(module.a_offset, module.rank, module.in_features)});
-    result.gradients.push_back({peft_key(module, false),
-                                {module.out_features, module.rank},
-                                copy(module.b_offset, module.out_features, module.rank)});
-  }
+  for (auto& [array, values] : adapter_tensors(*adapter, host.data()))
+    result.gradients.push_back({peft_key(array), array.shape, std::move(values)});
   return result;
 }
 

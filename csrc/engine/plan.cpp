@@ -9,8 +9,7 @@
 #include "core/check.h"
 #include "engine/impl.h"
 #include "model/archs/archs.h"
-#include "peft/lora.h"
-#include "peft/lora_matcher.h"
+#include "peft/attach.h"
 
 namespace flexcore {
 
@@ -91,13 +90,13 @@ void explain(MemoryPlan& plan, const TrainingProgram& program, std::int64_t num_
 
 }  // namespace
 
-MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::optional<LoraConfig>& lora,
+MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::optional<AdapterConfig>& adapter,
                 std::int64_t sequence_length) {
   const ModelConfig model = ModelConfig::load(path);
   const EngineSizes sizes = engine_sizes(model, config);
   require(sequence_length >= 1 && sequence_length <= sizes.max_model_len, "sequence_length: ", sequence_length,
           ", wanted 1 to max_model_len (", sizes.max_model_len, ")");
-  CompiledModel compiled(build_model(model, sizes.compute), attach_lora, row_capacity(sizes.limits),
+  CompiledModel compiled(build_model(model, sizes.compute), attach_bypasses, row_capacity(sizes.limits),
                          joins_outputs(sizes.device));
   compiled.set_rates(operator_rates(sizes));
   MemoryPlan plan;
@@ -112,26 +111,22 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   };
   const ScratchBytes scratch = scratch_bytes(model, config, sizes);
   // An engine probes its speed with LoRA at every linear when it loads.
-  const std::int64_t programs = programs_bytes(compiled.training(compiled.all_sites()));
+  const std::int64_t programs = programs_bytes(compiled.training(compiled.lora_everywhere()));
   plan.workspace = rotary + static_cast<std::int64_t>((two_lanes ? 2 : 1) * Lane::indices_bytes(sizes.limits)) +
                    static_cast<std::int64_t>(Executor::losses_bytes(sizes.limits)) + scratch.forward +
                    scratch.backward + programs;
   if (two_lanes && !config.enforce_eager) plan.workspace += static_cast<std::int64_t>(Executor::kMostRecordedBytes);
-  if (!lora) return plan;
-  const LoraMatcher matcher(*lora);
-  require_targets(matcher, compiled.base().sites);
-  const auto modules = lora_modules(matcher, compiled.base().sites);
-  std::set<SiteId> sites;
-  for (const auto& module : modules) sites.insert(module.site);
-  const TrainingProgram& program =
-      fitting_program(model, compiled, sites, sequence_length, config.finetune_memory_bytes, "sequence_length");
+  if (!adapter) return plan;
+  const AdapterLayout layout = lay_out(*adapter, compiled.base().sites);
+  const TrainingProgram& program = fitting_program(model, compiled, layout.bypasses(), sequence_length,
+                                                   config.finetune_memory_bytes, "sequence_length");
   plan.workspace += std::max<std::int64_t>(0, programs_bytes(program) - programs);
   const std::int64_t tokens =
       scheduler_config(model, config, sizes, compiled).finetune_tokens_in_flight(sequence_length);
   plan.tokens_in_flight = tokens;
-  const std::int64_t parameter_bytes = num_parameters(modules) * static_cast<std::int64_t>(sizeof(float));
+  const std::int64_t parameter_bytes = layout.num_parameters * static_cast<std::int64_t>(sizeof(float));
   plan.saved_activations = static_cast<std::int64_t>(TrainState::saved_bytes(program, tokens));
-  plan.adapters = 2 * parameter_bytes;
+  plan.adapters = 2 * (parameter_bytes + layout.num_derived * static_cast<std::int64_t>(sizeof(float)));
   plan.optimizer = 2 * parameter_bytes;
   plan.gradients = parameter_bytes + finetune_bytes(model, program, tokens) - plan.saved_activations;
   explain(plan, program, model.num_layers);

@@ -109,16 +109,16 @@ OperatorRates operator_rates(const EngineSizes& sizes) {
           .context = static_cast<double>(sizes.max_model_len) / 2};
 }
 
-TrainingProgram& fitting_program(const ModelConfig& model, CompiledModel& compiled, const std::set<SiteId>& sites,
+TrainingProgram& fitting_program(const ModelConfig& model, CompiledModel& compiled, const BypassSet& bypasses,
                                  std::int64_t length, std::optional<std::int64_t> budget, const std::string& what) {
-  TrainingProgram& fastest = compiled.training(sites);
+  TrainingProgram& fastest = compiled.training(bypasses);
   if (!budget || finetune_bytes(model, fastest, length) <= *budget) return fastest;
   const std::int64_t gradients =
       finetune_bytes(model, fastest, length) - static_cast<std::int64_t>(TrainState::saved_bytes(fastest, length));
   std::size_t least = fastest.saved_bytes_per_token;
-  for (const auto& candidate : compiled.keep_candidates(sites)) {
+  for (const auto& candidate : compiled.keep_candidates(bypasses)) {
     if (static_cast<std::int64_t>(candidate.bytes_per_token) * length + gradients <= *budget)
-      return compiled.training(sites, candidate.choice);
+      return compiled.training(bypasses, candidate.choice);
     least = std::min(least, candidate.bytes_per_token);
   }
   const std::int64_t a_token = static_cast<std::int64_t>(least) + gradients / length;
@@ -138,7 +138,7 @@ SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& c
   for (const auto& [name, slo] : config.slo_classes) scheduler.objectives.push_back(slo);
   if (config.finetune_memory_bytes)  // LoRA at every linear keeps the most
     scheduler.max_finetune_tokens_in_flight = std::max<std::int64_t>(
-        1, *config.finetune_memory_bytes / finetune_bytes(model, compiled.training(compiled.all_sites()), 1));
+        1, *config.finetune_memory_bytes / finetune_bytes(model, compiled.training(compiled.lora_everywhere()), 1));
   return scheduler;
 }
 

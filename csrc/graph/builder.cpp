@@ -1,6 +1,7 @@
 #include "graph/builder.h"
 
 #include <algorithm>
+#include <map>
 #include <utility>
 
 #include "core/check.h"
@@ -73,7 +74,8 @@ TensorId GraphBuilder::linear_node(TensorId x, TensorId residual, const LinearSp
   std::vector<TensorId> inputs = {x};
   if (add) inputs.push_back(residual);
   node(std::make_shared<LinearOp>(std::vector<LinearOp::Member>{{weight, bias}}, add), std::move(inputs), {y});
-  graph_.sites.push_back({spec.path, layer_, spec.out_features, in_features});
+  graph_.sites.push_back({spec.path, layer_, spec.out_features, in_features, spec.bias, add});
+  site_input_.push_back(x);
   return y;
 }
 
@@ -125,6 +127,12 @@ void GraphBuilder::heads(TensorId hidden, ParamId norm, float eps, ParamId head)
   node(cross_entropy_op(head), {targets}, {grad});
 }
 
-Graph GraphBuilder::take() { return std::move(graph_); }
+Graph GraphBuilder::take() {
+  std::map<TensorId, int> readers;
+  for (const auto& node : graph_.nodes)
+    for (const auto input : node.inputs) ++readers[input];
+  for (std::size_t i = 0; i < graph_.sites.size(); ++i) graph_.sites[i].sole_reader = readers.at(site_input_[i]) == 1;
+  return std::move(graph_);
+}
 
 }  // namespace flexcore

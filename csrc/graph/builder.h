@@ -52,6 +52,7 @@ class GraphBuilder {
   TensorId linear_node(TensorId x, TensorId residual, const LinearSpec& spec);
 
   Graph graph_;
+  std::vector<TensorId> site_input_;  // by LinearSite
   DType compute_;
   int layer_ = kNoLayer;
   Phase phase_ = Phase::kTrunk;

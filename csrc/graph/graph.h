@@ -32,6 +32,9 @@ struct LinearSite {
   std::string path;  // module path, for example "model.layers.0.self_attn.q_proj"
   int layer = kNoLayer;
   std::int64_t out_features = 0, in_features = 0;
+  bool bias = false;
+  bool residual = false;     // added to the residual stream
+  bool sole_reader = false;  // of its input: that may be changed in place
 };
 
 /// When a node runs.

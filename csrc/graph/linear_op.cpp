@@ -2,7 +2,7 @@
 
 #include "graph/backward_builder.h"
 #include "ops/linear.h"
-#include "ops/lora.h"
+#include "ops/rows.h"
 
 namespace flexcore {
 
@@ -11,7 +11,10 @@ namespace {
 const TensorView& vector_of(const RunState& state, ParamId id) { return state.vectors[static_cast<std::size_t>(id)]; }
 const WeightView& matrix_of(const RunState& state, ParamId id) { return state.matrices[static_cast<std::size_t>(id)]; }
 
-constexpr double kUsualRank = 16;  // a program serves adapters of every rank
+bool is_idle(const BatchState& batch, When when, SiteId site) {
+  if (when == When::kAlways) return false;
+  return batch.sites[static_cast<std::size_t>(site)].separated() != (when == When::kSeparated);
+}
 
 double product_flops(const Graph& graph, ParamId id) {
   const GraphParam& weight = graph.params[static_cast<std::size_t>(id)];
@@ -43,40 +46,9 @@ class LinearBackwardOp final : public Operator {
   bool accumulate_;
 };
 
-// Inputs: x, gradients of every site's y [, gradient of x to add to]. Outputs: that gradient, or none. Adds to grad_a,
-// grad_b of the segments.
-class LoraBackwardOp final : public Operator {
- public:
-  LoraBackwardOp(std::vector<SiteId> sites, bool input_grad) : sites_(std::move(sites)), input_grad_(input_grad) {}
-  std::string_view name() const override { return "lora_backward"; }
-  int alias(int) const override { return input_grad_ ? static_cast<int>(sites_.size()) + 1 : -1; }
-  bool effect() const override { return true; }
-  // x A^T again, and the gradients of A and x; those of B and of x A^T.
-  double flops(const Graph& graph, double) const override {
-    double total = 0.0;
-    for (const auto site : sites_) {
-      const LinearSite& linear = graph.sites[static_cast<std::size_t>(site)];
-      total += 2.0 * kUsualRank * static_cast<double>(3 * linear.in_features + 2 * linear.out_features);
-    }
-    return total;
-  }
-  void run(const RunState& state, const Node&, std::span<const TensorView> in,
-           std::span<const TensorView> out) const override {
-    std::vector<LoraBackwardArgs::Member> members;
-    for (std::size_t i = 0; i < sites_.size(); ++i) {
-      const auto& segments = state.batch->lora[static_cast<std::size_t>(sites_[i])];
-      if (!segments.empty()) members.push_back({in[i + 1], segments});
-    }
-    if (!members.empty())
-      flexcore::run(*state.context, LoraBackwardArgs{in[0], members, input_grad_ ? out[0] : TensorView{}});
-  }
-
- private:
-  std::vector<SiteId> sites_;
-  bool input_grad_;
-};
-
 }  // namespace
+
+bool LinearOp::idle(const BatchState& batch) const { return is_idle(batch, when_, site_); }
 
 void LinearOp::run(const RunState& state, const Node&, std::span<const TensorView> in,
                    std::span<const TensorView> out) const {
@@ -124,58 +96,32 @@ double LinearOp::flops(const Graph& graph, double) const {
   return total;
 }
 
-std::optional<Recompute> LoraOp::recompute(const std::vector<bool>& wanted) const {
-  Recompute result{.inputs = {0}};
-  std::vector<SiteId> sites;
-  for (std::size_t i = 0; i < sites_.size(); ++i) {
-    if (!wanted[i]) continue;
-    sites.push_back(sites_[i]);
-    result.inputs.push_back(static_cast<int>(i) + 1);
-    result.outputs.push_back(static_cast<int>(i));
-  }
-  result.op = std::make_shared<LoraOp>(std::move(sites));
-  return result;
-}
+namespace {
 
-double LoraOp::flops(const Graph& graph, double) const {
-  double features = 0.0;
-  for (const auto site : sites_) {
-    const LinearSite& linear = graph.sites[static_cast<std::size_t>(site)];
-    features += static_cast<double>(linear.in_features + linear.out_features);
+class AddOp final : public Operator {
+ public:
+  AddOp(When when, SiteId site) : when_(when), site_(site) {}
+  std::string_view name() const override { return "add"; }
+  int alias(int) const override { return 0; }
+  bool rebuildable() const override { return true; }
+  bool idle(const BatchState& batch) const override { return is_idle(batch, when_, site_); }
+  void run(const RunState& state, const Node&, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    flexcore::run(*state.context, CopyArgs{in[1], out[0], GradMode::kAccumulate});
   }
-  return 2.0 * kUsualRank * features;
-}
+  void vjp(BackwardBuilder& builder, const Node& node) const override {
+    const TensorId grad = builder.grad(node.outputs[0]);
+    if (grad == kNoTensor) return;
+    for (const auto input : node.inputs) builder.pass(input, grad);
+  }
 
-void LoraOp::run(const RunState& state, const Node&, std::span<const TensorView> in,
-                 std::span<const TensorView> out) const {
-  std::vector<LoraArgs::Member> members;
-  for (std::size_t i = 0; i < sites_.size(); ++i) {
-    const auto& segments = state.batch->lora[static_cast<std::size_t>(sites_[i])];
-    if (!segments.empty()) members.push_back({out[i], segments});
-  }
-  if (!members.empty()) flexcore::run(*state.context, LoraArgs{in[0], members});
-}
+ private:
+  When when_;
+  SiteId site_;
+};
 
-void LoraOp::vjp(BackwardBuilder& builder, const Node& node) const {
-  std::vector<SiteId> sites;
-  std::vector<TensorId> inputs = {node.inputs[0]};
-  for (std::size_t i = 0; i < sites_.size(); ++i) {
-    const TensorId grad = builder.grad(node.outputs[i]);
-    if (grad == kNoTensor) continue;
-    sites.push_back(sites_[i]);
-    inputs.push_back(grad);
-    builder.pass(node.inputs[1 + i], grad);
-  }
-  if (sites.empty()) return;
-  const TensorId x = node.inputs[0];
-  if (!builder.needs(x)) {
-    builder.emit_effect(std::make_shared<LoraBackwardOp>(sites, false), inputs);
-    return;
-  }
-  // The kernel only adds to grad x; the base linear writes it first.
-  builder.contribute_after(x, [&builder, x, sites, inputs] {
-    builder.contribute(x, DType::kFloat32, inputs, [&](bool) { return std::make_shared<LoraBackwardOp>(sites, true); });
-  });
-}
+}  // namespace
+
+std::shared_ptr<const Operator> add_op(When when, SiteId site) { return std::make_shared<AddOp>(when, site); }
 
 }  // namespace flexcore

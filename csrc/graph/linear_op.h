@@ -8,6 +8,10 @@
 
 namespace flexcore {
 
+/// Whether a bypass changes what a linear with a residual makes before the two are added. Serving programs have both
+/// ways, and a batch takes one.
+enum class When : std::uint8_t { kAlways, kFused, kSeparated };
+
 /// Inputs: x [, residual]. Outputs: y of every member; with a residual, the one y takes over its memory (y = residual +
 /// x W^T).
 class LinearOp final : public Operator {
@@ -16,7 +20,8 @@ class LinearOp final : public Operator {
     ParamId weight = kNoParam;
     ParamId bias = kNoParam;
   };
-  LinearOp(std::vector<Member> members, bool residual) : members_(std::move(members)), residual_(residual) {}
+  LinearOp(std::vector<Member> members, bool residual, When when = When::kAlways, SiteId site = 0)
+      : members_(std::move(members)), residual_(residual), when_(when), site_(site) {}
 
   std::string_view name() const override { return "linear"; }
   void run(const RunState& state, const Node& node, std::span<const TensorView> in,
@@ -24,22 +29,31 @@ class LinearOp final : public Operator {
   void vjp(BackwardBuilder& builder, const Node& node) const override;
   int alias(int) const override { return residual_ ? 1 : -1; }
   bool joins_outputs() const override { return true; }
+  bool idle(const BatchState& batch) const override;
   std::optional<Recompute> recompute(const std::vector<bool>& wanted) const override;
   double flops(const Graph& graph, double context) const override;
 
   const std::vector<Member>& members() const { return members_; }
   bool residual() const { return residual_; }
+  /// Alone, and whatever the batch.
+  bool plain() const { return !residual_ && when_ == When::kAlways; }
 
  private:
   std::vector<Member> members_;
   bool residual_;
+  When when_;
+  SiteId site_;
 };
 
-/// The bypass network of LoRA at one or several linears with the same input. Inputs: x, y of every site. Outputs: the
-/// same y, in place: y += scaling * (x A^T) B^T. Does nothing for rows whose adapter has no LoRA there.
+/// in: y, product; out: y + product, in place.
+std::shared_ptr<const Operator> add_op(When when, SiteId site);
+
+/// The bypass network of LoRA or of a bottleneck adapter at one or several linears with the same input. Inputs: x, y of
+/// every site. Outputs: the same y, in place: y += scaling * act(x A^T) B^T. Does nothing for rows whose adapter has
+/// none there. `kind` says whose segments: kLora, kDora (those of the product) or kSeries, where x is y.
 class LoraOp final : public Operator {
  public:
-  explicit LoraOp(std::vector<SiteId> sites) : sites_(std::move(sites)) {}
+  LoraOp(std::vector<SiteId> sites, BypassKind kind) : sites_(std::move(sites)), kind_(kind) {}
 
   std::string_view name() const override { return "lora"; }
   void run(const RunState& state, const Node& node, std::span<const TensorView> in,
@@ -47,13 +61,19 @@ class LoraOp final : public Operator {
   void vjp(BackwardBuilder& builder, const Node& node) const override;
   int alias(int output) const override { return 1 + output; }
   bool trainable() const override { return true; }
+  bool idle(const BatchState& batch) const override;
   std::optional<Recompute> recompute(const std::vector<bool>& wanted) const override;
   double flops(const Graph& graph, double context) const override;
 
   const std::vector<SiteId>& sites() const { return sites_; }
+  BypassKind kind() const { return kind_; }
 
  private:
   std::vector<SiteId> sites_;
+  BypassKind kind_;
 };
+
+/// in: x; out: x with the columns of the segments' rows scaled, in place. kOutputScale or kInputScale.
+std::shared_ptr<const Operator> scale_op(SiteId site, BypassKind kind);
 
 }  // namespace flexcore

@@ -7,9 +7,9 @@
 #include <string_view>
 #include <vector>
 
+#include "graph/bypass.h"
 #include "ops/attention.h"
 #include "ops/context.h"
-#include "ops/lora.h"
 #include "ops/weight.h"
 
 namespace flexcore {
@@ -17,7 +17,6 @@ namespace flexcore {
 using TensorId = std::int32_t;
 using NodeId = std::int32_t;
 using ParamId = std::int32_t;
-using SiteId = std::int32_t;
 inline constexpr TensorId kNoTensor = -1;
 inline constexpr NodeId kNoNode = -1;
 inline constexpr ParamId kNoParam = -1;
@@ -35,8 +34,8 @@ struct BatchState {
   TensorView cos, sin;                   // [max_positions, head_dim / 2] float32
   std::span<const AttentionSpan> spans;  // forward
   std::span<const AttentionBackwardSpan> backward_spans;
-  std::span<const KvPages> pages;                  // by layer
-  std::span<const std::vector<LoraSegment>> lora;  // by LinearSite
+  std::span<const KvPages> pages;       // by layer
+  std::span<const SiteSegments> sites;  // by LinearSite
   TensorView sampled_rows, target_rows;            // int32 rows of the batch
   TensorView labels, grad_scale, loss;             // [target rows] int32, float32, float32
 };
@@ -84,6 +83,9 @@ class Operator {
   virtual double flops(const Graph&, double /*context*/) const { return 0.0; }
   /// Holds trainable parameters: its outputs need gradients.
   virtual bool trainable() const { return false; }
+  /// Has nothing to do in this batch: its outputs take over their inputs' memory and stay as they are, or nobody reads
+  /// them. Then it is not run.
+  virtual bool idle(const BatchState&) const { return false; }
   /// Does something beside writing its outputs; never removed.
   virtual bool effect() const { return false; }
 };

@@ -6,6 +6,9 @@
 
 namespace flexcore {
 
+/// Between the two matrices of a bottleneck adapter; LoRA has none.
+enum class Activation : std::uint8_t { kNone, kRelu, kTanh, kGelu, kSilu };
+
 /// One module's LoRA matrices for one adapter, and the rows of the batch that use them.
 /// Rows of no segment have no adapter. A segment whose module has no LoRA is left out, or has no rows.
 struct LoraSegment {
@@ -16,9 +19,10 @@ struct LoraSegment {
   float scaling = 1.0f;             // alpha / rank, or alpha / sqrt(rank)
   float* grad_a = nullptr;          // [rank, in_features], backward only; += always
   float* grad_b = nullptr;          // [out_features, rank], backward only; += always
+  Activation activation = Activation::kNone;
 };
 
-/// y += scaling * (x A^T) B^T over the rows of each segment (shrink, then expand). All members read the same x.
+/// y += scaling * act(x A^T) B^T over the rows of each segment (shrink, then expand). All members read the same x.
 /// The rank-r intermediate is float32. A row's result does not depend on the rest of the batch (same bits).
 struct LoraArgs {
   static constexpr std::string_view kName = "lora_forward";
@@ -31,8 +35,8 @@ struct LoraArgs {
 };
 void check(const LoraArgs& args);
 
-/// With u = x A^T and du = grad_y B:  grad_x += scaling * du A,  grad_a += scaling * du^T x,  grad_b += scaling *
-/// grad_y^T u.
+/// With v = x A^T, u = act(v) and du = (grad_y B) * act'(v):  grad_x += scaling * du A,  grad_a += scaling * du^T x,
+/// grad_b += scaling * grad_y^T u.
 struct LoraBackwardArgs {
   static constexpr std::string_view kName = "lora_backward";
   struct Member {

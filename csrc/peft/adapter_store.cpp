@@ -1,28 +1,27 @@
 #include "peft/adapter_store.h"
 
 #include <algorithm>
-#include <cmath>
 #include <utility>
 
 #include "core/check.h"
-#include "core/philox.h"
-#include "peft/lora_matcher.h"
+#include "ops/dora.h"
+#include "ops/rows.h"
 
 namespace flexcore {
 
-std::set<SiteId> Adapter::sites() const {
-  std::set<SiteId> sites;
-  for (const auto& module : modules) sites.insert(module.site);
-  return sites;
-}
-
 std::vector<float> Adapter::download() const {
-  std::vector<float> host(static_cast<std::size_t>(num_parameters));
+  std::vector<float> host(static_cast<std::size_t>(layout.num_parameters));
   params_.allocator().download(host.data(), params_.data(), params_.bytes());
   return host;
 }
 
-LoraSegment Adapter::segment(const LoraModule& module, std::int64_t begin, std::int64_t end, float* gradients) const {
+double Adapter::dropout() const {
+  const auto* lora = std::get_if<LoraConfig>(&config);
+  return lora == nullptr ? 0.0 : lora->lora_dropout;
+}
+
+LoraSegment Adapter::lora_segment(const AdapterModule& module, std::int64_t begin, std::int64_t end,
+                                  float* gradients) const {
   return {.begin = begin,
           .end = end,
           .lora_a = parameters() + module.a_offset,
@@ -30,96 +29,120 @@ LoraSegment Adapter::segment(const LoraModule& module, std::int64_t begin, std::
           .rank = module.rank,
           .scaling = module.scaling,
           .grad_a = gradients == nullptr ? nullptr : gradients + module.a_offset,
-          .grad_b = gradients == nullptr ? nullptr : gradients + module.b_offset};
+          .grad_b = gradients == nullptr ? nullptr : gradients + module.b_offset,
+          .activation = module.activation};
 }
 
-std::string peft_key(const LoraModule& module, bool is_a) { return peft_tensor_name(module.path, is_a ? 'A' : 'B'); }
-
-std::vector<LoraWeights> lora_weights(const Adapter& adapter, const float* arrays) {
-  std::vector<LoraWeights> weights;
-  for (const auto& m : adapter.modules) {
-    const auto* a = arrays + m.a_offset;
-    const auto* b = arrays + m.b_offset;
-    weights.push_back({m.path,
-                       m.rank,
-                       m.in_features,
-                       m.out_features,
-                       {a, a + m.rank * m.in_features},
-                       {b, b + m.out_features * m.rank}});
+void Adapter::add_rows(const AdapterModule& module, std::int64_t begin, std::int64_t end, float* gradients,
+                       const SegmentDropout* dropout, SiteSegments& site) const {
+  const auto scale = [&](const float* values) {
+    return ScaleSegment{.begin = begin,
+                        .end = end,
+                        .scale = values,
+                        .grad_scale = gradients == nullptr ? nullptr : gradients + module.scale_offset};
+  };
+  switch (module.bypass.kind) {
+    case BypassKind::kLora:
+      site.lora.push_back(lora_segment(module, begin, end, gradients));
+      if (dropout == nullptr && site.dropout.empty()) return;
+      site.dropout.resize(site.lora.size());
+      if (dropout == nullptr) return;
+      site.dropout.back() = *dropout;
+      site.dropout.back().mask.module = static_cast<std::uint32_t>(module.bypass.site);
+      return;
+    case BypassKind::kDora: {
+      // Without a residual the linear's output is its product.
+      (module.residual ? site.product_lora : site.lora).push_back(lora_segment(module, begin, end, gradients));
+      if (!site.dropout.empty()) site.dropout.resize(site.lora.size());
+      const float* norm = derived() + module.derived_offset;
+      ScaleSegment segment = scale(norm + module.out_features);
+      segment.offset = bias_[static_cast<std::size_t>(&module - layout.modules.data())];
+      segment.grad_divisor = norm;
+      site.output_scale.push_back(segment);
+      return;
+    }
+    case BypassKind::kOutputScale:
+      site.output_scale.push_back(scale(parameters() + module.scale_offset));
+      return;
+    case BypassKind::kInputScale:
+      site.input_scale.push_back(scale(parameters() + module.scale_offset));
+      return;
+    case BypassKind::kSeries:
+      site.series.push_back(lora_segment(module, begin, end, gradients));
+      return;
   }
-  return weights;
 }
 
-AdapterStore::AdapterStore(const std::vector<LinearSite>& sites, Allocator& allocator, MemoryLedger& ledger)
-    : sites_(sites), allocator_(allocator), ledger_(ledger) {}
-
-std::vector<LoraModule> lora_modules(const LoraMatcher& matcher, const std::vector<LinearSite>& sites) {
-  std::vector<LoraModule> modules;
-  std::int64_t offset = 0;
-  for (std::size_t i = 0; i < sites.size(); ++i) {
-    const auto& site = sites[i];
-    const auto resolved = matcher.resolve(site.path);
-    if (!resolved) continue;
-    LoraModule module{.site = static_cast<SiteId>(i),
-                      .rank = resolved->rank,
-                      .scaling = static_cast<float>(resolved->scaling),
-                      .in_features = site.in_features,
-                      .out_features = site.out_features,
-                      .a_offset = offset,
-                      .path = site.path};
-    module.b_offset = offset + module.rank * module.in_features;
-    offset = module.b_offset + module.out_features * module.rank;
-    modules.push_back(std::move(module));
-  }
-  return modules;
+std::vector<AdapterTensor> adapter_tensors(const Adapter& adapter, const float* values) {
+  std::vector<AdapterTensor> tensors;
+  for (const auto& array : adapter.layout.arrays)
+    tensors.push_back({array, {values + array.offset, values + array.offset + array.size()}});
+  return tensors;
 }
 
-std::int64_t num_parameters(const std::vector<LoraModule>& modules) {
-  return modules.empty() ? 0 : modules.back().b_offset + modules.back().out_features * modules.back().rank;
-}
-
-void require_targets(const LoraMatcher& matcher, const std::vector<LinearSite>& sites) {
-  std::vector<std::string> paths;
-  for (const auto& site : sites) paths.push_back(site.path);
-  matcher.require_targets(paths);
-}
+AdapterStore::AdapterStore(const std::vector<LinearSite>& sites, OpContext& context, const WeightStore& weights,
+                           Allocator& allocator, MemoryLedger& ledger)
+    : sites_(sites), context_(context), weights_(weights), allocator_(allocator), ledger_(ledger) {}
 
 void AdapterStore::require_free(const std::string& name) const {
   require(!newest_.contains(name), "adapter \"", name, "\" is loaded already; unload it first");
 }
 
-// Parameters of all modules in one buffer, A then B of each, site by site.
-std::shared_ptr<Adapter> AdapterStore::layout(const std::string& name, const LoraConfig& config,
-                                              const LoraMatcher& matcher) {
+void AdapterStore::allocate(Adapter& adapter) const {
+  const auto bytes = [](std::int64_t floats) { return static_cast<std::size_t>(floats) * sizeof(float); };
+  adapter.params_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters, bytes(adapter.layout.num_parameters));
+  if (adapter.layout.num_derived > 0)
+    adapter.derived_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters, bytes(adapter.layout.num_derived));
+}
+
+std::shared_ptr<Adapter> AdapterStore::place(const std::string& name, const AdapterConfig& config,
+                                             AdapterLayout layout) {
   require(!name.empty(), "adapter name: empty, wanted at least one character");
   auto adapter = std::make_shared<Adapter>();
   adapter->name = name;
   adapter->config = config;
-  adapter->modules = lora_modules(matcher, sites_);
-  adapter->num_parameters = num_parameters(adapter->modules);
-  adapter->params_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters,
-                            static_cast<std::size_t>(adapter->num_parameters) * sizeof(float));
+  adapter->layout = std::move(layout);
+  for (const auto& module : adapter->layout.modules) {
+    const bool biased = sites_[static_cast<std::size_t>(module.bypass.site)].bias;
+    adapter->bias_.push_back(module.bypass.kind == BypassKind::kDora && biased
+                                 ? weights_.vector(module.path + ".bias").as<float>()
+                                 : nullptr);
+    adapter->only_adds_ = adapter->only_adds_ && module.bypass.kind == BypassKind::kLora;
+  }
+  allocate(*adapter);
   adapter->uid = next_uid_++;
   return adapter;
 }
 
-std::shared_ptr<Adapter> AdapterStore::create(const std::string& name, const LoraConfig& config, std::uint64_t seed) {
-  require_free(name);
-  const LoraMatcher matcher(config);
-  require_targets(matcher, sites_);
-  auto adapter = layout(name, config, matcher);
-  std::vector<float> parameters(static_cast<std::size_t>(adapter->num_parameters));  // B stays 0
-  for (const auto& m : adapter->modules) {
-    const float bound = 1.0f / std::sqrt(static_cast<float>(m.in_features));
-    float* a = parameters.data() + m.a_offset;
-    const std::int64_t size = m.rank * m.in_features;
-    for (std::int64_t i = 0; i < size; ++i) {
-      const auto counter = (static_cast<std::uint64_t>(m.site) << 40) | static_cast<std::uint64_t>(i);
-      a[i] = bound * static_cast<float>(2.0 * uniform(seed, counter) - 1.0);
-    }
+// Norms and scales of DoRA's rows.
+void AdapterStore::derive(Adapter& adapter, bool magnitudes_are_norms) const {
+  for (const auto& m : adapter.layout.modules) {
+    if (m.bypass.kind != BypassKind::kDora) continue;
+    float* norm = adapter.derived() + m.derived_offset;
+    float* magnitude = adapter.parameters() + m.scale_offset;
+    run(context_, DoraScaleArgs{.weight = weights_.matrix(m.path + ".weight"),
+                                .lora_a = adapter.parameters() + m.a_offset,
+                                .lora_b = adapter.parameters() + m.b_offset,
+                                .rank = m.rank,
+                                .scaling = m.scaling,
+                                .magnitude = magnitudes_are_norms ? nullptr : magnitude,
+                                .norm = TensorView(norm, DType::kFloat32, {m.out_features}),
+                                .scale = TensorView(norm + m.out_features, DType::kFloat32, {m.out_features})});
+    if (magnitudes_are_norms)
+      run(context_, CopyArgs{TensorView(norm, DType::kFloat32, {1, m.out_features}),
+                             TensorView(magnitude, DType::kFloat32, {1, m.out_features})});
   }
+}
+
+std::shared_ptr<Adapter> AdapterStore::create(const std::string& name, const AdapterConfig& config,
+                                              std::uint64_t seed) {
+  require_free(name);
+  auto adapter = place(name, config, lay_out(config, sites_));
+  std::vector<float> parameters(static_cast<std::size_t>(adapter->layout.num_parameters));
+  std::visit([&](const auto& method) { initialize(method, adapter->layout, seed, parameters.data()); }, config);
   allocator_.upload(adapter->parameters(), parameters.data(), adapter->bytes());
-  publish(adapter);
+  derive(*adapter, true);
+  newest_[name] = adapter;
   return adapter;
 }
 
@@ -132,26 +155,32 @@ std::shared_ptr<Adapter> AdapterStore::load(const std::string& name, const std::
 
 std::shared_ptr<Adapter> AdapterStore::read(const std::string& name, const std::string& directory) {
   const PeftAdapter file = read_peft(directory);
-  auto adapter = layout(name, file.config, LoraMatcher(file.config));
-  require(adapter->modules.size() == file.modules.size(), directory, ": adapter has ", file.modules.size(),
-          " modules, this model ", adapter->modules.size(), " for its target_modules; is it for another base model (",
-          file.base_model.empty() ? "not named" : file.base_model, ")?");
-  std::vector<float> parameters(static_cast<std::size_t>(adapter->num_parameters));
-  for (const auto& weights : file.modules) {
-    const auto module = std::find_if(adapter->modules.begin(), adapter->modules.end(),
-                                     [&](const LoraModule& m) { return m.path == weights.module; });
-    require(module != adapter->modules.end(), directory, ": module ", weights.module,
-            " is not a linear of this model; is the adapter for another base model?");
-    require(module->rank == weights.rank && module->in_features == weights.in_features &&
-                module->out_features == weights.out_features,
-            directory, ": ", weights.module, " has rank ", weights.rank, ", in_features ", weights.in_features,
-            ", out_features ", weights.out_features, ", wanted ", module->rank, ", ", module->in_features, ", ",
-            module->out_features, "; is the adapter for another base model?");
-    std::copy(weights.lora_a.begin(), weights.lora_a.end(), parameters.begin() + module->a_offset);
-    std::copy(weights.lora_b.begin(), weights.lora_b.end(), parameters.begin() + module->b_offset);
+  auto adapter = place(name, file.config, lay_out(file.config, sites_));
+  const auto shape_text = [](const std::vector<std::int64_t>& shape) {
+    std::string text;
+    for (const auto extent : shape) text += str(text.empty() ? "" : ", ", extent);
+    return "[" + text + "]";
+  };
+  std::vector<float> parameters(static_cast<std::size_t>(adapter->layout.num_parameters));
+  std::size_t found = 0;
+  for (const auto& array : adapter->layout.arrays) {
+    const AdapterTensor* tensor = file.find(array.module, array.suffix);
+    require(tensor != nullptr, directory, ": no tensor ", peft_key(array),
+            ", which this model has for its target_modules; is the adapter for another base model (",
+            file.base_model.empty() ? "not named" : file.base_model, ")?");
+    require(tensor->array.shape == array.shape, directory, ": ", peft_key(array), " is ",
+            shape_text(tensor->array.shape), ", wanted ", shape_text(array.shape),
+            "; is the adapter for another base model?");
+    std::copy(tensor->values.begin(), tensor->values.end(), parameters.begin() + array.offset);
+    ++found;
   }
+  for (const auto& tensor : file.tensors)
+    require(found == file.tensors.size() ||
+                std::any_of(adapter->layout.modules.begin(), adapter->layout.modules.end(),
+                            [&](const AdapterModule& module) { return module.path == tensor.array.module; }),
+            directory, ": module ", tensor.array.module,
+            " is not a linear of this model; is the adapter for another base model?");
   allocator_.upload(adapter->parameters(), parameters.data(), adapter->bytes());
-  adapter->lora_dropout = file.lora_dropout;
   return adapter;
 }
 
@@ -181,15 +210,16 @@ std::shared_ptr<Adapter> AdapterStore::next_version(const Adapter& newest) const
   copy->uid = newest.uid;
   copy->version = newest.version + 1;
   copy->config = newest.config;
-  copy->modules = newest.modules;
-  copy->num_parameters = newest.num_parameters;
-  copy->lora_dropout = newest.lora_dropout;
-  copy->params_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters, newest.bytes());
+  copy->layout = newest.layout;
+  copy->bias_ = newest.bias_;
+  copy->only_adds_ = newest.only_adds_;
+  allocate(*copy);
   allocator_.copy(copy->parameters(), newest.parameters(), newest.bytes());
   return copy;
 }
 
 void AdapterStore::publish(std::shared_ptr<Adapter> adapter) {
+  derive(*adapter, false);
   auto& newest = newest_[adapter->name];
   newest = std::move(adapter);
 }

@@ -3,30 +3,17 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <set>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "flexcore/config.h"
-#include "flexcore/engine.h"
 #include "graph/graph.h"
 #include "memory/buffer.h"
-#include "ops/lora.h"
-#include "peft/lora_matcher.h"
+#include "model/weight_store.h"
+#include "peft/layout.h"
 #include "peft/peft_files.h"
 
 namespace flexcore {
-
-/// One LoRA pair of an adapter. Offsets are in floats from the start of its parameters.
-struct LoraModule {
-  SiteId site = 0;
-  std::int64_t rank = 0;
-  float scaling = 1.0f;
-  std::int64_t in_features = 0, out_features = 0;
-  std::int64_t a_offset = 0, b_offset = 0;
-  std::string path;
-};
 
 /// One version of an adapter. Requests hold the version that they began with; training makes a new one.
 class Adapter {
@@ -34,38 +21,42 @@ class Adapter {
   std::string name;
   std::uint64_t uid = 0;  // of the name's loading; versions share it
   std::int64_t version = 0;
-  LoraConfig config;
-  std::vector<LoraModule> modules;  // by site
-  std::int64_t num_parameters = 0;
-  double lora_dropout = 0.0;  // of the files it came from; training with it is refused
+  AdapterConfig config;
+  AdapterLayout layout;
 
   float* parameters() const { return reinterpret_cast<float*>(params_.data()); }  // on the device
   std::vector<float> download() const;                                            // the same on the host
   std::size_t bytes() const { return params_.bytes(); }
   /// Key under which prefixes computed with this version may be shared.
   std::uint64_t cache_key() const { return (uid << 32) | static_cast<std::uint64_t>(version); }
-  std::set<SiteId> sites() const;
-  /// Rows [begin, end) of a batch through `module`; gradients, if wanted, at the same offsets from `gradients`.
-  LoraSegment segment(const LoraModule& module, std::int64_t begin, std::int64_t end, float* gradients = nullptr) const;
+  /// That finetuning drops an element of a LoRA's input.
+  double dropout() const;
+  /// LoRA, and nothing that would be done to the product: what recorded batches may hold.
+  bool only_adds() const { return only_adds_; }
+  /// Rows [begin, end) of a batch through `module`; gradients, if wanted, at the arrays' offsets from `gradients`.
+  /// `dropout` null: none.
+  void add_rows(const AdapterModule& module, std::int64_t begin, std::int64_t end, float* gradients,
+                const SegmentDropout* dropout, SiteSegments& site) const;
+  LoraSegment lora_segment(const AdapterModule& module, std::int64_t begin, std::int64_t end,
+                           float* gradients = nullptr) const;
 
  private:
   friend class AdapterStore;
-  Buffer params_;
+  float* derived() const { return reinterpret_cast<float*>(derived_.data()); }
+  Buffer params_, derived_;
+  std::vector<const float*> bias_;  // by module: of a DoRA linear; null: none
+  bool only_adds_ = true;
 };
-
-/// The modules that `config` puts at `sites`, site by site, parameters one after the other.
-std::vector<LoraModule> lora_modules(const LoraMatcher& matcher, const std::vector<LinearSite>& sites);
-std::int64_t num_parameters(const std::vector<LoraModule>& modules);
-/// LoraMatcher::require_targets for the linears of a model.
-void require_targets(const LoraMatcher& matcher, const std::vector<LinearSite>& sites);
 
 /// Adapters by name, newest version each.
 class AdapterStore {
  public:
-  AdapterStore(const std::vector<LinearSite>& sites, Allocator& allocator, MemoryLedger& ledger);
+  /// `weights`: loaded by the time that an adapter is made. References must outlive the store.
+  AdapterStore(const std::vector<LinearSite>& sites, OpContext& context, const WeightStore& weights,
+               Allocator& allocator, MemoryLedger& ledger);
 
-  /// A ~ U(-1/sqrt(in), 1/sqrt(in)) (PEFT's default, kaiming with a = sqrt(5)), B = 0. The name is not in use.
-  std::shared_ptr<Adapter> create(const std::string& name, const LoraConfig& config, std::uint64_t seed);
+  /// A new adapter changes nothing. The name is not in use.
+  std::shared_ptr<Adapter> create(const std::string& name, const AdapterConfig& config, std::uint64_t seed);
   /// From PEFT's files, under a name that is not in use.
   std::shared_ptr<Adapter> load(const std::string& name, const std::string& directory);
   /// As load, but nothing here knows of it until it is published.
@@ -80,24 +71,25 @@ class AdapterStore {
   /// A copy with the next version number, to be changed and then published. Until then, and if it never is, the newest
   /// version is as it was.
   std::shared_ptr<Adapter> next_version(const Adapter& newest) const;
-  /// Makes it the newest version of its name.
+  /// Makes it the newest version of its name, with what follows from its parameters as they are now.
   void publish(std::shared_ptr<Adapter> adapter);
 
  private:
   void require_free(const std::string& name) const;
-  std::shared_ptr<Adapter> layout(const std::string& name, const LoraConfig& config, const LoraMatcher& matcher);
+  std::shared_ptr<Adapter> place(const std::string& name, const AdapterConfig& config, AdapterLayout layout);
+  void allocate(Adapter& adapter) const;
+  void derive(Adapter& adapter, bool magnitudes_are_norms) const;
 
   const std::vector<LinearSite>& sites_;
+  OpContext& context_;
+  const WeightStore& weights_;
   Allocator& allocator_;
   MemoryLedger& ledger_;
   std::map<std::string, std::shared_ptr<Adapter>> newest_;
   std::uint64_t next_uid_ = 1;
 };
 
-/// PEFT's parameter name: "base_model.model.<path>.lora_A.weight".
-std::string peft_key(const LoraModule& module, bool is_a);
-
-/// Arrays laid out as the adapter's parameters, as PEFT's files hold them.
-std::vector<LoraWeights> lora_weights(const Adapter& adapter, const float* arrays);
+/// Values laid out as the adapter's parameters, as PEFT's files hold them.
+std::vector<AdapterTensor> adapter_tensors(const Adapter& adapter, const float* values);
 
 }  // namespace flexcore

@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cctype>
 #include <filesystem>
-#include <map>
 #include <set>
 #include <utility>
 
@@ -21,19 +20,34 @@ namespace {
 namespace fs = std::filesystem;
 
 constexpr std::string_view kPrefix = "base_model.model.";
-constexpr std::pair<std::string_view, char> kSuffixes[] = {
-    {".lora_A.weight", 'A'}, {".lora_B.weight", 'B'}, {".base_layer.weight", '\0'}};
 constexpr const char* kConfigFile = "adapter_config.json";
 constexpr const char* kWeightsFile = "adapter_model.safetensors";
 
-/// Options that the reader takes, and those that say nothing about the result of a finished adapter, whatever their
+/// What the files of one method hold.
+struct Format {
+  std::string_view type;                    // peft_type
+  std::vector<std::string_view> suffixes;   // of tensors: every module has all of them
+  std::vector<std::string_view> optional;   // those of some adapters
+  std::vector<std::string_view> options;    // that its reader takes
+};
+const Format kFormats[] = {
+    {"LORA",
+     {".lora_A.weight", ".lora_B.weight"},
+     {".lora_magnitude_vector"},
+     {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias",
+      "init_lora_weights"}},
+    {"IA3", {".ia3_l"}, {}, {"feedforward_modules", "init_ia3_weights"}},
+    {"BOTTLENECK",
+     {".adapter_down.weight", ".adapter_up.weight"},
+     {},
+     {"bottleneck_size", "non_linearity", "scaling", "use_parallel_adapter", "bias", "init_weights"}},
+};
+/// PEFT's copy of a frozen weight under an adapter, which it saves with lm_head.
+constexpr std::string_view kFrozen = ".base_layer.weight";
+
+/// Options that all readers take, and those that say nothing about the result of a finished adapter, whatever their
 /// value.
-constexpr std::string_view kRead[] = {"peft_type",         "r",
-                                      "lora_alpha",        "lora_dropout",
-                                      "target_modules",    "exclude_modules",
-                                      "use_rslora",        "rank_pattern",
-                                      "alpha_pattern",     "bias",
-                                      "init_lora_weights", "base_model_name_or_path"};
+constexpr std::string_view kRead[] = {"peft_type", "target_modules", "exclude_modules", "base_model_name_or_path"};
 constexpr std::string_view kHarmless[] = {"task_type",        "revision",       "inference_mode", "auto_mapping",
                                           "peft_version",     "runtime_config", "megatron_core",  "layers_pattern",
                                           "loftq_config",     "eva_config",     "corda_config",   "lora_ga_config",
@@ -52,12 +66,17 @@ bool is_empty(const Json& value) {
          (value.is_object() && value.as_object().empty());
 }
 
-void refuse_other_options(const JsonFields& fields, const Json& json) {
+const Format& format_of(const JsonFields& fields) {
+  const std::string type = fields.string_or("peft_type", "");
+  for (const auto& format : kFormats)
+    if (format.type == type) return format;
+  fields.fail<Unsupported>("peft_type", fields.find("peft_type"), "\"LORA\", \"IA3\" or \"BOTTLENECK\"");
+}
+
+void refuse_other_options(const JsonFields& fields, const Json& json, const Format& format) {
   for (const auto& [name, value] : json.as_object())
-    if (!contains(kRead, name) && !contains(kHarmless, name) && !is_empty(value))
+    if (!contains(kRead, name) && !contains(kHarmless, name) && !contains(format.options, name) && !is_empty(value))
       fields.fail<Unsupported>(name, &value, "nothing: flexcore does not know this option");
-  if (const auto type = fields.string_or("peft_type", ""); type != "LORA")
-    fields.fail<Unsupported>("peft_type", fields.find("peft_type"), "\"LORA\"");
   if (fields.string_or("bias", "none") != "none") fields.fail<Unsupported>("bias", fields.find("bias"), "\"none\"");
   const Json* init = fields.find("init_lora_weights");
   if (init == nullptr || !init->is_string()) return;
@@ -70,62 +89,16 @@ void refuse_other_options(const JsonFields& fields, const Json& json) {
           "an adapter for the unchanged base model (PEFT: path_initial_model_for_weight_conversion)");
 }
 
-void read_targets(const JsonFields& fields, LoraConfig& config) {
-  const Json* targets = fields.find("target_modules");
-  config.target_modules.clear();
-  if (targets == nullptr) return;
-  if (targets->is_string()) {
-    std::string lower = targets->as_string();
-    std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
-    config.target_modules_is_regex = lower != "all-linear";
-    config.target_modules = {config.target_modules_is_regex ? targets->as_string() : lower};
-    return;
-  }
-  if (!targets->is_array()) fields.fail("target_modules", targets, "a list of names or a string");
-  for (const auto& name : targets->as_array()) {
-    if (!name.is_string()) fields.fail("target_modules", targets, "a list of names or a string");
-    config.target_modules.push_back(name.as_string());
-  }
+AdapterConfig read_method(const JsonFields& fields, const Format& format) {
+  if (format.type == "IA3") return ia3_from_peft(fields);
+  if (format.type == "BOTTLENECK") return bottleneck_from_peft(fields);
+  return lora_from_peft(fields);
 }
 
-template <class Value, class Read>
-std::vector<std::pair<std::string, Value>> read_patterns(const JsonFields& fields, const char* name, Read&& read) {
-  std::vector<std::pair<std::string, Value>> result;
-  const Json* patterns = fields.find(name);
-  if (patterns == nullptr) return result;
-  const JsonFields values(*patterns, str(fields.source(), ": ", name));
-  for (const auto& member : patterns->as_object()) result.emplace_back(member.first, read(values, member.first));
-  return result;
-}
-
-PeftAdapter read_config(const std::string& path) {
-  const Json json = load_json(path);
-  const JsonFields fields(json, path);
-  refuse_other_options(fields, json);
-  PeftAdapter adapter;
-  LoraConfig& config = adapter.config;
-  config.r = fields.find("r") == nullptr ? 8 : fields.integer("r", 1);
-  config.lora_alpha = fields.number_or("lora_alpha", 8.0);
-  config.use_rslora = fields.boolean_or("use_rslora", false);
-  config.rank_pattern = read_patterns<std::int64_t>(
-      fields, "rank_pattern", [](auto& values, auto& pattern) { return values.integer(pattern, 1); });
-  config.alpha_pattern = read_patterns<double>(fields, "alpha_pattern",
-                                               [](auto& values, auto& pattern) { return values.number(pattern); });
-  read_targets(fields, config);
-  adapter.base_model = fields.string_or("base_model_name_or_path", "");
-  adapter.lora_dropout = fields.number_or("lora_dropout", 0.0);
-  if (adapter.lora_dropout < 0 || adapter.lora_dropout >= 1)
-    fields.fail("lora_dropout", fields.find("lora_dropout"), "a number in [0, 1)");
-  // Without a list, or with exceptions to it, the modules that have weights are the targets.
-  const Json* exceptions = fields.find("exclude_modules");
-  if (fields.find("target_modules") == nullptr || (exceptions != nullptr && !is_empty(*exceptions)))
-    config.target_modules.clear();
-  return adapter;
-}
-
-std::vector<float> read_matrix(const SafetensorsModel& file, const SafetensorsModel::Entry& entry) {
+std::vector<float> read_values(const SafetensorsModel& file, const SafetensorsModel::Entry& entry, int ndim) {
   const TensorView view = file.tensor(entry.name);
-  require<ModelLoadError>(view.ndim() == 2, file.describe(entry), ": got ", view.describe(), ", wanted two dimensions");
+  require<ModelLoadError>(view.ndim() == ndim, file.describe(entry), ": got ", view.describe(), ", wanted ",
+                          ndim == 1 ? "one dimension" : "two dimensions");
   require<Unsupported>(
       view.dtype() == DType::kFloat32 || view.dtype() == DType::kBFloat16 || view.dtype() == DType::kFloat16,
       file.describe(entry), ": dtype ", entry.dtype, ", wanted F32, BF16 or F16");
@@ -136,146 +109,149 @@ std::vector<float> read_matrix(const SafetensorsModel& file, const SafetensorsMo
   return values;
 }
 
-/// Module path and 'A' or 'B' of a tensor's name, or 0 for PEFT's copy of the frozen weight under LoRA, which it saves
-/// with lm_head. Throws for any other kind of tensor.
-std::pair<std::string, char> split_name(const SafetensorsModel& file, const SafetensorsModel::Entry& entry) {
+/// Module path and suffix of a tensor's name. Throws for any kind of tensor that is none of the format's.
+std::pair<std::string, std::string_view> split_name(const SafetensorsModel& file, const SafetensorsModel::Entry& entry,
+                                                    const Format& format, bool dora) {
   std::string_view name = entry.name;
+  std::vector<std::string_view> suffixes = format.suffixes;
+  if (dora) suffixes.insert(suffixes.end(), format.optional.begin(), format.optional.end());
+  suffixes.push_back(kFrozen);
   if (name.starts_with(kPrefix)) {
     name.remove_prefix(kPrefix.size());
-    for (const auto& [suffix, factor] : kSuffixes)
-      if (name.ends_with(suffix)) return {std::string(name.substr(0, name.size() - suffix.size())), factor};
+    for (const auto suffix : suffixes)
+      if (name.ends_with(suffix)) return {std::string(name.substr(0, name.size() - suffix.size())), suffix};
   }
-  throw Unsupported(str(file.describe(entry), ": wanted ", kPrefix, "<module>.lora_A.weight or .lora_B.weight"));
+  std::string wanted;
+  for (const auto suffix : suffixes)
+    if (suffix != kFrozen) wanted += str(wanted.empty() ? "" : " or ", suffix);
+  throw Unsupported(str(file.describe(entry), ": wanted ", kPrefix, "<module>", wanted));
 }
 
-std::vector<LoraWeights> read_weights(const std::string& path) {
+void read_tensors(PeftAdapter& adapter, const std::string& path, const Format& format, bool dora) {
   const SafetensorsModel file(path);
-  std::vector<LoraWeights> modules;
-  std::map<std::string, std::size_t> by_path;
+  std::vector<std::string> modules;
   for (const auto& entry : file.entries()) {
-    const auto [module, factor] = split_name(file, entry);
-    const auto [at, is_new] = by_path.emplace(module, modules.size());
-    if (is_new) modules.emplace_back().module = module;
-    LoraWeights& weights = modules[at->second];
-    if (factor == '\0') continue;
-    (factor == 'A' ? weights.lora_a : weights.lora_b) = read_matrix(file, entry);
-  }
-  for (auto& weights : modules) {
-    const auto *a = file.find(peft_tensor_name(weights.module, 'A')),
-               *b = file.find(peft_tensor_name(weights.module, 'B'));
-    require<ModelLoadError>(a != nullptr && b != nullptr, path, ": no tensor ",
-                            peft_tensor_name(weights.module, a == nullptr ? 'A' : 'B'));
-    weights.rank = a->shape[0];
-    weights.in_features = a->shape[1];
-    weights.out_features = b->shape[0];
-    require<ModelLoadError>(b->shape[1] == weights.rank, file.describe(*b), ": rank ", b->shape[1],
-                            ", wanted that of lora_A, ", weights.rank);
+    auto [module, suffix] = split_name(file, entry, format, dora);
+    if (std::find(modules.begin(), modules.end(), module) == modules.end()) modules.push_back(module);
+    if (suffix == kFrozen) continue;
+    AdapterTensor& tensor = adapter.tensors.emplace_back();
+    tensor.array = {module, std::string(suffix), entry.shape};
+    tensor.values = read_values(file, entry, contains(format.optional, suffix) ? 1 : 2);
   }
   require<ModelLoadError>(!modules.empty(), path, ": no tensors");
-  return modules;
+  for (const auto& module : modules)
+    for (const auto suffix : format.suffixes)
+      require<ModelLoadError>(adapter.find(module, std::string(suffix)) != nullptr, path, ": no tensor ", kPrefix,
+                              module, suffix);
 }
 
-void check_against_config(const PeftAdapter& adapter, const std::string& path) {
-  const LoraMatcher matcher(adapter.config);
-  for (const auto& weights : adapter.modules) {
-    const auto lora = matcher.resolve(weights.module);
-    require<ModelLoadError>(lora.has_value(), path, ": ", weights.module, " has weights, but is none of the ",
+// Of LoRA: B's rank is A's, and what the config says.
+void check_ranks(const PeftAdapter& adapter, const LoraConfig& config, const std::string& path) {
+  const LoraMatcher matcher(config);
+  const SafetensorsModel file(path);
+  for (const auto& [array, values] : adapter.tensors) {
+    const auto lora = matcher.resolve(array.module);
+    require<ModelLoadError>(lora.has_value(), path, ": ", array.module, " has weights, but is none of the ",
                             "target_modules in ", kConfigFile);
-    require<ModelLoadError>(lora->rank == weights.rank, path, ": tensor ", peft_tensor_name(weights.module, 'A'),
-                            ": rank ", weights.rank, ", wanted ", lora->rank, " as in ", kConfigFile);
+    if (array.suffix != ".lora_A.weight") continue;
+    const std::int64_t rank = array.shape[0];
+    const auto& b = adapter.find(array.module, ".lora_B.weight")->array;
+    require<ModelLoadError>(b.shape[1] == rank, file.describe(*file.find(peft_key(b))), ": rank ", b.shape[1],
+                            ", wanted that of lora_A, ", rank);
+    require<ModelLoadError>(lora->rank == rank, path, ": tensor ", peft_key(array), ": rank ", rank, ", wanted ",
+                            lora->rank, " as in ", kConfigFile);
   }
 }
 
 /// "all-linear" as PEFT itself saves it: by name. The last names tell the linears from the output layer.
-Json target_json(const LoraConfig& config, std::span<const LoraWeights> modules) {
-  if (config.target_modules_is_regex) return config.target_modules.at(0);
-  std::set<std::string> names(config.target_modules.begin(), config.target_modules.end());
-  if (config.target_modules == std::vector<std::string>{"all-linear"}) {
+Json target_json(const std::vector<std::string>& targets, bool is_regex, std::span<const AdapterTensor> tensors) {
+  if (is_regex) return targets.at(0);
+  std::set<std::string> names(targets.begin(), targets.end());
+  if (targets == std::vector<std::string>{"all-linear"}) {
     names.clear();
-    for (const auto& weights : modules) names.insert(weights.module.substr(weights.module.rfind('.') + 1));
+    for (const auto& [array, values] : tensors) names.insert(array.module.substr(array.module.rfind('.') + 1));
   }
   return Json::Array(names.begin(), names.end());
 }
 
-// PEFT's type for alpha is int.
-Json alpha_json(double alpha) {
-  const auto whole = static_cast<std::int64_t>(std::clamp(alpha, -1e15, 1e15));
-  return static_cast<double>(whole) == alpha ? Json(whole) : Json(alpha);
-}
-
-Json config_json(const LoraConfig& config, std::span<const LoraWeights> modules, const std::string& base_model) {
-  Json::Object ranks, alphas;
-  for (const auto& [pattern, rank] : config.rank_pattern) ranks.emplace_back(pattern, rank);
-  for (const auto& [pattern, alpha] : config.alpha_pattern) alphas.emplace_back(pattern, alpha_json(alpha));
-  return Json::Object{
-      {"alpha_pattern", std::move(alphas)},
-      {"auto_mapping", nullptr},
-      {"base_model_name_or_path", base_model.empty() ? Json() : Json(base_model)},
-      {"bias", "none"},
-      {"fan_in_fan_out", false},
-      {"inference_mode", true},
-      {"init_lora_weights", true},
-      {"layers_pattern", nullptr},
-      {"layers_to_transform", nullptr},
-      {"lora_alpha", alpha_json(config.lora_alpha)},
-      {"lora_dropout", 0.0},
-      {"modules_to_save", nullptr},
-      {"peft_type", "LORA"},
-      {"r", config.r},
-      {"rank_pattern", std::move(ranks)},
-      {"revision", nullptr},
-      {"target_modules", target_json(config, modules)},
-      {"task_type", "CAUSAL_LM"},
-      {"use_dora", false},
-      {"use_rslora", config.use_rslora},
-  };
+Json config_json(const AdapterConfig& config, std::span<const AdapterTensor> tensors, const std::string& base_model) {
+  return std::visit(
+      [&](const auto& method) {
+        Json::Object json = to_peft(method);
+        json.emplace_back("auto_mapping", nullptr);
+        json.emplace_back("base_model_name_or_path", base_model.empty() ? Json() : Json(base_model));
+        json.emplace_back("inference_mode", true);
+        json.emplace_back("peft_type", peft_type(config));
+        json.emplace_back("revision", nullptr);
+        json.emplace_back("target_modules",
+                          target_json(method.target_modules, method.target_modules_is_regex, tensors));
+        json.emplace_back("task_type", "CAUSAL_LM");
+        std::sort(json.begin(), json.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
+        return Json(std::move(json));
+      },
+      config);
 }
 
 }  // namespace
 
-std::string peft_tensor_name(std::string_view module, char factor) {
-  return str(kPrefix, module, ".lora_", factor, ".weight");
+const AdapterTensor* PeftAdapter::find(const std::string& module, const std::string& suffix) const {
+  const auto found = std::find_if(tensors.begin(), tensors.end(), [&](const AdapterTensor& tensor) {
+    return tensor.array.module == module && tensor.array.suffix == suffix;
+  });
+  return found == tensors.end() ? nullptr : &*found;
 }
 
 PeftAdapter read_peft(const std::string& directory) {
   const fs::path folder(directory);
   const auto path = (folder / kWeightsFile).string();
-  PeftAdapter adapter = read_config((folder / kConfigFile).string());
+  const auto config_path = (folder / kConfigFile).string();
+  const Json json = load_json(config_path);
+  const JsonFields fields(json, config_path);
+  const Format& format = format_of(fields);
+  refuse_other_options(fields, json, format);
+  PeftAdapter adapter{.config = read_method(fields, format),
+                      .base_model = fields.string_or("base_model_name_or_path", "")};
   std::error_code ignored;
   require<Unsupported>(fs::exists(path, ignored) || !fs::exists(folder / "adapter_model.bin", ignored), directory,
                        ": weights in adapter_model.bin, wanted ", kWeightsFile,
                        " (load it with PEFT and save it with safe_serialization=True)");
-  adapter.modules = read_weights(path);
-  LoraConfig& config = adapter.config;
-  if (config.target_modules.empty()) {
-    config.target_modules_is_regex = false;
-    for (const auto& weights : adapter.modules) config.target_modules.push_back(weights.module);
-  }
-  check_against_config(adapter, path);
+  auto* lora = std::get_if<LoraConfig>(&adapter.config);
+  read_tensors(adapter, path, format, lora != nullptr && lora->use_dora);
+  // Without a list, or with exceptions to it, the modules that have weights are the targets.
+  const Json* exceptions = fields.find("exclude_modules");
+  const bool listed = fields.find("target_modules") != nullptr && (exceptions == nullptr || is_empty(*exceptions));
+  std::visit(
+      [&](auto& method) {
+        if (listed && !method.target_modules.empty()) return;
+        method.target_modules_is_regex = false;
+        std::set<std::string> modules;
+        for (const auto& [array, values] : adapter.tensors) modules.insert(array.module);
+        method.target_modules.assign(modules.begin(), modules.end());
+      },
+      adapter.config);
+  if (lora != nullptr) check_ranks(adapter, *lora, path);
   return adapter;
 }
 
-void write_peft(AtomicDirectory& output, const LoraConfig& config, std::span<const LoraWeights> modules,
+void write_peft(AtomicDirectory& output, const AdapterConfig& config, std::span<const AdapterTensor> tensors,
                 const std::string& base_model) {
-  std::vector<std::pair<std::string, TensorView>> tensors;
-  for (const auto& weights : modules) {
-    const auto add = [&](char factor, const std::vector<float>& values, std::int64_t rows, std::int64_t columns) {
-      const auto name = peft_tensor_name(weights.module, factor);
-      require(static_cast<std::int64_t>(values.size()) == rows * columns, name, ": ", values.size(),
-              " values, wanted [", rows, ", ", columns, "]");
-      tensors.emplace_back(name, TensorView(const_cast<float*>(values.data()), DType::kFloat32, {rows, columns}));
-    };
-    add('A', weights.lora_a, weights.rank, weights.in_features);
-    add('B', weights.lora_b, weights.out_features, weights.rank);
+  std::vector<std::pair<std::string, TensorView>> views;
+  for (const auto& [array, values] : tensors) {
+    const auto name = peft_key(array);
+    require(static_cast<std::int64_t>(values.size()) == array.size(), name, ": ", values.size(), " values, wanted ",
+            array.size());
+    TensorView view(const_cast<float*>(values.data()), DType::kFloat32, {array.size()});
+    if (array.shape.size() == 2) view = view.reshape({array.shape[0], array.shape[1]});
+    views.emplace_back(name, view);
   }
-  write_file(output.file(kConfigFile), config_json(config, modules, base_model).dump(2) + "\n");
-  write_safetensors(output.file(kWeightsFile), tensors);
+  write_file(output.file(kConfigFile), config_json(config, tensors, base_model).dump(2) + "\n");
+  write_safetensors(output.file(kWeightsFile), views);
 }
 
-void write_peft(const std::string& directory, const LoraConfig& config, std::span<const LoraWeights> modules,
+void write_peft(const std::string& directory, const AdapterConfig& config, std::span<const AdapterTensor> tensors,
                 const std::string& base_model) {
   AtomicDirectory output(directory);
-  write_peft(output, config, modules, base_model);
+  write_peft(output, config, tensors, base_model);
   output.commit();
 }
 

@@ -3,45 +3,40 @@
 #include <cstdint>
 #include <span>
 #include <string>
-#include <string_view>
 #include <vector>
 
 #include "core/file.h"
 #include "flexcore/config.h"
+#include "peft/layout.h"
 
 namespace flexcore {
 
-/// The two matrices of one linear.
-struct LoraWeights {
-  std::string module;  // path without PEFT's prefix: "model.layers.0.self_attn.q_proj"
-  std::int64_t rank = 0;
-  std::int64_t in_features = 0;
-  std::int64_t out_features = 0;
-  std::vector<float> lora_a;  // [rank, in_features]
-  std::vector<float> lora_b;  // [out_features, rank]
+/// An array of a PEFT file; its name there is peft_key.
+struct AdapterTensor {
+  AdapterArray array;  // the offset says nothing
+  std::vector<float> values;
 };
 
 /// A PEFT directory in memory.
 struct PeftAdapter {
-  LoraConfig config;
-  double lora_dropout = 0.0;  // inactive when serving; flexcore does not train with dropout
-  std::string base_model;     // base_model_name_or_path, or ""
-  std::vector<LoraWeights> modules;
+  AdapterConfig config;
+  std::string base_model;  // base_model_name_or_path, or ""
+  std::vector<AdapterTensor> tensors;
+
+  const AdapterTensor* find(const std::string& module, const std::string& suffix) const;
 };
 
-/// Name of a tensor in adapter_model.safetensors. `factor` is 'A' or 'B'.
-std::string peft_tensor_name(std::string_view module, char factor);
-
 /// Reads adapter_config.json and adapter_model.safetensors, complete and finite, with ranks as the config says. Throws
-/// ModelLoadError for damage; Unsupported, by name and value, for every option that would change the result and is not
-/// LoRA as above; InvalidArgument for regular expressions.
+/// ModelLoadError for damage; Unsupported, by name and value, for every method that is none of AdapterConfig's and every
+/// option that would change the result; InvalidArgument for regular expressions.
 PeftAdapter read_peft(const std::string& directory);
 
-/// Writes the directory, all files or none; other files in it stay. PEFT 0.11 and later read it.
-void write_peft(const std::string& directory, const LoraConfig& config, std::span<const LoraWeights> modules,
+/// Writes the directory, all files or none; other files in it stay. PEFT 0.11 and later read LoRA, DoRA and (IA)^3 from
+/// it; for bottleneck adapters names are those of LLM-Adapters (arXiv 2304.01933), whose PEFT has them.
+void write_peft(const std::string& directory, const AdapterConfig& config, std::span<const AdapterTensor> tensors,
                 const std::string& base_model = "");
 /// The same, among other files of one commit.
-void write_peft(AtomicDirectory& output, const LoraConfig& config, std::span<const LoraWeights> modules,
+void write_peft(AtomicDirectory& output, const AdapterConfig& config, std::span<const AdapterTensor> tensors,
                 const std::string& base_model = "");
 
 }  // namespace flexcore

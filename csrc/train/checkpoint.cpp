@@ -87,8 +87,8 @@ FinetuneConfig parse_config(const Fields& f) {
 JobState copy_state(const TrainingJob& job, const Adapter& adapter, bool whole) {
   JobState state{.job = job.id,
                  .step = job.step,
-                 .lora = adapter.config,
-                 .weights = lora_weights(adapter, adapter.download().data())};
+                 .adapter = adapter.config,
+                 .tensors = adapter_tensors(adapter, adapter.download().data())};
   if (!whole) return state;
   state.moments = job.download_optimizer();
   const Json position = Json::Object{{"format", 1},
@@ -108,7 +108,7 @@ void write_checkpoint(const std::string& directory, const JobState& state) {
   require(state.position.has_value(), "job ", state.job, ": its optimizer state is gone, as it has ended, or was left ",
           "out; save_adapter still saves the result");
   AtomicDirectory target(directory);
-  write_peft(target, state.lora, state.weights);
+  write_peft(target, state.adapter, state.tensors);
   std::vector<std::pair<std::string, TensorView>> tensors;
   if (!state.moments.empty()) {
     const TensorView moments(const_cast<float*>(state.moments.data()), DType::kFloat32,
@@ -149,9 +149,9 @@ void read_optimizer_state(const std::string& directory, TrainingJob& job, const 
   std::int64_t row = 0;
   for (const char* name : {"exp_avg", "exp_avg_sq"}) {
     const TensorView stored = file.tensor(name);
-    require<ModelLoadError>(stored.dtype() == DType::kFloat32 && stored.size() == adapter.num_parameters, directory,
+    require<ModelLoadError>(stored.dtype() == DType::kFloat32 && stored.size() == adapter.layout.num_parameters, directory,
                             "/", kOptimizerFile, ": ", name, " is ", stored.describe(), ", wanted float32 with ",
-                            adapter.num_parameters, " elements");
+                            adapter.layout.num_parameters, " elements");
     const auto* bytes = stored.as<std::byte>();
     job.upload_optimizer(row, bytes);
     ++row;

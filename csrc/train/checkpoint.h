@@ -25,8 +25,8 @@ struct Checkpoint {
 struct JobState {
   JobId job = 0;
   std::int64_t step = 0;
-  LoraConfig lora;
-  std::vector<LoraWeights> weights;
+  AdapterConfig adapter;
+  std::vector<AdapterTensor> tensors;
   std::optional<std::string> position;  // the text of the state file; none of a job that has ended, or if left out
   std::vector<float> moments;           // of the optimizer
 };

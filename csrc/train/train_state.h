@@ -30,6 +30,7 @@ class TrainState {
   TrainingProgram* program;
   float* gradients;  // of the job, laid out as the adapter's parameters
   float grad_scale;  // 1 / target tokens of the optimizer step
+  DropoutMask dropout;  // its sequence's; p 0: none
   double loss_sum = 0.0;
   std::int64_t num_targets = 0;
 

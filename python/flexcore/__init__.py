@@ -1,4 +1,4 @@
-"""flexcore: serve a language model and finetune LoRA adapters on the same weights, in the same iterations."""
+"""flexcore: serve a language model and finetune adapters on the same weights, in the same iterations."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 from flexcore._core import (
     SLO,
     AdapterInfo,
+    BottleneckConfig,
     DeviceError,
     EngineConfig,
     Error,
     Example,
     FinetuneConfig,
     FinetuneEvent,
+    IA3Config,
     InvalidArgument,
     JobInfo,
     JobSnapshot,
@@ -46,6 +48,7 @@ __all__ = [
     "LLM",
     "SLO",
     "AdapterInfo",
+    "BottleneckConfig",
     "DeviceError",
     "Engine",
     "EngineConfig",
@@ -53,6 +56,7 @@ __all__ = [
     "Example",
     "FinetuneConfig",
     "FinetuneEvent",
+    "IA3Config",
     "InvalidArgument",
     "JobInfo",
     "JobSnapshot",
@@ -81,9 +85,11 @@ __all__ = [
 
 for _record in (
     SLO,
+    BottleneckConfig,
     EngineConfig,
     Example,
     FinetuneConfig,
+    IA3Config,
     LoraConfig,
     SamplingParams,
     SimulatedJob,

@@ -11,6 +11,7 @@ __version__: str
 
 _Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 _Path: TypeAlias = str | os.PathLike[str]
+_AdapterConfig: TypeAlias = "LoraConfig | IA3Config | BottleneckConfig"
 
 class Error(RuntimeError): ...
 class InvalidArgument(Error, ValueError): ...
@@ -118,6 +119,8 @@ class LoraConfig:
     use_rslora: bool
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
+    lora_dropout: float
+    use_dora: bool
     def __init__(
         self,
         r: int = 8,
@@ -126,6 +129,43 @@ class LoraConfig:
         use_rslora: bool = False,
         rank_pattern: Mapping[str, int] = {},
         alpha_pattern: Mapping[str, float] = {},
+        lora_dropout: float = 0.0,
+        use_dora: bool = False,
+    ) -> None: ...
+
+class IA3Config:
+    _fields: tuple[str, ...]
+    @property
+    def target_modules(self) -> str | list[str]: ...
+    @target_modules.setter
+    def target_modules(self, value: str | Sequence[str]) -> None: ...
+    @property
+    def feedforward_modules(self) -> str | list[str]: ...
+    @feedforward_modules.setter
+    def feedforward_modules(self, value: str | Sequence[str]) -> None: ...
+    def __init__(
+        self,
+        target_modules: str | Sequence[str] = ["k_proj", "v_proj", "down_proj"],
+        feedforward_modules: str | Sequence[str] = ["down_proj"],
+    ) -> None: ...
+
+class BottleneckConfig:
+    _fields: tuple[str, ...]
+    bottleneck_size: int
+    non_linearity: str
+    scaling: float
+    use_parallel_adapter: bool
+    @property
+    def target_modules(self) -> str | list[str]: ...
+    @target_modules.setter
+    def target_modules(self, value: str | Sequence[str]) -> None: ...
+    def __init__(
+        self,
+        bottleneck_size: int = 256,
+        non_linearity: str = "tanh",
+        scaling: float = 1.0,
+        use_parallel_adapter: bool = False,
+        target_modules: str | Sequence[str] = ["o_proj", "down_proj"],
     ) -> None: ...
 
 class Example:
@@ -242,6 +282,8 @@ class AdapterInfo:
     @property
     def version(self) -> int: ...
     @property
+    def peft_type(self) -> str: ...
+    @property
     def rank(self) -> int: ...
     @property
     def target_modules(self) -> list[str]: ...
@@ -352,7 +394,7 @@ class MemoryPlan:
     def describe(self) -> str: ...
 
 def plan(
-    model: _Path, config: EngineConfig | None = None, lora: LoraConfig | None = None, sequence_length: int = 1024
+    model: _Path, config: EngineConfig | None = None, lora: _AdapterConfig | None = None, sequence_length: int = 1024
 ) -> MemoryPlan: ...
 
 class SimulatedRequest:
@@ -451,7 +493,7 @@ class Engine:
     def step(self) -> StepReport: ...
     def cancel(self, request_id: int) -> bool: ...
     def has_work(self) -> bool: ...
-    def create_adapter(self, name: str, config: LoraConfig | None = None, seed: int = 0) -> None: ...
+    def create_adapter(self, name: str, config: _AdapterConfig | None = None, seed: int = 0) -> None: ...
     def load_adapter(self, name: str, directory: _Path) -> None: ...
     def save_adapter(self, name: str, directory: _Path) -> None: ...
     def adapters(self) -> list[AdapterInfo]: ...
@@ -478,6 +520,7 @@ class Engine:
         examples: Sequence[Example | Mapping[str, _Ids]],
         window_tokens: int | None = None,
         backward_window_tokens: int | None = None,
+        dropout_seed: int | None = None,
     ) -> dict[str, Any]: ...
     def memory(self) -> dict[str, int]: ...
     def memory_peak(self) -> dict[str, int]: ...

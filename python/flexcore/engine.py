@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flexcore import _core
-from flexcore._core import EngineConfig, LoraConfig, MemoryPlan
+from flexcore._core import BottleneckConfig, EngineConfig, IA3Config, LoraConfig, MemoryPlan
 from flexcore.models import ModelPath, resolve_model
 
 
@@ -36,10 +36,12 @@ class Engine(_core.Engine):
 def plan(
     model: ModelPath,
     config: EngineConfig | None = None,
-    lora: LoraConfig | None = None,
+    lora: LoraConfig | IA3Config | BottleneckConfig | None = None,
     sequence_length: int | None = None,
 ) -> MemoryPlan:
     """The memory table of an engine on `model` finetuning with `lora`, without loading weights.
+
+    `lora` may be the configuration of another method too.
 
     `sequence_length` is by default 1,024, or the engine's longest sequence if that is shorter.
     """

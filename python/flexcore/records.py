@@ -11,10 +11,8 @@ from flexcore._core import InvalidArgument, Unsupported
 # PEFT's fields that users type by heart: right, but not here.
 _UNSUPPORTED = {
     "LoraConfig": {
-        "bias": "flexcore trains LoRA matrices only, no biases",
-        "lora_dropout": "flexcore trains without dropout",
-        "modules_to_save": "flexcore trains LoRA matrices only, no whole modules",
-        "use_dora": "flexcore has LoRA and rsLoRA, not DoRA",
+        "bias": "flexcore trains adapters only, no biases",
+        "modules_to_save": "flexcore trains adapters only, no whole modules",
     }
 }
 

@@ -2,11 +2,10 @@
 
 #include <algorithm>
 #include <map>
-#include <numeric>
 
 #include "compile/compiled_model.h"
 #include "model/archs/archs.h"
-#include "peft/lora.h"
+#include "peft/attach.h"
 
 namespace flexcore {
 namespace {
@@ -27,19 +26,20 @@ ModelConfig small_config(Architecture architecture = Architecture::kLlama) {
   return config;
 }
 
-std::set<SiteId> sites_ending(const Graph& graph, const std::vector<std::string>& ends, int layer = kNoLayer) {
-  std::set<SiteId> sites;
+BypassSet at_sites(const Graph& graph, const std::vector<std::string>& ends, int layer = kNoLayer,
+                   BypassKind kind = BypassKind::kLora) {
+  BypassSet bypasses;
   for (std::size_t i = 0; i < graph.sites.size(); ++i)
     for (const auto& end : ends)
       if (graph.sites[i].path.ends_with(end) && (layer == kNoLayer || graph.sites[i].layer == layer))
-        sites.insert(static_cast<SiteId>(i));
-  return sites;
+        bypasses.insert({static_cast<SiteId>(i), kind});
+  return bypasses;
 }
 
 class CompileTest : public ::testing::Test {
  protected:
   explicit CompileTest(Architecture architecture = Architecture::kLlama)
-      : model(build_model(small_config(architecture), DType::kBFloat16), attach_lora, {64, 8, 64}) {}
+      : model(build_model(small_config(architecture), DType::kBFloat16), attach_bypasses, {64, 8, 64}) {}
 
   std::map<std::string, Keep> choices(const TrainingProgram& program, int layer) {
     std::map<std::string, Keep> result;
@@ -55,14 +55,14 @@ TEST_F(CompileTest, LinearsOfOneInputBecomeOneNode) {
   std::map<std::string_view, int> per_layer;
   for (const auto& node : graph.nodes)
     if (node.layer == 1) ++per_layer[node.op->name()];
-  EXPECT_EQ(per_layer["linear"], 4);  // qkv, o, gate+up, down
-  EXPECT_EQ(per_layer["lora"], 4);
+  EXPECT_EQ(per_layer["linear"], 6);  // qkv, o, gate+up, down; o and down apart from the residual
+  EXPECT_EQ(per_layer["lora"], 4 + 2 + 7);  // of these; of the products of o and down; behind each of the seven
+  EXPECT_EQ(per_layer["scale"], 7 + 2);  // what each of the seven makes; what o and down read
 }
 
 TEST_F(CompileTest, KeepsWhatOnlyGemmsAndAttentionMake) {
-  std::vector<SiteId> all(model.base().sites.size());
-  std::iota(all.begin(), all.end(), 0);
-  const auto& program = model.training({all.begin(), all.end()});
+  const auto all = model.lora_everywhere();
+  const auto& program = model.training(all);
   EXPECT_EQ(program.first_layer, 0);
   const auto middle = choices(program, 1);
   for (const char* name : {"hidden", "q.rotated", "attention", "attention.lse", "attention_residual", "gate", "up"})
@@ -86,7 +86,7 @@ TEST_F(CompileTest, KeepsWhatOnlyGemmsAndAttentionMake) {
 
 // Less memory for more time, down to the layer's input alone; what is promised is what a program then keeps.
 TEST_F(CompileTest, KeepsLessForMoreTime) {
-  const auto all = model.all_sites();
+  const auto all = model.lora_everywhere();
   const auto candidates = model.keep_candidates(all);
   ASSERT_GT(candidates.size(), 8u);
   EXPECT_EQ(candidates.front().choice, KeepChoice{});
@@ -105,9 +105,8 @@ TEST_F(CompileTest, KeepsLessForMoreTime) {
 TEST_F(CompileTest, OfALayersChoicesNoneIsWorseThanAnother) {
   // By hand: 2^6 subsets of q, attention, lse, residual, gate and up, and the front of them.
   auto graph = std::make_shared<Graph>(model.base());
-  std::vector<SiteId> sites(model.base().sites.size());
-  std::iota(sites.begin(), sites.end(), 0);
-  attach_lora(*graph, sites);
+  const auto all = model.lora_everywhere();
+  attach_bypasses(*graph, &all);
   fuse_shared_inputs(*graph);
   const std::size_t num_forward = graph->nodes.size();
   derive_backward(*graph);
@@ -128,7 +127,7 @@ TEST_F(CompileTest, OfALayersChoicesNoneIsWorseThanAnother) {
 }
 
 TEST_F(CompileTest, NothingBelowTheLowestBypass) {
-  const auto& program = model.training(sites_ending(model.base(), {"q_proj", "v_proj"}, 1));
+  const auto& program = model.training(at_sites(model.base(), {"q_proj", "v_proj"}, 1));
   EXPECT_EQ(program.first_layer, 1);
   EXPECT_TRUE(program.layers[0].program.empty());
   EXPECT_EQ(program.layers[1].grad_out, kNoTensor);
@@ -141,16 +140,15 @@ TEST_F(CompileTest, NothingBelowTheLowestBypass) {
 }
 
 TEST_F(CompileTest, FewerTargetsKeepLess) {
-  std::vector<SiteId> all(model.base().sites.size());
-  std::iota(all.begin(), all.end(), 0);
-  const auto full = model.training({all.begin(), all.end()}).saved_bytes_per_token;
-  const auto down = model.training(sites_ending(model.base(), {"down_proj"})).saved_bytes_per_token;
+  const auto all = model.lora_everywhere();
+  const auto full = model.training(all).saved_bytes_per_token;
+  const auto down = model.training(at_sites(model.base(), {"down_proj"})).saved_bytes_per_token;
   EXPECT_LT(down, full);
-  EXPECT_EQ(&model.training({all.begin(), all.end()}), &model.training({all.begin(), all.end()}));
+  EXPECT_EQ(&model.training(all), &model.training(all));
 }
 
 TEST_F(CompileTest, DownOnlyInTheTopLayerKeepsOnlyTheMlp) {
-  const auto& program = model.training(sites_ending(model.base(), {"down_proj"}, 2));
+  const auto& program = model.training(at_sites(model.base(), {"down_proj"}, 2));
   EXPECT_EQ(program.first_layer, 2);
   ASSERT_EQ(program.saved.size(), 1u);  // the bypass's own input, nothing else has a gradient
   EXPECT_EQ(program.saved[0].width, 48);
@@ -164,9 +162,8 @@ class Qwen3CompileTest : public CompileTest {
 };
 
 TEST_F(Qwen3CompileTest, RotatedQueriesAreRebuiltThroughTheHeadNorm) {
-  std::vector<SiteId> all(model.base().sites.size());
-  std::iota(all.begin(), all.end(), 0);
-  const auto top = choices(model.training({all.begin(), all.end()}), 2);
+  const auto all = model.lora_everywhere();
+  const auto top = choices(model.training(all), 2);
   EXPECT_EQ(top.at("q"), Keep::kKept);
   EXPECT_EQ(top.at("k"), Keep::kKept);
   EXPECT_EQ(top.at("q.norm.rotated"), Keep::kRebuilt);

@@ -39,7 +39,7 @@ class EngineFailureTest : public EngineTest {
  protected:
   void SetUp() override {
     impl_ = std::make_unique<Engine::Impl>(path(), small());
-    impl_->adapters.create("a", {.r = 4}, 1);
+    impl_->adapters.create("a", LoraConfig{.r = 4}, 1);
   }
   RequestId submit() {
     return impl_->submit(
@@ -68,7 +68,7 @@ TEST_F(EngineFailureTest, InTheMiddleOfTrainingFailsItsJobsAlone) {
   const double loss = impl_->find_job(sound).loss;
 
   impl_->adapters.remove("a");
-  impl_->adapters.create("a", {.r = 4}, 1);
+  impl_->adapters.create("a", LoraConfig{.r = 4}, 1);
   impl_->registry = without_attention_backward();
   finetune_.clear();
   const JobId job = impl_->start_job("a", examples(6), config);

@@ -16,14 +16,30 @@ namespace {
 
 const std::string kQ = "model.layers.0.self_attn.q_proj", kDown = "model.layers.11.mlp.down_proj";
 
-LoraWeights weights_of(const std::string& module, std::int64_t rank, std::int64_t in, std::int64_t out) {
-  LoraWeights weights{module, rank, in, out, {}, {}};
-  weights.lora_a.resize(static_cast<std::size_t>(rank * in));
-  weights.lora_b.resize(static_cast<std::size_t>(out * rank));
-  std::iota(weights.lora_a.begin(), weights.lora_a.end(), 0.25f);
-  std::iota(weights.lora_b.begin(), weights.lora_b.end(), -3.0f);
-  return weights;
+const char *const kA = ".lora_A.weight", *const kB = ".lora_B.weight";
+
+AdapterTensor tensor_of(const std::string& module, const char* suffix, std::vector<std::int64_t> shape, float first) {
+  AdapterTensor tensor{{module, suffix, std::move(shape)}, {}};
+  tensor.values.resize(static_cast<std::size_t>(tensor.array.size()));
+  std::iota(tensor.values.begin(), tensor.values.end(), first);
+  return tensor;
 }
+
+/// Both matrices of each module {path, rank, in, out}.
+struct Lora {
+  std::string module;
+  std::int64_t rank, in, out;
+};
+std::vector<AdapterTensor> tensors_of(const std::vector<Lora>& modules) {
+  std::vector<AdapterTensor> tensors;
+  for (const auto& [module, rank, in, out] : modules) {
+    tensors.push_back(tensor_of(module, kA, {rank, in}, 0.25f));
+    tensors.push_back(tensor_of(module, kB, {out, rank}, -3.0f));
+  }
+  return tensors;
+}
+
+std::string name_of(const std::string& module, const char* suffix) { return peft_key({module, suffix, {}, 0}); }
 
 bool targets(const LoraConfig& config, const std::string& path) { return resolve_lora(config, path).has_value(); }
 
@@ -115,11 +131,22 @@ class PeftFiles : public testing::Test {
   void write_default_tensors() {
     write_tensors({{name('A'), {values_, DType::kFloat32, {2, 3}}}, {name('B'), {values_, DType::kFloat32, {4, 2}}}});
   }
-  static std::string name(char factor) { return peft_tensor_name(kQ, factor); }
+  static std::string name(char factor) { return name_of(kQ, factor == 'A' ? kA : kB); }
+  LoraConfig lora() { return std::get<LoraConfig>(read_peft(dir_.path()).config); }
 
   template <class E = ModelLoadError>
   std::string refusal() {
     return message_of<E>([&] { read_peft(dir_.path()); });
+  }
+
+  static void expect_same_tensors(const PeftAdapter& back, const std::vector<AdapterTensor>& wanted) {
+    ASSERT_EQ(back.tensors.size(), wanted.size());
+    for (const auto& tensor : wanted) {
+      const auto* found = back.find(tensor.array.module, tensor.array.suffix);
+      ASSERT_NE(found, nullptr) << peft_key(tensor.array);
+      EXPECT_EQ(found->array.shape, tensor.array.shape);
+      EXPECT_EQ(found->values, tensor.values);
+    }
   }
 
   TempDir dir_;
@@ -131,33 +158,63 @@ TEST_F(PeftFiles, ReadsWhatItWrites) {
   config.target_modules = {"q_proj", "down_proj"};
   config.rank_pattern = {{"down_proj", 2}, {".*a", 3}};
   config.alpha_pattern = {{"z", 16.0}, {"a", 0.5}};
-  const std::vector<LoraWeights> modules{weights_of(kQ, 4, 6, 5), weights_of(kDown, 2, 3, 7)};
+  config.lora_dropout = 0.125;
+  const auto tensors = tensors_of({{kQ, 4, 6, 5}, {kDown, 2, 3, 7}});
   const auto path = dir_.path("deep/adapter");
-  write_peft(path, config, modules, "some/base");
+  write_peft(path, config, tensors, "some/base");
   const auto back = read_peft(path);
-  EXPECT_EQ(back.config.r, 4);
-  EXPECT_EQ(back.config.lora_alpha, 8.5);
-  EXPECT_TRUE(back.config.use_rslora);
-  EXPECT_EQ(back.config.target_modules, (std::vector<std::string>{"down_proj", "q_proj"}));
-  EXPECT_EQ(back.config.rank_pattern, config.rank_pattern);
-  EXPECT_EQ(back.config.alpha_pattern, config.alpha_pattern);
+  const auto& lora = std::get<LoraConfig>(back.config);
+  EXPECT_EQ(lora.r, 4);
+  EXPECT_EQ(lora.lora_alpha, 8.5);
+  EXPECT_TRUE(lora.use_rslora);
+  EXPECT_EQ(lora.target_modules, (std::vector<std::string>{"down_proj", "q_proj"}));
+  EXPECT_EQ(lora.rank_pattern, config.rank_pattern);
+  EXPECT_EQ(lora.alpha_pattern, config.alpha_pattern);
   EXPECT_EQ(back.base_model, "some/base");
-  EXPECT_EQ(back.lora_dropout, 0.0);
-  ASSERT_EQ(back.modules.size(), 2u);
-  for (std::size_t i = 0; i < 2; ++i) {
-    EXPECT_EQ(back.modules[i].module, modules[i].module);
-    EXPECT_EQ(back.modules[i].rank, modules[i].rank);
-    EXPECT_EQ(back.modules[i].in_features, modules[i].in_features);
-    EXPECT_EQ(back.modules[i].out_features, modules[i].out_features);
-    EXPECT_EQ(back.modules[i].lora_a, modules[i].lora_a);
-    EXPECT_EQ(back.modules[i].lora_b, modules[i].lora_b);
-  }
+  EXPECT_EQ(lora.lora_dropout, 0.125);
+  expect_same_tensors(back, tensors);
+}
+
+TEST_F(PeftFiles, ReadsTheOtherMethodsThatItWrites) {
+  LoraConfig dora{.r = 2, .target_modules = {"q_proj"}, .use_dora = true};
+  auto tensors = tensors_of({{kQ, 2, 6, 5}});
+  tensors.push_back(tensor_of(kQ, ".lora_magnitude_vector", {5}, 1.0f));
+  write_peft(dir_.path("dora"), dora, tensors);
+  const auto dora_back = read_peft(dir_.path("dora"));
+  EXPECT_TRUE(std::get<LoraConfig>(dora_back.config).use_dora);
+  expect_same_tensors(dora_back, tensors);
+
+  IA3Config ia3{.target_modules = {"q_proj", "down_proj"}, .feedforward_modules = {"down_proj"}};
+  tensors = {tensor_of(kQ, ".ia3_l", {5, 1}, 0.5f), tensor_of(kDown, ".ia3_l", {1, 3}, 1.5f)};
+  write_peft(dir_.path("ia3"), ia3, tensors);
+  const auto ia3_back = read_peft(dir_.path("ia3"));
+  EXPECT_EQ(std::get<IA3Config>(ia3_back.config).feedforward_modules, ia3.feedforward_modules);
+  EXPECT_EQ(std::get<IA3Config>(ia3_back.config).target_modules, (std::vector<std::string>{"down_proj", "q_proj"}));
+  expect_same_tensors(ia3_back, tensors);
+
+  BottleneckConfig bottleneck{.bottleneck_size = 2, .non_linearity = "gelu", .scaling = 0.5, .use_parallel_adapter = true};
+  tensors = {tensor_of(kDown, ".adapter_down.weight", {2, 3}, 0.5f), tensor_of(kDown, ".adapter_up.weight", {7, 2}, 1.5f)};
+  write_peft(dir_.path("bottleneck"), bottleneck, tensors);
+  const auto bottleneck_back = read_peft(dir_.path("bottleneck"));
+  const auto& read = std::get<BottleneckConfig>(bottleneck_back.config);
+  EXPECT_EQ(read.bottleneck_size, 2);
+  EXPECT_EQ(read.non_linearity, "gelu");
+  EXPECT_EQ(read.scaling, 0.5);
+  EXPECT_TRUE(read.use_parallel_adapter);
+  expect_same_tensors(bottleneck_back, tensors);
+}
+
+TEST_F(PeftFiles, EveryModuleHasAllItsTensors) {
+  write_peft(dir_.path("x"), BottleneckConfig{}, std::vector{tensor_of(kDown, ".adapter_up.weight", {7, 2}, 1.5f)});
+  EXPECT_HAS(message_of<ModelLoadError>([&] { read_peft(dir_.path("x")); }),
+             "no tensor " + name_of(kDown, ".adapter_down.weight"));
+  write_peft(dir_.path("y"), IA3Config{}, tensors_of({{kDown, 2, 6, 5}}));
+  EXPECT_HAS(message_of<Unsupported>([&] { read_peft(dir_.path("y")); }), "wanted base_model.model.<module>.ia3_l");
 }
 
 TEST_F(PeftFiles, WritesAllLinearByName) {
   const LoraConfig config{.r = 2};
-  const std::vector<LoraWeights> modules{weights_of(kQ, 2, 6, 5), weights_of(kDown, 2, 3, 7)};
-  write_peft(dir_.path("x"), config, modules);
+  write_peft(dir_.path("x"), config, tensors_of({{kQ, 2, 6, 5}, {kDown, 2, 3, 7}}));
   const Json json = Json::parse(dir_.read("x/adapter_config.json"));
   EXPECT_EQ(json.find("target_modules")->dump(), R"(["down_proj","q_proj"])");
   EXPECT_TRUE(json.find("lora_alpha")->is_int());
@@ -166,11 +223,10 @@ TEST_F(PeftFiles, WritesAllLinearByName) {
 
 TEST_F(PeftFiles, KeepsTheOldAdapterWhenWritingFails) {
   write_default_tensors();
-  auto broken = weights_of(kQ, 2, 6, 5);
-  broken.lora_a.pop_back();
-  EXPECT_HAS(message_of<InvalidArgument>([&] { write_peft(dir_.path(), {}, std::vector{broken}); }),
-             "lora_A.weight: 11 values");
-  EXPECT_EQ(read_peft(dir_.path()).modules.size(), 1u);
+  auto broken = tensors_of({{kQ, 2, 6, 5}});
+  broken[0].values.pop_back();
+  EXPECT_HAS(message_of<InvalidArgument>([&] { write_peft(dir_.path(), {}, broken); }), "lora_A.weight: 11 values");
+  EXPECT_EQ(read_peft(dir_.path()).tensors.size(), 2u);
   EXPECT_EQ(dir_.entries(), 2u);
 }
 
@@ -178,7 +234,7 @@ TEST_F(PeftFiles, ReadsTargetsInEveryForm) {
   write_default_tensors();
   const auto config_of = [&](const char* targets) {
     write(str(R"({"peft_type": "LORA", "r": 2, "target_modules": )", targets, "}"));
-    return read_peft(dir_.path()).config;
+    return lora();
   };
   EXPECT_EQ(config_of("\"All-Linear\"").target_modules, std::vector<std::string>{"all-linear"});
   const auto regex = config_of(R"(".*\\.q_proj")");
@@ -202,17 +258,17 @@ TEST_F(PeftFiles, IgnoresOptionsThatChangeNothing) {
     EXPECT_NO_THROW(read_peft(dir_.path())) << member;
   }
   write_with(R"("lora_dropout": 0.1)");
-  EXPECT_EQ(read_peft(dir_.path()).lora_dropout, 0.1);
+  EXPECT_EQ(lora().lora_dropout, 0.1);
 }
 
 TEST_F(PeftFiles, RefusesOtherOptionsByNameAndValue) {
   write_default_tensors();
   for (const char* member :
-       {R"("use_dora": true)", R"("bias": "all")", R"("modules_to_save": ["lm_head"])", R"("layers_to_transform": [1])",
+       {R"("bias": "all")", R"("modules_to_save": ["lm_head"])", R"("layers_to_transform": [1])",
         R"("fan_in_fan_out": true)", R"("lora_bias": true)", R"("use_qalora": true)",
         R"("alora_invocation_tokens": [1])", R"("layer_replication": [[0, 1]])", R"("trainable_token_indices": [3])",
         R"("target_parameters": ["x"])", R"("new_option": "on")", R"("kasa_config": {"beta": 1})",
-        R"("init_lora_weights": "pissa_niter_4")", R"("init_lora_weights": "olora")", R"("peft_type": "IA3")"}) {
+        R"("init_lora_weights": "pissa_niter_4")", R"("init_lora_weights": "olora")", R"("peft_type": "LOHA")"}) {
     write(std::string(R"({"r": 2, "target_modules": ["q_proj"], )") +
           (std::string_view(member).find("peft_type") == std::string::npos ? R"("peft_type": "LORA", )" : "") + member +
           "}");
@@ -249,7 +305,7 @@ TEST_F(PeftFiles, RefusesTensorsThatDoNotFitTheConfig) {
   EXPECT_HAS(refusal(), name('A') + ": rank 3, wanted 2");
   write_tensors({{name('A'), {values_, DType::kFloat32, {6}}}, {name('B'), b}});
   EXPECT_HAS(refusal(), "wanted two dimensions");
-  write_tensors({{peft_tensor_name(kDown, 'A'), a}, {peft_tensor_name(kDown, 'B'), b}});
+  write_tensors({{name_of(kDown, kA), a}, {name_of(kDown, kB), b}});
   EXPECT_HAS(refusal(), kDown + " has weights");
   write_tensors({{"base_model.model." + kQ + ".lora_magnitude_vector", a}});
   EXPECT_HAS(refusal<Unsupported>(), "lora_magnitude_vector");
@@ -262,9 +318,9 @@ TEST_F(PeftFiles, ReadsHalfPrecision) {
   std::uint16_t a[] = {0x3f80, 0xc000, 0, 0x3e80, 0x0001, 0x8000};  // bfloat16
   std::uint16_t b[] = {0x3c00, 0xc000, 0x0001, 0x03ff, 0x7bff, 0x8000, 0x3555, 0x0400};
   write_tensors({{name('A'), {a, DType::kBFloat16, {2, 3}}}, {name('B'), {b, DType::kFloat16, {4, 2}}}});
-  const auto weights = read_peft(dir_.path()).modules[0];
-  EXPECT_EQ(weights.lora_a, (std::vector<float>{1, -2, 0, 0.25f, 0x1p-133f, -0.0f}));
-  EXPECT_EQ(weights.lora_b,
+  const auto adapter = read_peft(dir_.path());
+  EXPECT_EQ(adapter.find(kQ, kA)->values, (std::vector<float>{1, -2, 0, 0.25f, 0x1p-133f, -0.0f}));
+  EXPECT_EQ(adapter.find(kQ, kB)->values,
             (std::vector<float>{1, -2, 0x1p-24f, 1023 * 0x1p-24f, 65504, -0.0f, 1365 * 0x1p-12f, 0x1p-14f}));
   b[2] = 0x7c00;
   write_tensors({{name('A'), {a, DType::kBFloat16, {2, 3}}}, {name('B'), {b, DType::kFloat16, {4, 2}}}});
@@ -276,7 +332,7 @@ TEST_F(PeftFiles, PassesOverFrozenWeights) {
   const TensorView a(values_, DType::kFloat32, {2, 3}), b(values_, DType::kFloat32, {4, 2});
   const auto frozen = "base_model.model." + kQ + ".base_layer.weight";
   write_tensors({{frozen, {values_, DType::kFloat32, {4, 3}}}, {name('A'), a}, {name('B'), b}});
-  EXPECT_EQ(read_peft(dir_.path()).modules.size(), 1u);
+  EXPECT_EQ(read_peft(dir_.path()).tensors.size(), 2u);
   write_tensors({{frozen, {values_, DType::kFloat32, {4, 3}}}});
   EXPECT_HAS(refusal(), "no tensor " + name('A'));
 }

@@ -111,3 +111,121 @@ def file_size_limit(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+METHODS: dict[str, Any] = {
+    "ia3": lambda **fields: peft.IA3Config(
+        **({"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]} | fields)
+    ),
+    "dora": lambda **fields: peft.LoraConfig(
+        **({"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "use_dora": True} | fields)
+    ),
+}
+
+
+def method_adapter(hf: Any, method: str, seed: int, **fields: Any) -> Any:
+    """A PEFT model of another method on a copy of `hf`; every trainable number is moved by chance."""
+    model = peft.get_peft_model(copy.deepcopy(hf), METHODS[method](task_type="CAUSAL_LM", **fields))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.empty_like(parameter).normal_(generator=generator)
+                parameter.add_(noise * (0.05 if parameter.ndim == 2 and min(parameter.shape) > 1 else 0.2 * parameter))
+    return model
+
+
+class Bottleneck(torch.nn.Module):
+    """A linear with a bottleneck adapter behind it (Houlsby et al. 2019), or beside it (He et al. 2021)."""
+
+    def __init__(self, base: torch.nn.Linear, config: fc.BottleneckConfig, generator: torch.Generator) -> None:
+        super().__init__()
+        self.base, self.config = base, config
+        width = base.in_features if config.use_parallel_adapter else base.out_features
+        self.adapter_down = torch.nn.Linear(width, config.bottleneck_size, bias=False)
+        self.adapter_up = torch.nn.Linear(config.bottleneck_size, base.out_features, bias=False)
+        with torch.no_grad():
+            for linear in (self.adapter_down, self.adapter_up):
+                linear.weight.normal_(0.0, 0.1, generator=generator)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base(x)
+        act = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu, "relu": torch.relu}.get(
+            self.config.non_linearity, torch.tanh
+        )
+        inner = act(self.adapter_down(x if self.config.use_parallel_adapter else y))
+        return y + self.config.scaling * self.adapter_up(inner)
+
+
+def bottleneck_adapter(hf: Any, config: fc.BottleneckConfig, seed: int) -> Any:
+    """A copy of `hf` with the adapters, which alone are trainable."""
+    model = copy.deepcopy(hf).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and path.rpartition(".")[2] in config.target_modules:
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, Bottleneck(module, config, generator))
+    return model
+
+
+def save_bottleneck(model: Any, config: fc.BottleneckConfig, directory: Path) -> None:
+    """As LLM-Adapters' PEFT names things."""
+    import json
+
+    from safetensors.torch import save_file
+
+    directory.mkdir()
+    tensors = {f"base_model.model.{n}": p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    save_file(tensors, directory / "adapter_model.safetensors")
+    fields = {name: getattr(config, name) for name in config._fields}
+    (directory / "adapter_config.json").write_text(json.dumps(fields | {"peft_type": "BOTTLENECK"}))
+
+
+def philox(seed: int, counter: tuple[Any, Any, Any, Any]) -> list[Any]:
+    """Philox 4x32-10 (Salmon et al. 2011) of arrays of counters."""
+    key = [np.uint64(seed & 0xFFFFFFFF), np.uint64(seed >> 32)]
+    x = [np.asarray(c, np.uint64) for c in np.broadcast_arrays(*counter)]
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(10):
+        a, b = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
+        x = [(b >> np.uint64(32)) ^ x[1] ^ key[0], b & low, (a >> np.uint64(32)) ^ x[3] ^ key[1], a & low]
+        key = [(key[0] + np.uint64(0x9E3779B9)) & low, (key[1] + np.uint64(0xBB67AE85)) & low]
+    return x
+
+
+def dropout_mask(p: float, seed: int, sequence: int, module: int, length: int, width: int) -> np.ndarray:
+    """What ops/dropout.h says, in numpy: [length, width] of 0 and 1 / (1 - p)."""
+    feature = np.arange(width, dtype=np.uint64)
+    words = philox(seed, (feature // 128 * 16 + feature % 16, np.arange(length)[:, None], module, sequence))
+    n = (feature % 128 // 16).astype(int)
+    word = np.choose(n // 2, words)
+    number = np.where(n % 2 == 0, word & np.uint64(0xFFFF), word >> np.uint64(16))
+    threshold = round(p * 65536)
+    return np.where(number < threshold, 0.0, 65536 / (65536 - threshold)).astype(np.float32)
+
+
+class Masked(torch.nn.Module):
+    """In place of a LoRA module's dropout: the masks of one sequence."""
+
+    def __init__(self, p: float, seed: int, module: int) -> None:
+        super().__init__()
+        self.p, self.seed, self.module, self.sequence = p, seed, module, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = dropout_mask(self.p, self.seed, self.sequence, self.module, x.shape[-2], x.shape[-1])
+        return x * torch.from_numpy(mask)
+
+
+SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # of a layer, in flexcore's order
+
+
+def mask_dropouts(model: Any, p: float, seed: int) -> list[Masked]:
+    """Gives a PEFT model flexcore's masks."""
+    masks = []
+    for path, module in model.named_modules():
+        if hasattr(module, "lora_dropout") and hasattr(module, "lora_A") and len(module.lora_A):
+            parts = path.split(".")
+            site = int(parts[parts.index("layers") + 1]) * len(SITES) + SITES.index(parts[-1])
+            module.lora_dropout["default"] = Masked(p, seed, site)
+            masks.append(module.lora_dropout["default"])
+    return masks

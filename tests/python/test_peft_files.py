@@ -133,7 +133,6 @@ def changed(saved: Path, target: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("use_dora", True),
         ("bias", "all"),
         ("lora_bias", True),
         ("fan_in_fan_out", True),
@@ -144,7 +143,7 @@ def changed(saved: Path, target: Path, **fields: Any) -> Path:
         ("alora_invocation_tokens", [5]),
         ("use_qalora", True),
         ("init_lora_weights", "pissa"),
-        ("peft_type", "IA3"),
+        ("peft_type", "LOHA"),
         ("an_option_of_the_future", 3),
     ],
 )
@@ -166,12 +165,3 @@ def test_defaults_of_options_are_ignored(saved: Path, engine: fc.Engine, tmp_pat
     assert np.array_equal(engine.logits(TOKENS, "old"), engine.logits(TOKENS, "new"))
     for name in ("old", "new"):
         engine.unload_adapter(name)
-
-
-def test_training_with_dropout_is_refused(engine: fc.Engine, tiny_hf: Any, tmp_path: Path) -> None:
-    """An adapter with dropout serves as any other; the losses of its training would not be PEFT's."""
-    oracle.peft_adapter(tiny_hf("qwen3"), seed=3, lora_dropout=0.1).save_pretrained(tmp_path)
-    engine.load_adapter("a", tmp_path)
-    with pytest.raises(fc.Unsupported, match="lora_dropout"):
-        engine.finetune("a", random_examples((20,), seed=1))
-    engine.unload_adapter("a")

@@ -6,6 +6,7 @@ namespace flexcore::cpu {
 
 void register_linear(OpRegistry& registry);         // linear.cpp: packing, linear, linear_backward, embedding
 void register_lora(OpRegistry& registry);           // lora.cpp: lora_forward, lora_backward
+void register_bypass(OpRegistry& registry);         // bypass.cpp: scale, scale_backward, dropout, dora_scale
 void register_attention(OpRegistry& registry);      // attention.cpp: kv_write, attention, attention_backward
 void register_elementwise(OpRegistry& registry);    // elementwise.cpp: norms, rotary, silu_mul, gather_rows, copy
 void register_cross_entropy(OpRegistry& registry);  // cross_entropy.cpp: linear_cross_entropy

@@ -1,6 +1,7 @@
 #include "ops/lora.h"
 
 #include <algorithm>
+#include <cmath>
 #include <span>
 
 #include "backends/cpu/families.h"
@@ -217,6 +218,57 @@ void shrink_all(OpContext& context, const TensorView& x, std::span<const Piece> 
   });
 }
 
+float activate(Activation activation, float v) {
+  switch (activation) {
+    case Activation::kNone:
+      return v;
+    case Activation::kRelu:
+      return v > 0.0f ? v : 0.0f;
+    case Activation::kTanh:
+      return std::tanh(v);
+    case Activation::kGelu:
+      return 0.5f * v * (1.0f + std::erf(v * 0.70710678f));
+    case Activation::kSilu:
+      return v / (1.0f + std::exp(-v));
+  }
+  return v;
+}
+
+float derivative(Activation activation, float v) {
+  switch (activation) {
+    case Activation::kNone:
+      return 1.0f;
+    case Activation::kRelu:
+      return v > 0.0f ? 1.0f : 0.0f;
+    case Activation::kTanh: {
+      const float t = std::tanh(v);
+      return 1.0f - t * t;
+    }
+    case Activation::kGelu:
+      return 0.5f * (1.0f + std::erf(v * 0.70710678f)) + v * 0.39894228f * std::exp(-0.5f * v * v);
+    case Activation::kSilu: {
+      const float s = 1.0f / (1.0f + std::exp(-v));
+      return s * (1.0f + v * (1.0f - s));
+    }
+  }
+  return 1.0f;
+}
+
+/// u = act(u); in the backward, grad_u is multiplied by the derivative there first. A rank's worth of numbers a row: no
+/// kernel of its own.
+void activate_all(OpContext& context, std::span<const Piece> pieces) {
+  for (const Piece& p : pieces) {
+    const Activation activation = p.segment->activation;
+    if (activation == Activation::kNone) continue;
+    context.threads->parallel_for(p.rows() * p.stride, 1024, [&](std::int64_t begin, std::int64_t end, int) {
+      for (std::int64_t i = begin; i < end; ++i) {
+        if (p.grad_u != nullptr) p.grad_u[i] *= derivative(activation, p.u[i]);
+        p.u[i] = activate(activation, p.u[i]);
+      }
+    });
+  }
+}
+
 /// Tasks of several pieces numbered through: task -> (piece, task within it).
 struct TaskTable {
   TaskTable(OpContext& context, std::int64_t num_pieces)
@@ -237,6 +289,7 @@ void lora_forward(OpContext& context, const LoraArgs& args) {
   const auto pieces = list_pieces(context, args.members, [](const auto& m) { return m.y; }, false);
   if (pieces.empty()) return;
   shrink_all(context, args.x, pieces);
+  activate_all(context, pieces);
 
   std::int64_t work = 0;
   for (const Piece& p : pieces) work += p.rows() * p.segment->rank * p.out_features;
@@ -315,6 +368,7 @@ void lora_backward(OpContext& context, const LoraBackwardArgs& args) {
   if (pieces.empty()) return;
   shrink_all(context, args.x, pieces);
   shrink_gradients(context, args, pieces);
+  activate_all(context, pieces);
 
   // Table 0 is the columns of x, table 1 + m those of member m's output.
   const std::int64_t num_members = args.members.size();

@@ -6,6 +6,7 @@ namespace flexcore {
 void register_cpu_kernels(OpRegistry& registry) {
   cpu::register_linear(registry);
   cpu::register_lora(registry);
+  cpu::register_bypass(registry);
   cpu::register_attention(registry);
   cpu::register_elementwise(registry);
   cpu::register_cross_entropy(registry);

@@ -9,15 +9,19 @@ namespace {
 constexpr const char* kAllLinear = "all-linear";
 
 // As in PEFT: a list of names, one regular expression over the whole path, or "all-linear".
-py::object target_modules(const LoraConfig& config) {
-  const auto& names = config.target_modules;
-  if (names.size() == 1 && (config.target_modules_is_regex || names[0] == kAllLinear)) return py::str(names[0]);
-  return to_python(names);
-}
-
-void set_target_modules(LoraConfig& config, py::handle value, const std::string& where) {
-  config.target_modules = to_strings(value, where);
-  config.target_modules_is_regex = py::isinstance<py::str>(value) && config.target_modules[0] != kAllLinear;
+template <auto names, auto is_regex, class Config>
+void modules_property(Record<Config>& record, const char* field) {
+  record.property(
+      field,
+      [](const Config& config) -> py::object {
+        const auto& all = config.*names;
+        if (all.size() == 1 && (config.*is_regex || all[0] == kAllLinear)) return py::str(all[0]);
+        return to_python(all);
+      },
+      [](Config& config, py::handle value, const std::string& where) {
+        config.*names = to_strings(value, where);
+        config.*is_regex = py::isinstance<py::str>(value) && (config.*names)[0] != kAllLinear;
+      });
 }
 
 void register_engine_config(py::module_& m) {
@@ -74,18 +78,40 @@ void register_sampling(py::module_& m) {
       .done();
 }
 
-void register_finetune(py::module_& m) {
-  Record<LoraConfig>(
+void register_adapters(py::module_& m) {
+  Record<LoraConfig> lora(
       m, "LoraConfig",
       "A LoRA adapter (Hu et al. 2021): W x + scaling * B A x. target_modules as in PEFT: a list of names, a "
-      "regular expression, or \"all-linear\".")
-      .field("r", &LoraConfig::r)
-      .field("lora_alpha", &LoraConfig::lora_alpha)
-      .property("target_modules", target_modules, set_target_modules)
-      .field("use_rslora", &LoraConfig::use_rslora)
+      "regular expression, or \"all-linear\". lora_dropout acts in finetuning alone; use_dora: DoRA (Liu et al. 2024).");
+  lora.field("r", &LoraConfig::r).field("lora_alpha", &LoraConfig::lora_alpha);
+  modules_property<&LoraConfig::target_modules, &LoraConfig::target_modules_is_regex>(lora, "target_modules");
+  lora.field("use_rslora", &LoraConfig::use_rslora)
       .field("rank_pattern", &LoraConfig::rank_pattern)
       .field("alpha_pattern", &LoraConfig::alpha_pattern)
+      .field("lora_dropout", &LoraConfig::lora_dropout)
+      .field("use_dora", &LoraConfig::use_dora)
       .done();
+  Record<IA3Config> ia3(m, "IA3Config",
+                        "An (IA)^3 adapter (Liu et al. 2022): vectors that scale what the targets make, or what those "
+                        "among feedforward_modules read.");
+  modules_property<&IA3Config::target_modules, &IA3Config::target_modules_is_regex>(ia3, "target_modules");
+  modules_property<&IA3Config::feedforward_modules, &IA3Config::feedforward_modules_is_regex>(ia3,
+                                                                                             "feedforward_modules");
+  ia3.done();
+  Record<BottleneckConfig> bottleneck(
+      m, "BottleneckConfig",
+      "A bottleneck adapter (Houlsby et al. 2019): y + scaling * W_up act(W_down y) behind every target; with "
+      "use_parallel_adapter of what the target reads. non_linearity: \"relu\", \"tanh\", \"gelu\" or \"silu\".");
+  bottleneck.field("bottleneck_size", &BottleneckConfig::bottleneck_size)
+      .field("non_linearity", &BottleneckConfig::non_linearity)
+      .field("scaling", &BottleneckConfig::scaling)
+      .field("use_parallel_adapter", &BottleneckConfig::use_parallel_adapter);
+  modules_property<&BottleneckConfig::target_modules, &BottleneckConfig::target_modules_is_regex>(bottleneck,
+                                                                                                  "target_modules");
+  bottleneck.done();
+}
+
+void register_finetune(py::module_& m) {
   Record<Example>(m, "Example",
                   "One training sequence. labels[i] is the token at i if it is a target, -100 if not; same length as "
                   "input_ids, the shift is done inside.")
@@ -118,6 +144,7 @@ void register_finetune(py::module_& m) {
 void register_config(py::module_& m) {
   register_engine_config(m);
   register_sampling(m);
+  register_adapters(m);
   register_finetune(m);
 }
 

@@ -109,6 +109,12 @@ T convert(py::handle value, const std::string& where) {
     return to_pairs(value, where, "a dict from module pattern to int", to_string, to_int64);
   } else if constexpr (std::is_same_v<T, std::vector<std::pair<std::string, double>>>) {
     return to_pairs(value, where, "a dict from module pattern to float", to_string, to_double);
+  } else if constexpr (std::is_same_v<T, AdapterConfig>) {
+    if (py::isinstance<IA3Config>(value)) return value.cast<IA3Config>();
+    if (py::isinstance<BottleneckConfig>(value)) return value.cast<BottleneckConfig>();
+    if (!py::isinstance<LoraConfig>(value))
+      refuse(where, value, "a flexcore.LoraConfig, flexcore.IA3Config or flexcore.BottleneckConfig");
+    return value.cast<LoraConfig>();
   } else {
     const std::string wanted = py::type::of<T>().attr("__name__").template cast<std::string>();
     if (!py::isinstance<T>(value)) refuse(where, value, "a flexcore." + wanted);

@@ -64,13 +64,15 @@ std::vector<RequestId> submit_batch(Engine& self, const py::object& prompts, con
 }
 
 py::dict loss_and_gradients(Engine& self, const py::object& adapter, const py::object& examples,
-                            const py::object& window, const py::object& backward_window) {
+                            const py::object& window, const py::object& backward_window,
+                            const py::object& dropout_seed) {
   const std::string name = to_string(adapter, "loss_and_gradients: adapter");
   const auto rows = to_examples(examples, "loss_and_gradients: examples");
   const auto forward = convert<std::optional<std::int64_t>>(window, "loss_and_gradients: window_tokens").value_or(0);
   const auto backward =
       convert<std::optional<std::int64_t>>(backward_window, "loss_and_gradients: backward_window_tokens").value_or(0);
-  auto result = released([&] { return self.loss_and_gradients(name, rows, forward, backward); });
+  const auto seed = convert<std::optional<std::uint64_t>>(dropout_seed, "loss_and_gradients: dropout_seed");
+  auto result = released([&] { return self.loss_and_gradients(name, rows, forward, backward, seed); });
   py::dict out;
   out["loss"] = result.loss;
   for (auto& array : result.gradients) out[py::str(array.name)] = to_array(std::move(array.data), array.shape);
@@ -134,12 +136,13 @@ void register_adapters(Bound& cls) {
       "create_adapter",
       [](Engine& self, const py::object& name, const py::object& config, const py::object& seed) {
         const std::string adapter = to_string(name, "create_adapter: name");
-        const auto lora = convert<std::optional<LoraConfig>>(config, "create_adapter: config").value_or(LoraConfig{});
+        const auto method =
+            convert<std::optional<AdapterConfig>>(config, "create_adapter: config").value_or(LoraConfig{});
         const std::uint64_t from = to_uint64(seed, "create_adapter: seed");
-        released([&] { self.create_adapter(adapter, lora, from); });
+        released([&] { self.create_adapter(adapter, method, from); });
       },
       py::arg("name"), py::arg("config") = py::none(), py::arg("seed") = 0,
-      "A new adapter; B is zero, so it changes nothing yet.");
+      "A new adapter, a flexcore.LoraConfig by default. It changes nothing yet.");
   const auto with_directory = [&cls](const char* name, auto method, const char* doc) {
     cls.def(
         name,
@@ -221,6 +224,7 @@ void register_jobs(Bound& cls) {
   on_job("cancel_job", &Engine::cancel_job);
   cls.def("loss_and_gradients", loss_and_gradients, py::arg("adapter"), py::arg("examples"),
           py::arg("window_tokens") = py::none(), py::arg("backward_window_tokens") = py::none(),
+          py::arg("dropout_seed") = py::none(),
           "Loss and, under PEFT's names, float32 gradients, without an optimizer step.");
 }
 

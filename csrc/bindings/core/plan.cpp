@@ -35,16 +35,16 @@ void register_plan(py::module_& m) {
 
   m.def(
       "plan",
-      [](const py::object& model, const py::object& config, const py::object& lora, const py::object& sequence_length) {
+      [](const py::object& model, const py::object& config, const py::object& adapter, const py::object& sequence_length) {
         const std::string path = to_path(model, "plan: model");
         const auto engine = convert<std::optional<EngineConfig>>(config, "plan: config").value_or(EngineConfig{});
-        const auto adapter = convert<std::optional<LoraConfig>>(lora, "plan: lora");
+        const auto method = convert<std::optional<AdapterConfig>>(adapter, "plan: lora");
         const std::int64_t length = to_int64(sequence_length, "plan: sequence_length");
         const py::gil_scoped_release release;
-        return plan(path, engine, adapter, length);
+        return plan(path, engine, method, length);
       },
       py::arg("model"), py::arg("config") = py::none(), py::arg("lora") = py::none(), py::arg("sequence_length") = 1024,
-      "The memory table of an engine on `model`, finetuning with `lora`, without loading weights.");
+      "The memory table of an engine on `model`, finetuning with `lora`, the configuration of an adapter of any method, without loading weights.");
 }
 
 }  // namespace flexcore::python

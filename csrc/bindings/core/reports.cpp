@@ -74,6 +74,7 @@ void register_reports(py::module_& m) {
   Report<AdapterInfo>(m, "AdapterInfo", "An adapter; its version grows by one with every published training step.")
       .field("name", &AdapterInfo::name)
       .field("version", &AdapterInfo::version)
+      .field("peft_type", &AdapterInfo::peft_type)
       .field("rank", &AdapterInfo::rank)
       .field("target_modules", &AdapterInfo::target_modules)
       .field("bytes", &AdapterInfo::bytes)

@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 namespace flexcore {
@@ -79,7 +80,30 @@ struct LoraConfig {
   bool use_rslora = false;
   std::vector<std::pair<std::string, std::int64_t>> rank_pattern = {};  // first match wins, as in PEFT
   std::vector<std::pair<std::string, double>> alpha_pattern = {};
+  double lora_dropout = 0.0;  // of x on its way to A, in finetuning alone
+  bool use_dora = false;      // DoRA (arXiv 2402.09353): magnitude * (W + scaling * B A) / its norms, row by row
 };
+
+/// (IA)^3 (arXiv 2205.05638): vectors that scale what linears make, or what feedforward_modules read.
+struct IA3Config {
+  std::vector<std::string> target_modules = {"k_proj", "v_proj", "down_proj"};
+  bool target_modules_is_regex = false;
+  std::vector<std::string> feedforward_modules = {"down_proj"};  // of the targets
+  bool feedforward_modules_is_regex = false;
+};
+
+/// Bottleneck adapters (Houlsby et al., arXiv 1902.00751): y += scaling * W_up act(W_down y), y being what a linear
+/// makes; with use_parallel_adapter (He et al., arXiv 2110.04366) W_down reads what the linear reads.
+struct BottleneckConfig {
+  std::int64_t bottleneck_size = 256;
+  std::string non_linearity = "tanh";  // "relu", "tanh", "gelu", "silu"
+  double scaling = 1.0;
+  bool use_parallel_adapter = false;
+  std::vector<std::string> target_modules = {"o_proj", "down_proj"};  // "all-linear" too
+  bool target_modules_is_regex = false;
+};
+
+using AdapterConfig = std::variant<LoraConfig, IA3Config, BottleneckConfig>;
 
 /// One training sequence. labels[i] is the token at i if it is a target, -100 if not; the next-token shift is done
 /// inside.

@@ -63,6 +63,7 @@ struct StepReport {
 struct AdapterInfo {
   std::string name;
   std::int64_t version = 0;  // grows by one with every published training step
+  std::string peft_type;     // "LORA", "IA3", "BOTTLENECK"
   std::int64_t rank = 0;     // the largest of its modules
   std::vector<std::string> target_modules;
   std::int64_t bytes = 0;
@@ -139,7 +140,11 @@ class Engine {
   bool cancel(RequestId request);
   bool has_work() const;  // anything to serve, or a job that runs
 
-  void create_adapter(const std::string& name, const LoraConfig& config, std::uint64_t seed = 0);
+  /// It changes nothing yet.
+  void create_adapter(const std::string& name, const AdapterConfig& config, std::uint64_t seed = 0);
+  void create_adapter(const std::string& name, const LoraConfig& config, std::uint64_t seed = 0) {
+    create_adapter(name, AdapterConfig(config), seed);
+  }
   void load_adapter(const std::string& name, const std::string& directory);  // PEFT
   void save_adapter(const std::string& name, const std::string& directory) const;
   std::vector<AdapterInfo> adapters() const;
@@ -165,9 +170,11 @@ class Engine {
   /// float32 [len, vocab_size] logits by the serving path, row-major.
   std::vector<float> logits(const std::vector<std::int32_t>& token_ids, const std::string& adapter = {});
   /// Loss (mean over target tokens) and gradients of every adapter tensor, without an optimizer step. `window_tokens`
-  /// and `backward_window_tokens` cut the sequences; 0: one window.
+  /// and `backward_window_tokens` cut the sequences; 0: one window. With `dropout_seed` the adapter's dropout is active, and
+  /// examples are numbered from 0 (flexcore::ops::dropout).
   LossAndGradients loss_and_gradients(const std::string& adapter, const std::vector<Example>& examples,
-                                      std::int64_t window_tokens = 0, std::int64_t backward_window_tokens = 0);
+                                      std::int64_t window_tokens = 0, std::int64_t backward_window_tokens = 0,
+                                      std::optional<std::uint64_t> dropout_seed = {});
 
   std::map<std::string, std::int64_t> memory() const;       // bytes by tag
   std::map<std::string, std::int64_t> memory_peak() const;  // since load

@@ -34,8 +34,8 @@ struct MemoryPlan {
   std::string describe() const;  // a table for a terminal
 };
 
-/// The memory table of an engine on `model` with `config`, finetuning with `lora`, without loading weights.
-MemoryPlan plan(const std::string& model, const EngineConfig& config, const std::optional<LoraConfig>& lora = {},
+/// The memory table of an engine on `model` with `config`, finetuning with `adapter`, without loading weights.
+MemoryPlan plan(const std::string& model, const EngineConfig& config, const std::optional<AdapterConfig>& adapter = {},
                 std::int64_t sequence_length = 1024);
 
 }  // namespace flexcore

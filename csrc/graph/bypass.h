@@ -1,0 +1,57 @@
+#pragma once
+
+#include <compare>
+#include <cstdint>
+#include <set>
+#include <vector>
+
+#include "ops/dropout.h"
+#include "ops/lora.h"
+#include "ops/scale.h"
+
+namespace flexcore {
+
+using SiteId = std::int32_t;
+
+/// How a bypass network joins a linear y = x W^T + bias [+ residual]. What the linear makes before the residual is its
+/// product.
+enum class BypassKind : std::uint8_t {
+  kLora,         // y += scaling * act(x A^T) B^T: LoRA; with an activation, a parallel bottleneck adapter
+  kDora,         // product = bias + scale * (x W^T + scaling * (x A^T) B^T)
+  kOutputScale,  // product *= scale: (IA)^3
+  kInputScale,   // x *= scale: (IA)^3 of feedforward modules
+  kSeries,       // product += scaling * act(product A^T) B^T: a bottleneck adapter
+};
+
+struct Bypass {
+  SiteId site = 0;
+  BypassKind kind = BypassKind::kLora;
+  auto operator<=>(const Bypass&) const = default;
+};
+using BypassSet = std::set<Bypass>;
+
+/// Dropout of the rows of one LoRA segment, in finetuning.
+struct SegmentDropout {
+  DropoutMask mask;           // p 0: none
+  std::int64_t position = 0;  // of the segment's first row in its sequence
+};
+
+/// The rows of a batch that have a bypass at one linear, by what it does; each list in ascending disjoint rows.
+struct SiteSegments {
+  std::vector<LoraSegment> lora;           // added to y
+  std::vector<SegmentDropout> dropout;     // of those, or empty
+  std::vector<LoraSegment> product_lora;   // added to the product
+  std::vector<ScaleSegment> output_scale;  // of the product, after product_lora
+  std::vector<LoraSegment> series;         // of the product, after the scale
+  std::vector<ScaleSegment> input_scale;   // of x
+
+  bool empty() const { return lora.empty() && input_scale.empty() && !separated(); }
+  void clear() {
+    lora.clear(), dropout.clear(), product_lora.clear();
+    output_scale.clear(), series.clear(), input_scale.clear();
+  }
+  /// Something is done to the product, so that it has to be made before the residual is added.
+  bool separated() const { return !product_lora.empty() || !output_scale.empty() || !series.empty(); }
+};
+
+}  // namespace flexcore

@@ -1,0 +1,255 @@
+#include <algorithm>
+
+#include "graph/backward_builder.h"
+#include "graph/graph.h"
+#include "graph/layer_ops.h"
+#include "graph/linear_op.h"
+#include "ops/scatter.h"
+
+namespace flexcore {
+
+namespace {
+
+constexpr double kUsualRank = 16;  // a program serves adapters of every rank
+
+struct Segments {
+  const std::vector<LoraSegment>& lora;
+  const std::vector<SegmentDropout>* dropout;  // null: none of the kind has any
+};
+Segments segments_of(const BatchState& batch, SiteId site, BypassKind kind) {
+  const SiteSegments& all = batch.sites[static_cast<std::size_t>(site)];
+  switch (kind) {
+    case BypassKind::kDora:
+      return {all.product_lora, nullptr};
+    case BypassKind::kSeries:
+      return {all.series, nullptr};
+    default:
+      return {all.lora, all.dropout.empty() ? nullptr : &all.dropout};
+  }
+}
+const std::vector<ScaleSegment>& scales_of(const BatchState& batch, SiteId site, BypassKind kind) {
+  const SiteSegments& all = batch.sites[static_cast<std::size_t>(site)];
+  return kind == BypassKind::kInputScale ? all.input_scale : all.output_scale;
+}
+
+bool any_dropout(const BatchState& batch, const std::vector<SiteId>& sites, BypassKind kind) {
+  return std::any_of(sites.begin(), sites.end(),
+                     [&](SiteId site) { return segments_of(batch, site, kind).dropout != nullptr; });
+}
+
+/// visit(rows of the batch, the segment of these rows alone, its dropout) for a site's segments, some rows at a time: a
+/// copy of x without what is dropped takes no more.
+template <class Visit>
+void for_dropout_rows(const Segments& segments, Visit&& visit) {
+  constexpr std::int64_t kRows = 256;
+  for (std::size_t i = 0; i < segments.lora.size(); ++i) {
+    const LoraSegment& whole = segments.lora[i];
+    for (std::int64_t begin = whole.begin; begin < whole.end; begin += kRows) {
+      const std::int64_t end = std::min(begin + kRows, whole.end);
+      LoraSegment segment = whole;
+      segment.begin = 0, segment.end = end - begin;
+      SegmentDropout dropout = (*segments.dropout)[i];
+      dropout.position += begin - whole.begin;
+      visit(begin, end, segment, dropout);
+    }
+  }
+}
+
+TensorView dropped(OpContext& context, const TensorView& x, const SegmentDropout& dropout) {
+  const TensorView copy = context.scratch->tensor(x.dtype(), {x.shape(0), x.shape(1)});
+  flexcore::run(context, DropoutArgs{x, copy, dropout.mask, dropout.position});
+  return copy;
+}
+
+void add_lora(OpContext& context, const TensorView& x, const TensorView& y, const Segments& segments) {
+  for_dropout_rows(segments, [&](std::int64_t begin, std::int64_t end, const LoraSegment& segment, const auto& dropout) {
+    const Arena::Scope scope(*context.scratch);
+    const LoraArgs::Member member{y.rows(begin, end), {&segment, 1}};
+    flexcore::run(context, LoraArgs{dropped(context, x.rows(begin, end), dropout), {&member, 1}});
+  });
+}
+
+void add_gradients(OpContext& context, const TensorView& x, const TensorView& grad_y, const TensorView& grad_x,
+                   const Segments& segments) {
+  for_dropout_rows(segments, [&](std::int64_t begin, std::int64_t end, const LoraSegment& segment, const auto& dropout) {
+    const Arena::Scope scope(*context.scratch);
+    const TensorView rows = dropped(context, x.rows(begin, end), dropout);
+    TensorView grad_rows;
+    if (grad_x) {
+      grad_rows = context.scratch->tensor(DType::kFloat32, {end - begin, x.shape(1)});
+      flexcore::run(context, ZeroArgs{grad_rows});
+    }
+    const LoraBackwardArgs::Member member{grad_y.rows(begin, end), {&segment, 1}};
+    flexcore::run(context, LoraBackwardArgs{rows, {&member, 1}, grad_rows});
+    if (grad_x)
+      flexcore::run(context, DropoutArgs{grad_rows, grad_x.rows(begin, end), dropout.mask, dropout.position,
+                                         GradMode::kAccumulate});
+  });
+}
+
+// Inputs: x, gradients of every site's y [, gradient of x to add to]. Outputs: that gradient, or none. Adds to grad_a,
+// grad_b of the segments.
+class LoraBackwardOp final : public Operator {
+ public:
+  LoraBackwardOp(std::vector<SiteId> sites, BypassKind kind, bool input_grad)
+      : sites_(std::move(sites)), kind_(kind), input_grad_(input_grad) {}
+  std::string_view name() const override { return "lora_backward"; }
+  int alias(int) const override { return input_grad_ ? static_cast<int>(sites_.size()) + 1 : -1; }
+  bool effect() const override { return true; }
+  // x A^T again, and the gradients of A and x; those of B and of x A^T.
+  double flops(const Graph& graph, double) const override {
+    double total = 0.0;
+    for (const auto site : sites_) {
+      const LinearSite& linear = graph.sites[static_cast<std::size_t>(site)];
+      total += 2.0 * kUsualRank * static_cast<double>(3 * linear.in_features + 2 * linear.out_features);
+    }
+    return total;
+  }
+  void run(const RunState& state, const Node&, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    const TensorView grad_x = input_grad_ ? out[0] : TensorView{};
+    const bool dropout = any_dropout(*state.batch, sites_, kind_);
+    std::vector<LoraBackwardArgs::Member> members;
+    for (std::size_t i = 0; i < sites_.size(); ++i) {
+      const Segments segments = segments_of(*state.batch, sites_[i], kind_);
+      if (segments.lora.empty()) continue;
+      if (dropout)
+        add_gradients(*state.context, in[0], in[i + 1], grad_x, segments);
+      else
+        members.push_back({in[i + 1], segments.lora});
+    }
+    if (!members.empty()) flexcore::run(*state.context, LoraBackwardArgs{in[0], members, grad_x});
+  }
+
+ private:
+  std::vector<SiteId> sites_;
+  BypassKind kind_;
+  bool input_grad_;
+};
+
+// in: grad y, x; out: grad x, or none. Adds to the segments' grad_scale.
+class ScaleBackwardOp final : public Operator {
+ public:
+  ScaleBackwardOp(SiteId site, BypassKind kind, bool input_grad) : site_(site), kind_(kind), input_grad_(input_grad) {}
+  std::string_view name() const override { return "scale_backward"; }
+  bool effect() const override { return true; }
+  void run(const RunState& state, const Node&, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    flexcore::run(*state.context, ScaleBackwardArgs{in[0], in[1], scales_of(*state.batch, site_, kind_),
+                                                    input_grad_ ? out[0] : TensorView{}});
+  }
+
+ private:
+  SiteId site_;
+  BypassKind kind_;
+  bool input_grad_;
+};
+
+class ScaleOp final : public Operator {
+ public:
+  ScaleOp(SiteId site, BypassKind kind) : site_(site), kind_(kind) {}
+  std::string_view name() const override { return "scale"; }
+  int alias(int) const override { return 0; }
+  bool rebuildable() const override { return true; }
+  bool trainable() const override { return true; }
+  bool idle(const BatchState& batch) const override { return scales_of(batch, site_, kind_).empty(); }
+  void run(const RunState& state, const Node&, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    flexcore::run(*state.context, ScaleArgs{in[0], out[0], scales_of(*state.batch, site_, kind_)});
+  }
+  void vjp(BackwardBuilder& builder, const Node& node) const override {
+    const TensorId grad = builder.grad(node.outputs[0]), x = node.inputs[0];
+    if (grad == kNoTensor) return;
+    const bool needed = builder.needs(x);
+    const auto op = std::make_shared<ScaleBackwardOp>(site_, kind_, needed);
+    if (needed)
+      builder.emit(op, {grad, x}, {x}, builder.graph().tensor(grad).dtype);
+    else
+      builder.emit_effect(op, {grad, x});
+  }
+
+ private:
+  SiteId site_;
+  BypassKind kind_;
+};
+
+}  // namespace
+
+std::shared_ptr<const Operator> scale_op(SiteId site, BypassKind kind) { return std::make_shared<ScaleOp>(site, kind); }
+
+bool LoraOp::idle(const BatchState& batch) const {
+  return std::all_of(sites_.begin(), sites_.end(),
+                     [&](SiteId site) { return segments_of(batch, site, kind_).lora.empty(); });
+}
+
+std::optional<Recompute> LoraOp::recompute(const std::vector<bool>& wanted) const {
+  Recompute result{.inputs = {0}};
+  std::vector<SiteId> sites;
+  for (std::size_t i = 0; i < sites_.size(); ++i) {
+    if (!wanted[i]) continue;
+    sites.push_back(sites_[i]);
+    result.inputs.push_back(static_cast<int>(i) + 1);
+    result.outputs.push_back(static_cast<int>(i));
+  }
+  result.op = std::make_shared<LoraOp>(std::move(sites), kind_);
+  return result;
+}
+
+double LoraOp::flops(const Graph& graph, double) const {
+  double features = 0.0;
+  for (const auto site : sites_) {
+    const LinearSite& linear = graph.sites[static_cast<std::size_t>(site)];
+    features += static_cast<double>(linear.in_features + linear.out_features);
+  }
+  return 2.0 * kUsualRank * features;
+}
+
+void LoraOp::run(const RunState& state, const Node&, std::span<const TensorView> in,
+                 std::span<const TensorView> out) const {
+  const bool dropout = any_dropout(*state.batch, sites_, kind_);
+  std::vector<LoraArgs::Member> members;
+  for (std::size_t i = 0; i < sites_.size(); ++i) {
+    const Segments segments = segments_of(*state.batch, sites_[i], kind_);
+    if (segments.lora.empty()) continue;
+    if (dropout)
+      add_lora(*state.context, in[0], out[i], segments);
+    else
+      members.push_back({out[i], segments.lora});
+  }
+  if (!members.empty()) flexcore::run(*state.context, LoraArgs{in[0], members});
+}
+
+void LoraOp::vjp(BackwardBuilder& builder, const Node& node) const {
+  const TensorId x = node.inputs[0];
+  if (kind_ == BypassKind::kSeries) {
+    const TensorId grad = builder.grad(node.outputs[0]);
+    if (grad == kNoTensor) return;
+    if (!builder.needs(x)) return builder.emit_effect(std::make_shared<LoraBackwardOp>(sites_, kind_, false), {x, grad});
+    // x is y, whose gradient is read while that of x is added to.
+    builder.emit(copy_op(), {grad}, {x}, DType::kFloat32);
+    builder.contribute(x, DType::kFloat32, {x, grad},
+                       [&](bool) { return std::make_shared<LoraBackwardOp>(sites_, kind_, true); });
+    return;
+  }
+  std::vector<SiteId> sites;
+  std::vector<TensorId> inputs = {x};
+  for (std::size_t i = 0; i < sites_.size(); ++i) {
+    const TensorId grad = builder.grad(node.outputs[i]);
+    if (grad == kNoTensor) continue;
+    sites.push_back(sites_[i]);
+    inputs.push_back(grad);
+    builder.pass(node.inputs[1 + i], grad);
+  }
+  if (sites.empty()) return;
+  if (!builder.needs(x)) {
+    builder.emit_effect(std::make_shared<LoraBackwardOp>(sites, kind_, false), inputs);
+    return;
+  }
+  // The kernel only adds to grad x; the base linear writes it first.
+  builder.contribute_after(x, [&builder, x, sites, inputs, kind = kind_] {
+    builder.contribute(x, DType::kFloat32, inputs,
+                       [&](bool) { return std::make_shared<LoraBackwardOp>(sites, kind, true); });
+  });
+}
+
+}  // namespace flexcore

@@ -1,0 +1,138 @@
+#include "peft/attach.h"
+
+#include <map>
+#include <string>
+#include <utility>
+
+#include "core/check.h"
+#include "graph/linear_op.h"
+
+namespace flexcore {
+
+namespace {
+
+class Attacher {
+ public:
+  /// `bypasses` null: all, for serving.
+  Attacher(Graph& graph, const BypassSet* bypasses) : graph_(graph), bypasses_(bypasses), current_(graph.tensors.size()) {
+    for (std::size_t i = 0; i < current_.size(); ++i) current_[i] = static_cast<TensorId>(i);
+    for (std::size_t i = 0; i < graph.sites.size(); ++i)
+      site_of_weight_[graph.sites[i].path + ".weight"] = static_cast<SiteId>(i);
+  }
+
+  void run() {
+    for (auto& node : std::exchange(graph_.nodes, {})) {
+      for (auto& input : node.inputs) input = newest(input);
+      const auto linear = std::dynamic_pointer_cast<const LinearOp>(node.op);
+      const auto site = linear == nullptr || linear->members().size() != 1
+                            ? site_of_weight_.end()
+                            : site_of_weight_.find(graph_.params[static_cast<std::size_t>(linear->members()[0].weight)].name);
+      if (site == site_of_weight_.end())
+        graph_.add_node(std::move(node));
+      else
+        attach(site->second, *linear, std::move(node));
+    }
+    graph_.hidden = newest(graph_.hidden);
+    graph_.logits = newest(graph_.logits);
+  }
+
+ private:
+  bool serving() const { return bypasses_ == nullptr; }
+  bool has(BypassKind kind) const {
+    if (!serving()) return bypasses_->contains({site_, kind});
+    return kind != BypassKind::kInputScale || graph_.sites[static_cast<std::size_t>(site_)].sole_reader;
+  }
+  TensorId newest(TensorId tensor) const { return tensor < 0 ? tensor : current_[static_cast<std::size_t>(tensor)]; }
+
+  TensorId add(std::shared_ptr<const Operator> op, std::vector<TensorId> inputs, TensorId like,
+               const std::string& name) {
+    GraphTensor made = graph_.tensor(like);
+    if (!name.empty()) made.name = name;
+    const TensorId output = graph_.add_tensor(std::move(made));
+    graph_.add_node({std::move(op), std::move(inputs), {output}, layer_, phase_});
+    return output;
+  }
+  /// In place. With a name the tensor is another one from then on, and the pages hold that.
+  TensorId update(std::shared_ptr<const Operator> op, std::vector<TensorId> inputs, TensorId before,
+                  const std::string& name = {}) {
+    const TensorId after = add(std::move(op), std::move(inputs), before, name);
+    if (!name.empty()) graph_.tensors[static_cast<std::size_t>(before)].in_pages = false;
+    return after;
+  }
+  TensorId lora(BypassKind kind, TensorId x, TensorId y, const std::string& name = {}) {
+    return update(std::make_shared<LoraOp>(std::vector<SiteId>{site_}, kind), {x, y}, y, name);
+  }
+  // What the linear makes, or its product where there is a residual.
+  TensorId scale_and_adapt(TensorId product) {
+    const std::string name = graph_.tensor(product).name;
+    if (has(BypassKind::kOutputScale) || has(BypassKind::kDora))
+      product = update(scale_op(site_, BypassKind::kOutputScale), {product}, product, name + ".scaled");
+    if (has(BypassKind::kSeries)) product = lora(BypassKind::kSeries, product, product, name + ".adapted");
+    return product;
+  }
+
+  void attach(SiteId site, const LinearOp& linear, Node node) {
+    site_ = site;
+    layer_ = node.layer;
+    phase_ = node.phase;
+    TensorId& x = node.inputs[0];
+    if (has(BypassKind::kInputScale)) {
+      require<Unsupported>(graph_.sites[static_cast<std::size_t>(site)].sole_reader, "input scale of ",
+                           graph_.sites[static_cast<std::size_t>(site)].path,
+                           ": other linears read the same input, wanted one that alone reads it");
+      x = update(scale_op(site, BypassKind::kInputScale), {x}, x, graph_.tensor(x).name + ".scaled");
+    }
+    const TensorId y = node.outputs[0];
+    current_[static_cast<std::size_t>(y)] = linear.residual() ? attach_residual(linear, std::move(node)) : [&] {
+      const TensorId input = x;
+      graph_.add_node(std::move(node));
+      const bool any = has(BypassKind::kLora) || has(BypassKind::kDora);
+      return scale_and_adapt(any ? lora(BypassKind::kLora, input, y) : y);
+    }();
+  }
+
+  // The fused linear, or the product apart where something is done to it; for serving both, of which a batch takes one.
+  TensorId attach_residual(const LinearOp& linear, Node node) {
+    const TensorId x = node.inputs[0], residual = node.inputs[1], y = node.outputs[0];
+    const bool separate =
+        has(BypassKind::kDora) || has(BypassKind::kOutputScale) || has(BypassKind::kSeries);
+    TensorId last = y;
+    if (!separate) {
+      graph_.add_node(std::move(node));
+    } else {
+      const When when = serving() ? When::kSeparated : When::kAlways;
+      if (serving()) {
+        node.op = std::make_shared<LinearOp>(linear.members(), true, When::kFused, site_);
+        graph_.add_node(std::move(node));
+      }
+      TensorId product = add(std::make_shared<LinearOp>(linear.members(), false, when, site_), {x}, y, graph_.tensor(y).name + ".product");
+      if (has(BypassKind::kDora)) product = lora(BypassKind::kDora, x, product);
+      product = scale_and_adapt(product);
+      if (serving())
+        last = update(add_op(when, site_), {y, product}, y);
+      else
+        graph_.add_node({add_op(when, site_), {residual, product}, {y}, layer_, phase_});
+    }
+    return has(BypassKind::kLora) ? lora(BypassKind::kLora, x, last) : last;
+  }
+
+  Graph& graph_;
+  const BypassSet* bypasses_;
+  std::vector<TensorId> current_;  // newest version of each tensor
+  std::map<std::string, SiteId> site_of_weight_;
+  SiteId site_ = 0;
+  int layer_ = kNoLayer;
+  Phase phase_ = Phase::kTrunk;
+};
+
+}  // namespace
+
+void attach_bypasses(Graph& graph, const BypassSet* bypasses) {
+  if (bypasses != nullptr)
+    for (const auto& bypass : *bypasses)
+      require(bypass.site >= 0 && static_cast<std::size_t>(bypass.site) < graph.sites.size(), "attach_bypasses: site ",
+              bypass.site, " of ", graph.sites.size());
+  Attacher(graph, bypasses).run();
+}
+
+}  // namespace flexcore

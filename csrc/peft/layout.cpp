@@ -1,0 +1,65 @@
+#include "peft/layout.h"
+
+#include <algorithm>
+#include <cctype>
+#include <utility>
+
+#include "core/check.h"
+
+namespace flexcore {
+
+std::int64_t AdapterArray::size() const {
+  std::int64_t size = 1;
+  for (const auto extent : shape) size *= extent;
+  return size;
+}
+
+std::string peft_key(const AdapterArray& array) { return "base_model.model." + array.module + array.suffix; }
+
+BypassSet AdapterLayout::bypasses() const {
+  BypassSet bypasses;
+  for (const auto& module : modules) bypasses.insert(module.bypass);
+  return bypasses;
+}
+
+std::int64_t AdapterLayout::add(const std::string& module, const char* suffix, std::vector<std::int64_t> shape) {
+  arrays.push_back({module, suffix, std::move(shape), num_parameters});
+  num_parameters += arrays.back().size();
+  return arrays.back().offset;
+}
+
+AdapterLayout lay_out(const AdapterConfig& config, const std::vector<LinearSite>& sites) {
+  return std::visit([&](const auto& method) { return lay_out(method, sites); }, config);
+}
+
+std::string peft_type(const AdapterConfig& config) {
+  constexpr const char* kTypes[] = {"LORA", "IA3", "BOTTLENECK"};
+  return kTypes[config.index()];
+}
+
+ModuleNames names_from_peft(const JsonFields& fields, const char* option) {
+  const Json* value = fields.find(option);
+  ModuleNames result;
+  if (value == nullptr) return result;
+  if (value->is_string()) {
+    std::string lower = value->as_string();
+    std::transform(lower.begin(), lower.end(), lower.begin(), [](unsigned char c) { return std::tolower(c); });
+    result.is_regex = lower != "all-linear";
+    result.names = {result.is_regex ? value->as_string() : lower};
+    return result;
+  }
+  if (!value->is_array()) fields.fail(option, value, "a list of names or a string");
+  for (const auto& name : value->as_array()) {
+    if (!name.is_string()) fields.fail(option, value, "a list of names or a string");
+    result.names.push_back(name.as_string());
+  }
+  return result;
+}
+
+std::vector<std::string> paths_of(const std::vector<LinearSite>& sites) {
+  std::vector<std::string> paths;
+  for (const auto& site : sites) paths.push_back(site.path);
+  return paths;
+}
+
+}  // namespace flexcore

@@ -1,0 +1,83 @@
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "core/json_fields.h"
+#include "flexcore/config.h"
+#include "graph/bypass.h"
+#include "graph/graph.h"
+#include "ops/lora.h"
+
+namespace flexcore {
+
+/// One trainable array of an adapter. Its name in PEFT's files is "base_model.model." + module + suffix.
+struct AdapterArray {
+  std::string module;  // path: "model.layers.0.self_attn.q_proj"
+  std::string suffix;  // ".lora_A.weight"
+  std::vector<std::int64_t> shape;
+  std::int64_t offset = 0;  // in floats from the start of the adapter's parameters
+  std::int64_t size() const;
+};
+std::string peft_key(const AdapterArray& array);
+
+/// What an adapter does at one linear. Offsets are in floats: of the arrays from the start of its parameters.
+struct AdapterModule {
+  Bypass bypass;
+  std::string path;
+  std::int64_t in_features = 0, out_features = 0;
+  bool residual = false;                  // of the linear
+  std::int64_t rank = 0;                  // of A and B; 0: it has none
+  float scaling = 1.0f;
+  Activation activation = Activation::kNone;
+  std::int64_t a_offset = 0, b_offset = 0;
+  std::int64_t scale_offset = 0;          // (IA)^3's vector, DoRA's magnitudes
+  std::int64_t derived_offset = 0;        // DoRA: norms and scales [2, out_features], in what is derived from the parameters
+};
+
+/// Where everything of an adapter is, and what it does; known without weights.
+struct AdapterLayout {
+  std::vector<AdapterModule> modules;  // by site
+  std::vector<AdapterArray> arrays;    // one after the other
+  std::int64_t num_parameters = 0;
+  std::int64_t num_derived = 0;  // floats that follow from parameters and weights, made anew for every version
+
+  BypassSet bypasses() const;
+  /// The next array; returns its offset.
+  std::int64_t add(const std::string& module, const char* suffix, std::vector<std::int64_t> shape);
+};
+
+// Each method is a file: what it does where, how its parameters begin, and PEFT's form of its configuration. Throws
+// InvalidArgument or Unsupported that names the field, for what does not fit the linears too.
+
+// lora.cpp: LoRA, rsLoRA, DoRA
+AdapterLayout lay_out(const LoraConfig& config, const std::vector<LinearSite>& sites);
+void initialize(const LoraConfig& config, const AdapterLayout& layout, std::uint64_t seed, float* parameters);
+Json::Object to_peft(const LoraConfig& config);
+LoraConfig lora_from_peft(const JsonFields& fields);
+// ia3.cpp
+AdapterLayout lay_out(const IA3Config& config, const std::vector<LinearSite>& sites);
+void initialize(const IA3Config& config, const AdapterLayout& layout, std::uint64_t seed, float* parameters);
+Json::Object to_peft(const IA3Config& config);
+IA3Config ia3_from_peft(const JsonFields& fields);
+// bottleneck.cpp
+AdapterLayout lay_out(const BottleneckConfig& config, const std::vector<LinearSite>& sites);
+void initialize(const BottleneckConfig& config, const AdapterLayout& layout, std::uint64_t seed, float* parameters);
+Json::Object to_peft(const BottleneckConfig& config);
+BottleneckConfig bottleneck_from_peft(const JsonFields& fields);
+
+AdapterLayout lay_out(const AdapterConfig& config, const std::vector<LinearSite>& sites);
+std::string peft_type(const AdapterConfig& config);  // "LORA", "IA3", "BOTTLENECK"
+
+/// A PEFT list of names, or a string: a regular expression, or "all-linear" in any case.
+struct ModuleNames {
+  std::vector<std::string> names;
+  bool is_regex = false;
+};
+ModuleNames names_from_peft(const JsonFields& fields, const char* option);
+/// The sites' paths.
+std::vector<std::string> paths_of(const std::vector<LinearSite>& sites);
+
+}  // namespace flexcore
