@@ -246,7 +246,7 @@ bool Executor::fix(Layout& layout, std::span<const Segment> segments, std::vecto
   const auto num_programs = std::count_if(windows_.begin(), windows_.end(), in_use);
   const auto windows = std::find_if(windows_.begin(), windows_.end(), in_use);
   const auto plain = [](const Segment& segment) {
-    return segment.adapter->only_adds() && segment.dropout == nullptr;
+    return segment.adapter->plain_lora() && segment.dropout == nullptr;
   };
   if (!record_ || rows == 0 || !std::all_of(segments.begin(), segments.end(), plain) || spans_.size() > kMostFixedSpans || segments.size() > Lane::kMostFixedSegments ||
       num_programs > 1 || (num_programs == 1 && windows->second.size() > kMostFixedWindows))

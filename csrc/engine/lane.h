@@ -56,7 +56,7 @@ class Lane {
   void add_segments(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients,
                     const SegmentDropout* dropout);
   /// Segments for a batch that is recorded: every site has `count`, at addresses that stay. Adapters come by position
-  /// in the batch, and only add (Adapter::only_adds); what a site lacks has no rows.
+  /// in the batch, and are plain LoRA; what a site lacks has no rows.
   static constexpr std::size_t kMostFixedSegments = 64;
   void begin_fixed_segments(std::size_t count, std::int64_t num_rows);
   void set_fixed_segments(std::size_t index, const Adapter& adapter, std::int64_t begin, std::int64_t end);

@@ -107,7 +107,8 @@ std::shared_ptr<Adapter> AdapterStore::place(const std::string& name, const Adap
     adapter->bias_.push_back(module.bypass.kind == BypassKind::kDora && biased
                                  ? weights_.vector(module.path + ".bias").as<float>()
                                  : nullptr);
-    adapter->only_adds_ = adapter->only_adds_ && module.bypass.kind == BypassKind::kLora;
+    adapter->plain_lora_ = adapter->plain_lora_ && module.bypass.kind == BypassKind::kLora &&
+                           module.activation == Activation::kNone;
   }
   allocate(*adapter);
   adapter->uid = next_uid_++;
@@ -212,7 +213,7 @@ std::shared_ptr<Adapter> AdapterStore::next_version(const Adapter& newest) const
   copy->config = newest.config;
   copy->layout = newest.layout;
   copy->bias_ = newest.bias_;
-  copy->only_adds_ = newest.only_adds_;
+  copy->plain_lora_ = newest.plain_lora_;
   allocate(*copy);
   allocator_.copy(copy->parameters(), newest.parameters(), newest.bytes());
   return copy;

@@ -31,8 +31,8 @@ class Adapter {
   std::uint64_t cache_key() const { return (uid << 32) | static_cast<std::uint64_t>(version); }
   /// That finetuning drops an element of a LoRA's input.
   double dropout() const;
-  /// LoRA, and nothing that would be done to the product: what recorded batches may hold.
-  bool only_adds() const { return only_adds_; }
+  /// LoRA and nothing else: what recorded batches may hold.
+  bool plain_lora() const { return plain_lora_; }
   /// Rows [begin, end) of a batch through `module`; gradients, if wanted, at the arrays' offsets from `gradients`.
   /// `dropout` null: none.
   void add_rows(const AdapterModule& module, std::int64_t begin, std::int64_t end, float* gradients,
@@ -45,7 +45,7 @@ class Adapter {
   float* derived() const { return reinterpret_cast<float*>(derived_.data()); }
   Buffer params_, derived_;
   std::vector<const float*> bias_;  // by module: of a DoRA linear; null: none
-  bool only_adds_ = true;
+  bool plain_lora_ = true;
 };
 
 /// Adapters by name, newest version each.

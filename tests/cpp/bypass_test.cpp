@@ -177,7 +177,7 @@ TEST(Dropout, DropsTheShareAskedForWhateverTheSplit) {
   const double count = kRows * kWidth, deviation = std::sqrt(count * 0.25 * 0.75);
   EXPECT_NEAR(dropped, 0.25 * count, 5 * deviation);
   EXPECT_NEAR(sum, count, 5 * deviation / 0.75);
-  for (const auto [begin, end] : {std::pair(0, 1), {1, 20}, {20, 64}})
+  for (const auto &[begin, end] : {std::pair(0, 1), {1, 20}, {20, 64}})
     fixture().run(DropoutArgs{x.view().rows(begin, end), part.view().rows(begin, end), mask, begin});
   EXPECT_TRUE(part.same(y));
   // Another sequence, module or seed has other numbers.

@@ -2,6 +2,7 @@
 #include <vector>
 
 #include "backends/cuda/families.h"
+#include "backends/cuda/kernels/lora_activation.cuh"
 #include "backends/cuda/lora_plan.h"
 #include "backends/cuda/tables.h"
 #include "ops/lora.h"
@@ -13,7 +14,7 @@ namespace {
 /// Numbers of the arrays among a plan's tables, in the order of lora_host_tables.
 struct LoraArrays {
   static constexpr std::size_t kParts = 0, kStacks = 1, kShrink = 2, kShrinkGradient = 5, kGradient = 8, kSlabSums = 11,
-                               kGradientSums = 12, kExpand = 13;
+                               kGradientSums = 12, kActivations = 13, kExpand = 14;
 };
 
 /// The launches that follow the tables of a call.
@@ -29,6 +30,11 @@ class Launcher {
   void shrink() const { shrink_all<false>(tables_.shrink, LoraArrays::kShrink); }
   void shrink_gradients() const { shrink_all<true>(tables_.shrink_gradient, LoraArrays::kShrinkGradient); }
   void add_slabs() const { sum(tables_.slab_sums, LoraArrays::kSlabSums); }
+  void activate() const {
+    std::int64_t most = 0;
+    for (const auto& a : tables_.activations) most = std::max(most, a.size);
+    launch_lora_activation(get<LoraActivation>(LoraArrays::kActivations), tables_.activations.size(), most, stream_);
+  }
 
   /// `along`: the matrix is A, and y is grad_x.
   template <bool along>
@@ -112,7 +118,7 @@ HostTables lora_host_tables(const LoraTables& t) {
   for (const auto* by_mode : {&t.shrink, &t.shrink_gradient})
     for (const auto& work : *by_mode) host.add(work.tasks);
   for (const auto& work : t.gradient) host.add(work.tasks);
-  host.add(t.slab_sums).add(t.gradient_sums);
+  host.add(t.slab_sums).add(t.gradient_sums).add(t.activations);
   for (const auto& work : t.expand) host.add(work.tasks);
   return host;
 }
@@ -124,14 +130,14 @@ bool covers(const LoraWork<Task>& recorded, const LoraWork<Task>& work) {
                                 work.most_columns <= recorded.most_columns && (work.packs || !recorded.packs));
 }
 
-/// Forward's plan. Only this one is recorded.
+/// Forward's plan. Only this one is recorded, and never with activations.
 struct ForwardPlan {
   LoraTables all;
   HostTables tables() const { return lora_host_tables(all); }
   // Expand's launches differ in number and in shared memory; a recording serves the same list of them.
   bool fits(const ForwardPlan& recorded) const {
     const LoraTables& other = recorded.all;
-    bool fit = all.expand.size() <= other.expand.size();
+    bool fit = all.expand.size() <= other.expand.size() && all.activations.empty() && other.activations.empty();
     for (std::size_t i = 0; i < 3; ++i) fit = fit && covers(other.shrink[i], all.shrink[i]);
     for (std::size_t i = 0; fit && i < all.expand.size(); ++i) {
       const auto &a = all.expand[i], &b = other.expand[i];
@@ -154,6 +160,7 @@ struct ForwardCall {
     planner.list_pieces(members, [](const auto& m) { return m.y; });
     if (planner.empty()) return {};
     planner.plan_shrink(x);
+    planner.plan_activations();
     planner.plan_expand({x, members});
     return {planner.take_tables()};
   }
@@ -166,6 +173,8 @@ void lora_forward(OpContext& context, const LoraArgs& args) {
   const auto placed = place(context, ForwardCall{&context, args.x, {args.members.begin(), args.members.end()}, exact});
   const Launcher launcher(context, placed->plan.all, placed->device);
   launcher.shrink();
+  launcher.add_slabs();
+  launcher.activate();
   launcher.expand<false>(exact);
   check_launch(args.kName);
 }
@@ -180,6 +189,7 @@ void lora_backward(OpContext& context, const LoraBackwardArgs& args) {
   planner.plan_shrink(args.x);
   planner.plan_shrink_gradient(args);
   planner.plan_slab_sums();
+  planner.plan_activations();
   if (args.grad_x) planner.plan_grad_x(args.grad_x);
   planner.plan_gradients(args);
 
@@ -189,6 +199,7 @@ void lora_backward(OpContext& context, const LoraBackwardArgs& args) {
   launcher.shrink();
   launcher.shrink_gradients();
   launcher.add_slabs();
+  launcher.activate();
   launcher.gradients();
   launcher.expand<true>(exact);
   check_launch(args.kName);

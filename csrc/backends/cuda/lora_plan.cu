@@ -26,7 +26,7 @@ std::int64_t stacked_columns(const std::vector<const LoraPiece*>& pieces) {
 
 bool same_adapter(const LoraSegment& a, const LoraSegment& b) {
   return a.lora_a == b.lora_a && a.lora_b == b.lora_b && a.rank == b.rank && a.scaling == b.scaling &&
-         a.grad_a == b.grad_a && a.grad_b == b.grad_b;
+         a.activation == b.activation && a.grad_a == b.grad_a && a.grad_b == b.grad_b;
 }
 
 LoraPart part_of(const LoraPiece& p, bool gradient, float* matrix, std::int64_t rank_step, std::int64_t feature_step) {
@@ -202,11 +202,21 @@ void LoraPlanner::plan_shrink_gradient(const LoraBackwardArgs& args) {
   }
 }
 
+void LoraPlanner::sum_slabs(LoraPiece& p) {
+  if (p.u_slabs > 1) tables_.slab_sums.push_back({p.u, p.u + p.slab(), p.slab(), p.u_slabs - 1});
+  if (p.grad_u_slabs > 1) tables_.slab_sums.push_back({p.grad_u, p.grad_u + p.slab(), p.slab(), p.grad_u_slabs - 1});
+  p.u_slabs = p.grad_u_slabs = 1;
+}
+
 void LoraPlanner::plan_slab_sums() {
+  for (auto& p : pieces_) sum_slabs(p);
+}
+
+void LoraPlanner::plan_activations() {
   for (auto& p : pieces_) {
-    if (p.u_slabs > 1) tables_.slab_sums.push_back({p.u, p.u + p.slab(), p.slab(), p.u_slabs - 1});
-    if (p.grad_u_slabs > 1) tables_.slab_sums.push_back({p.grad_u, p.grad_u + p.slab(), p.slab(), p.grad_u_slabs - 1});
-    p.u_slabs = p.grad_u_slabs = 1;
+    if (p.segment->activation == Activation::kNone) continue;
+    sum_slabs(p);
+    tables_.activations.push_back({p.u, p.grad_u, p.slab(), static_cast<int>(p.segment->activation)});
   }
 }
 

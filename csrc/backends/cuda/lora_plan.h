@@ -62,6 +62,7 @@ struct LoraTables {
   std::vector<LoraExpandWork> expand;
   LoraWorkByMode<LoraGradientTask> gradient;
   std::vector<LoraSum> slab_sums, gradient_sums;  // of u and grad_u; of grad_a and grad_b
+  std::vector<LoraActivation> activations;        // of u, in one slab
 };
 
 /// Makes the tables of one call, step by step; scratch for intermediates is taken from `context`.
@@ -81,6 +82,8 @@ class LoraPlanner {
   void plan_shrink_gradient(const LoraBackwardArgs& args);
   /// Everything after these reads one slab.
   void plan_slab_sums();
+  /// Of pieces with an activation; so does everything after them.
+  void plan_activations();
   void plan_expand(const LoraArgs& args);
   void plan_grad_x(const TensorView& grad_x);
   void plan_gradients(const LoraBackwardArgs& args);
@@ -98,6 +101,7 @@ class LoraPlanner {
   void add_piece(const LoraSegment& segment, std::size_t member, std::int64_t out_features);
   std::vector<LoraInterval> cut_rows() const;
   LoraMode mode_of(const TensorView& x) const;
+  void sum_slabs(LoraPiece& piece);
   int choose_tile_rows() const;
   int shrink_rows() const;
   int splits_of(std::int64_t width) const;

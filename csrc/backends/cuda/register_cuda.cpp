@@ -8,6 +8,7 @@ void register_cuda_kernels(OpRegistry& registry) {
   cuda::register_attention(registry);
   cuda::register_linear(registry);
   cuda::register_lora(registry);
+  cuda::register_bypass(registry);
   cuda::register_cross_entropy(registry);
   cuda::register_sampling(registry);
   cuda::register_optimizer(registry);

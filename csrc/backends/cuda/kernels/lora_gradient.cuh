@@ -108,6 +108,14 @@ __global__ void __launch_bounds__(kLoraThreads) lora_sum_kernel(const LoraSum* s
   }
 }
 
+/// Where act(v) of a bottleneck adapter is made, in place; in the backward grad_u is multiplied by act'(v) first.
+struct LoraActivation {
+  float* u;
+  float* grad_u;  // null in the forward
+  std::int64_t size;
+  int activation;  // ops/lora.h's Activation: 1 relu, 2 tanh, 3 gelu, 4 silu
+};
+
 /// `packs`: all sizes are multiples of four, and everything is aligned to 16 bytes.
 inline void launch_lora_sums(const LoraSum* sums, std::size_t count, std::int64_t most_size, bool packs,
                              cudaStream_t stream) {

@@ -4,11 +4,10 @@
 
 namespace flexcore::cuda {
 
-/// Uniform in [0, 1), 53 bits that depend on (seed, counter) alone: Philox4x32-10, the same numbers as core/philox.h.
-__device__ __forceinline__ double philox_uniform(std::uint64_t seed, std::uint64_t counter) {
+/// Philox4x32-10, the same numbers as core/philox.h. x: the counter, then 128 random bits.
+__device__ __forceinline__ void philox(std::uint64_t seed, unsigned (&x)[4]) {
   constexpr unsigned kA = 0xd2511f53u, kB = 0xcd9e8d57u;
   unsigned key[2] = {static_cast<unsigned>(seed), static_cast<unsigned>(seed >> 32)};
-  unsigned x[4] = {static_cast<unsigned>(counter), static_cast<unsigned>(counter >> 32), 0, 0};
   FLEXCORE_UNROLL
   for (int round = 0; round < 10; ++round) {
     const unsigned high_a = __umulhi(kA, x[0]), low_a = kA * x[0], high_b = __umulhi(kB, x[2]), low_b = kB * x[2];
@@ -19,6 +18,12 @@ __device__ __forceinline__ double philox_uniform(std::uint64_t seed, std::uint64
     key[0] += 0x9e3779b9u;
     key[1] += 0xbb67ae85u;
   }
+}
+
+/// Uniform in [0, 1), 53 bits that depend on (seed, counter) alone.
+__device__ __forceinline__ double philox_uniform(std::uint64_t seed, std::uint64_t counter) {
+  unsigned x[4] = {static_cast<unsigned>(counter), static_cast<unsigned>(counter >> 32), 0, 0};
+  philox(seed, x);
   const std::uint64_t bits = std::uint64_t{x[0]} << 32 | x[1];
   return static_cast<double>(bits >> 11) * 0x1p-53;
 }
