@@ -46,7 +46,7 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
       context{&registry, sizes.device, &threads, &scratch, device->stream()},
       compiled(build_model(model, sizes.compute), attach_bypasses, row_capacity(sizes.limits), joins_outputs(sizes.device)),
       weights(context, device->allocator(), ledger, sizes.compute),
-      adapters(compiled.base().sites, context, weights, device->allocator(), ledger),
+      adapters(compiled.base(), context, weights, device->allocator(), ledger),
       blocks(sizes.limits.num_blocks, sizes.limits.block_size, config.enable_prefix_caching),
       scheduler(scheduler_config(model, config, sizes, compiled), blocks, cost) {
   compiled.set_rates(operator_rates(sizes));
@@ -98,8 +98,10 @@ void Engine::Impl::validate(const Request& request) const {
   require(!request.prompt_token_ids.empty(), "prompt_token_ids: empty, wanted at least one token");
   check_tokens(request.prompt_token_ids, "prompt_token_ids");
   const auto length = static_cast<std::int64_t>(request.prompt_token_ids.size());
-  require(length < sizes.max_model_len, "prompt_token_ids: ", length, " tokens, wanted fewer than max_model_len (",
-          sizes.max_model_len, ")");
+  const std::int64_t ahead = num_virtual_tokens(request);
+  require(length + ahead < sizes.max_model_len, "prompt_token_ids: ", length,
+          " tokens, wanted fewer than max_model_len (", sizes.max_model_len, ")",
+          ahead > 0 ? str(" less ", ahead, " virtual tokens") : "");
   require(std::isfinite(request.waited_ms) && request.waited_ms >= 0.0, "waited_ms: ", request.waited_ms,
           ", wanted >= 0");
   require(s.max_tokens >= 1, "max_tokens: ", s.max_tokens, ", wanted >= 1");
@@ -123,7 +125,6 @@ void Engine::Impl::validate(const Request& request) const {
     require(bias <= 0 || finite(bias), "logit_bias: ", bias, " for token ", token,
             ", wanted -infinity or finite as float32");
   }
-  if (!request.adapter.empty()) adapters.get(request.adapter);
   require(slo_classes.contains(request.slo_class), "slo_class: \"", request.slo_class, "\" is not one of slo_classes");
   const std::int64_t tokens = max_total_tokens(request);
   const std::int64_t needed = (tokens + sizes.limits.block_size - 1) / sizes.limits.block_size;
@@ -131,9 +132,13 @@ void Engine::Impl::validate(const Request& request) const {
           " pages, but the pool has ", blocks.num_blocks(), "; shorten it or raise kv_cache_memory_bytes");
 }
 
-// Prompt and answer. max_tokens may be as large as its type, for "no limit".
+std::int64_t Engine::Impl::num_virtual_tokens(const Request& request) const {
+  return request.adapter.empty() ? 0 : adapters.get(request.adapter)->layout.num_virtual_tokens;
+}
+
+// Prompt and answer, and the virtual tokens ahead. max_tokens may be as large as its type, for "no limit".
 std::int64_t Engine::Impl::max_total_tokens(const Request& request) const {
-  const auto length = static_cast<std::int64_t>(request.prompt_token_ids.size());
+  const auto length = static_cast<std::int64_t>(request.prompt_token_ids.size()) + num_virtual_tokens(request);
   return length + std::min(request.sampling.max_tokens, sizes.max_model_len - length);
 }
 
@@ -152,12 +157,12 @@ RequestId Engine::Impl::submit(const Request& request) {
       state->end_tokens.insert(state->end_tokens.end(), model.eos_token_ids.begin(), model.eos_token_ids.end());
     Sequence& sequence = state->sequence;
     sequence.id = id;
-    sequence.tokens = request.prompt_token_ids;
+    with_virtual_tokens(request.prompt_token_ids, state->num_virtual_tokens(), sequence.tokens);
     sequence.num_prompt_tokens = static_cast<std::int64_t>(sequence.tokens.size());
     sequence.max_total_tokens = max_total_tokens(request);
     sequence.cache_key = state->adapter ? state->adapter->cache_key() : 0;
     sequence.use_prefix_cache = config.enable_prefix_caching && !request.sampling.prompt_logprobs;
-    if (request.sampling.prompt_logprobs) state->prompt_logprobs.resize(sequence.tokens.size() - 1);
+    if (request.sampling.prompt_logprobs) state->prompt_logprobs.resize(request.prompt_token_ids.size() - 1);
     sequence.slo_class = slo_classes.at(request.slo_class);
     sequence.arrival_ms = now_ms() - request.waited_ms;
     scheduler.add(&sequence);
@@ -177,7 +182,7 @@ void Engine::Impl::finish(RequestId id) {
 void Engine::Impl::end_early(RequestId id, FinishReason reason, const std::string& error) {
   const Sequence& sequence = requests.at(id)->sequence;
   TokenEvent event{.request_id = id, .finish_reason = reason, .error = error};
-  event.num_cached_tokens = sequence.num_cached_tokens;
+  event.num_cached_tokens = requests.at(id)->num_cached_tokens();
   if (sequence.first_token_ms >= 0) event.ttft_ms = sequence.first_token_ms - sequence.arrival_ms;
   token_events.push_back(std::move(event));
   finish(id);
@@ -269,7 +274,7 @@ std::vector<AdapterInfo> Engine::adapters() const {
     for (const auto& module : adapter->layout.modules) {
       info.rank = std::max(info.rank, module.rank);
       const std::string leaf = module.path.substr(module.path.rfind('.') + 1);
-      if (std::find(info.target_modules.begin(), info.target_modules.end(), leaf) == info.target_modules.end())
+      if (!leaf.empty() && std::find(info.target_modules.begin(), info.target_modules.end(), leaf) == info.target_modules.end())
         info.target_modules.push_back(leaf);
     }
     infos.push_back(std::move(info));

@@ -4,6 +4,7 @@
 #include <bit>
 #include <functional>
 #include <numeric>
+#include <optional>
 #include <utility>
 
 #include "core/check.h"
@@ -65,6 +66,14 @@ class Savers final : public ProgramObserver {
 };
 
 constexpr std::size_t kMostFixedSpans = 256, kMostFixedWindows = 64;
+
+/// Rows [begin, ...) of a batch are `count` tokens of a sequence from `position` on: those of them that are virtual.
+std::optional<VirtualRows> virtual_rows(const Adapter* adapter, std::int64_t position, std::int64_t count,
+                                        std::int64_t begin, float* gradients) {
+  const std::int64_t all = adapter == nullptr ? 0 : adapter->layout.num_virtual_tokens;
+  if (position >= all) return {};
+  return adapter->virtual_rows(position, std::min(count, all - position), begin, gradients);
+}
 
 // Few sizes, so that few are recorded; close to the rows that there are, as those behind them cost their GEMMs' time.
 std::int64_t round_rows(std::int64_t rows) {
@@ -210,7 +219,13 @@ Executor::Layout Executor::lay_out(std::span<const RowGroup> groups) {
   if (!layout.fixed) {
     forward_.clear_segments();
     for (const auto& s : segments) add_segment(forward_, s, nullptr);
+    for (std::size_t g = 0; g < groups.size(); ++g)
+      if (const auto rows = virtual_rows(groups[g].adapter, groups[g].position,
+                                         static_cast<std::int64_t>(groups[g].tokens.size()), layout.row_begin[g], nullptr))
+        forward_.add_virtual_rows(*rows);
   }
+  // Virtual tokens have no embedding of their own; that of the first token is replaced, or of no use.
+  for (auto& token : tokens) token = std::max(token, 0);
   forward_.batch.token_ids = forward_.staged(IndexArray::kTokens, DType::kInt32, tokens);
   forward_.batch.positions = forward_.staged(IndexArray::kPositions, DType::kInt32, positions);
   forward_.batch.spans = spans_;
@@ -349,7 +364,7 @@ void Executor::run_loss(const Layout& layout, const TensorView& hidden) {
     const auto& group = layout.groups[g];
     if (group.train == nullptr) continue;
     program = group.train->program;
-    const auto& all = group.train->example->labels;
+    const auto& all = group.train->labels;
     std::int64_t count = 0;
     for (std::size_t i = 0; i < group.tokens.size(); ++i) {
       const std::size_t next = static_cast<std::size_t>(group.position) + i + 1;
@@ -393,7 +408,8 @@ void Executor::run_score(const Layout& layout, const TensorView& hidden) {
   std::vector<std::int32_t> rows, labels;
   for (std::size_t g = 0; g < layout.groups.size(); ++g)
     for (std::size_t i = 0; i < layout.groups[g].score_labels.size(); ++i) {
-      rows.push_back(static_cast<std::int32_t>(layout.row_begin[g] + static_cast<std::int64_t>(i)));
+      rows.push_back(static_cast<std::int32_t>(layout.row_begin[g] + layout.groups[g].score_from +
+                                               static_cast<std::int64_t>(i)));
       labels.push_back(layout.groups[g].score_labels[i]);
     }
   if (rows.empty()) return;
@@ -450,7 +466,10 @@ void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
     TrainState& train = *all[i].train;
     const auto [begin, end] = std::pair(all[i].begin, all[i].end);
     if (end == train.length()) run(backward_.context(), ZeroArgs{train.kv_gradients()});
-    tokens.insert(tokens.end(), train.example->input_ids.begin() + begin, train.example->input_ids.begin() + end);
+    for (std::int64_t t = begin; t < end; ++t)
+      tokens.push_back(std::max(train.tokens[static_cast<std::size_t>(t)], 0));
+    if (const auto virtual_part = virtual_rows(train.adapter.get(), begin, end - begin, row, train.gradients))
+      backward_.add_virtual_rows(*virtual_part);
     for (std::int64_t i = begin; i < end; ++i) positions.push_back(static_cast<std::int32_t>(i));
     spans.push_back({{row, row + end - begin, begin, train.block_table->data()}, train.grad_k(), train.grad_v()});
     row += end - begin;
@@ -498,6 +517,12 @@ void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
     const TensorView store = rows.train->grad_hidden(rows.begin, rows.end);
     const TensorView part = out.rows(at, at + rows.end - rows.begin);
     if (part.data() != store.data()) run(backward_.context(), CopyArgs{part, store});
+    // The gradient of the first layer's input is that of the embeddings.
+    if (const auto v = layer > 0 ? std::nullopt
+                                 : virtual_rows(rows.train->adapter.get(), rows.begin, rows.end - rows.begin, 0,
+                                                rows.train->gradients);
+        v && v->prompt)
+      run(backward_.context(), CopyArgs{store.rows(v->begin, v->end), v->grad, GradMode::kAccumulate});
     at += rows.end - rows.begin;
   }
 }

@@ -20,13 +20,14 @@ namespace flexcore {
 
 /// Consecutive tokens of one sequence that go through the forward together.
 struct RowGroup {
-  std::span<const std::int32_t> tokens;  // of the rows
+  std::span<const std::int32_t> tokens;  // of the rows; virtual ones are negative
   std::int64_t position = 0;             // of the first row
   const std::int32_t* block_table = nullptr;
   const Adapter* adapter = nullptr;            // null: base model
   std::int64_t sampled = 0;                    // logits are made for the last so many rows
   TrainState* train = nullptr;                 // rows of a finetune window: saved, and their loss taken
-  std::span<const std::int32_t> score_labels;  // next token of the first rows: their log-probabilities are wanted
+  std::int64_t score_from = 0;                 // the row that the first score label follows
+  std::span<const std::int32_t> score_labels;  // next token of the rows from there: their log-probabilities are wanted
   float* score = nullptr;                      // one a score label
 };
 

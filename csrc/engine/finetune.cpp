@@ -21,7 +21,8 @@ void Engine::Impl::fail_job(TrainingJob& job, const std::string& error) {
   job_events.push_back(event_of(job));
 }
 
-void Engine::Impl::validate(const std::vector<Example>& examples, const BypassSet& bypasses) {
+void Engine::Impl::validate(const std::vector<Example>& examples, const AdapterLayout& layout) {
+  const std::int64_t ahead = layout.num_virtual_tokens;
   require(!examples.empty(), "examples: empty, wanted at least one");
   for (std::size_t i = 0; i < examples.size(); ++i) {
     const auto& example = examples[i];
@@ -30,18 +31,18 @@ void Engine::Impl::validate(const std::vector<Example>& examples, const BypassSe
     require(example.labels.size() == example.input_ids.size(), where, ".labels: ", example.labels.size(),
             " labels, wanted as many as input_ids (", length, ")");
     require(length >= 2, where, ".input_ids: ", length, " tokens, wanted at least 2");
-    require(length <= sizes.max_model_len, where, ".input_ids: ", length, " tokens, wanted at most max_model_len (",
-            sizes.max_model_len, ")");
+    require(length + ahead <= sizes.max_model_len, where, ".input_ids: ", length, " tokens, wanted at most max_model_len (",
+            sizes.max_model_len, ")", ahead > 0 ? str(" less ", ahead, " virtual tokens") : "");
     check_tokens(example.input_ids, (where + ".input_ids").c_str());
     for (std::size_t t = 0; t < example.labels.size(); ++t)
       require(example.labels[t] == -100 || (example.labels[t] >= 0 && example.labels[t] < model.vocab_size), where,
               ".labels: ", example.labels[t], " at position ", t, ", wanted -100 or a token id below ",
               model.vocab_size);
-    require(count_targets(example) > 0, where, ".labels: no target (all are -100 after the first), nothing to learn");
-    const std::int64_t pages = (length + sizes.limits.block_size - 1) / sizes.limits.block_size;
+    require(count_targets(example, layout) > 0, where, ".labels: no target (all are -100 after the first), nothing to learn");
+    const std::int64_t pages = (length + ahead + sizes.limits.block_size - 1) / sizes.limits.block_size;
     require(pages <= blocks.num_blocks(), where, ": ", length, " tokens need ", pages, " pages, but the pool has ",
             blocks.num_blocks(), "; raise kv_cache_memory_bytes");
-    executor->reserve(fitting_program(model, compiled, bypasses, length, config.finetune_memory_bytes, where));
+    executor->reserve(fitting_program(model, compiled, layout.bypasses(), length + ahead, config.finetune_memory_bytes, where));
   }
 }
 
@@ -58,7 +59,7 @@ JobId Engine::Impl::start_job(const std::string& adapter, std::vector<Example> e
   check(settings);
   require(!is_training(adapter), "adapter \"", adapter, "\" is being trained by another job");
   check_trainable(*target);
-  validate(examples, target->layout.bypasses());
+  validate(examples, target->layout);
   auto job = std::make_unique<TrainingJob>(next_job++, adapter, std::move(examples), settings);
   job->allocate(context, device->allocator(), ledger, target->layout.num_parameters);
   return begin(std::move(job));
@@ -82,7 +83,7 @@ JobId Engine::Impl::resume_finetune(const std::string& directory, std::vector<Ex
   const auto adapter = adapters.read(name, directory);
   adapter->version = checkpoint.version;
   check_trainable(*adapter);
-  validate(examples, adapter->layout.bypasses());
+  validate(examples, adapter->layout);
   auto job = std::make_unique<TrainingJob>(next_job++, name, std::move(examples), checkpoint.config);
   job->step = checkpoint.step;
   job->loss = checkpoint.loss;
@@ -115,13 +116,14 @@ void Engine::Impl::start_batch(TrainingJob& job) {
   job.batch_targets = 0;
   job.batch_loss = 0.0;
   job.sequences_done = 0;
-  for (const auto index : batch) job.batch_targets += count_targets(job.examples[static_cast<std::size_t>(index)]);
+  for (const auto index : batch) job.batch_targets += count_targets(job.examples[static_cast<std::size_t>(index)], adapter->layout);
   const float scale = 1.0f / static_cast<float>(job.batch_targets);
   std::int64_t occurrence = job.step * job.config.batch_size;  // of all examples of the job, in order
   for (const auto index : batch) {
     const Example& example = job.examples[static_cast<std::size_t>(index)];
     TrainingProgram& program =
-        fitting_program(model, compiled, adapter->layout.bypasses(), static_cast<std::int64_t>(example.input_ids.size()),
+        fitting_program(model, compiled, adapter->layout.bypasses(),
+                        static_cast<std::int64_t>(example.input_ids.size()) + adapter->layout.num_virtual_tokens,
                         config.finetune_memory_bytes, "finetune_memory_bytes");
     executor->reserve(program);
     auto state = std::make_unique<TrainState>(example, adapter, program, job.gradients(), scale);
@@ -149,8 +151,9 @@ void Engine::Impl::finish_sequences(TrainingJob& job) {
   for (auto& state : job.sequences) {
     if (!state || !in_flight.at(state->id)->sequence.done) continue;
     job.batch_loss += state->loss_sum;
-    job.trained_tokens += state->length();
-    counters["finetune_trained_tokens"] += static_cast<double>(state->length());
+    const auto trained = static_cast<std::int64_t>(state->example->input_ids.size());
+    job.trained_tokens += trained;
+    counters["finetune_trained_tokens"] += static_cast<double>(trained);
     in_flight.erase(state->id);
     state.reset();
     ++job.sequences_done;

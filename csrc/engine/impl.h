@@ -32,6 +32,11 @@ struct RequestState {
   std::vector<std::pair<std::int32_t, float>> logit_bias;
   std::vector<std::int32_t> end_tokens;  // that end it
   std::vector<float> prompt_logprobs;    // [prompt - 1] if they are wanted
+
+  std::int64_t num_virtual_tokens() const { return adapter == nullptr ? 0 : adapter->layout.num_virtual_tokens; }
+  std::int64_t num_cached_tokens() const {  // of the prompt as it was given
+    return std::max<std::int64_t>(0, sequence.num_cached_tokens - num_virtual_tokens());
+  }
 };
 
 /// Sizes that follow from a model, a configuration and the machine, before anything is allocated; the engine and its
@@ -88,6 +93,7 @@ struct Engine::Impl {
   void check_tokens(std::span<const std::int32_t> tokens, const char* argument) const;
   RequestId submit(const Request& request);
   void validate(const Request& request) const;
+  std::int64_t num_virtual_tokens(const Request& request) const;
   std::int64_t max_total_tokens(const Request& request) const;
   void finish(RequestId id);
   void end_early(RequestId id, FinishReason reason, const std::string& error = {});
@@ -109,7 +115,7 @@ struct Engine::Impl {
   JobId start_job(const std::string& adapter, std::vector<Example> examples, const FinetuneConfig& config);
   JobId resume_finetune(const std::string& directory, std::vector<Example> examples);
   JobId begin(std::unique_ptr<TrainingJob> job);
-  void validate(const std::vector<Example>& examples, const BypassSet& bypasses);
+  void validate(const std::vector<Example>& examples, const AdapterLayout& layout);
   void check_trainable(const Adapter& adapter) const;
   TrainingJob& find_job(JobId id) const;
   void start_batch(TrainingJob& job);

@@ -59,10 +59,13 @@ void Lane::clear_segments() {
   for (const auto site : sites_in_use_) segments_[static_cast<std::size_t>(site)].clear();
   sites_in_use_.clear();
   batch.sites = segments_;
+  virtual_rows_.clear();
+  batch.virtual_rows = virtual_rows_;
 }
 
 void Lane::add_segments(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients,
                         const SegmentDropout* dropout) {
+  if (adapter.layout.num_virtual_tokens > 0) return;  // rows of their own
   for (const auto& module : adapter.layout.modules) {
     auto& segments = segments_[static_cast<std::size_t>(module.bypass.site)];
     if (segments.empty()) sites_in_use_.push_back(module.bypass.site);
@@ -77,6 +80,7 @@ void Lane::begin_fixed_segments(std::size_t count, std::int64_t num_rows) {
     segments.lora.assign(count, {.begin = num_rows, .end = num_rows});
   }
   batch.sites = fixed_segments_;
+  batch.virtual_rows = {};
 }
 
 void Lane::set_fixed_segments(std::size_t index, const Adapter& adapter, std::int64_t begin, std::int64_t end) {

@@ -52,6 +52,10 @@ class Lane {
   }
 
   void clear_segments();
+  void add_virtual_rows(const VirtualRows& rows) {
+    virtual_rows_.push_back(rows);
+    batch.virtual_rows = virtual_rows_;
+  }
   /// `dropout`: of the rows' sequence; null: none.
   void add_segments(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients,
                     const SegmentDropout* dropout);
@@ -75,6 +79,7 @@ class Lane {
   std::vector<SiteSegments> segments_;        // by site
   std::vector<SiteSegments> fixed_segments_;  // by site; `lora` is never moved
   std::vector<SiteId> sites_in_use_;
+  std::vector<VirtualRows> virtual_rows_;
 };
 
 }  // namespace flexcore

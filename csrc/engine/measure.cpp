@@ -28,12 +28,16 @@ class TemporaryPages {
 
 }  // namespace
 
-void Engine::Impl::forward_alone(std::span<const std::int32_t> tokens, const Adapter* adapter, float* scores,
+void Engine::Impl::forward_alone(std::span<const std::int32_t> token_ids, const Adapter* adapter, float* scores,
                                  float* logits) {
+  check_tokens(token_ids, "token_ids");
+  const std::int64_t ahead = adapter == nullptr ? 0 : adapter->layout.num_virtual_tokens;
+  std::vector<std::int32_t> all;
+  with_virtual_tokens(token_ids, ahead, all);
+  const std::span<const std::int32_t> tokens(all);
   const auto length = static_cast<std::int64_t>(tokens.size());
-  check_tokens(tokens, "token_ids");
-  require(length <= sizes.max_model_len, "token_ids: ", length, " tokens, wanted at most max_model_len (",
-          sizes.max_model_len, ")");
+  require(length <= sizes.max_model_len, "token_ids: ", token_ids.size(), " tokens, wanted at most max_model_len (",
+          sizes.max_model_len, ")", ahead > 0 ? str(" less ", ahead, " virtual tokens") : "");
   std::vector<std::int32_t> table;
   const TemporaryPages pages(blocks, table, length);
   const std::int64_t chunk = logits != nullptr ? sizes.limits.max_sampled_rows : sizes.limits.max_rows;
@@ -43,15 +47,18 @@ void Engine::Impl::forward_alone(std::span<const std::int32_t> tokens, const Ada
       return tokens.subspan(static_cast<std::size_t>(from), static_cast<std::size_t>(to - from));
     };
     RowGroup group{.tokens = part(begin, end), .position = begin, .block_table = table.data(), .adapter = adapter};
+    const std::int64_t first = std::max(begin, std::min(ahead, end));  // of the rows that are no virtual tokens
     if (scores != nullptr) {
-      group.score_labels = part(begin + 1, std::min(length, end + 1));
-      group.score = scores + begin;
+      group.score_from = first - begin;
+      if (first < end) group.score_labels = part(first + 1, std::min(length, end + 1));
+      group.score = scores + (first - ahead);
     } else {
-      group.sampled = end - begin;
+      group.sampled = end - first;
     }
     const TensorView rows = executor->forward({&group, 1});
     executor->finish_forward();
-    if (logits != nullptr) device->allocator().download(logits + begin * model.vocab_size, rows.data(), rows.bytes());
+    if (logits != nullptr && first < end)
+      device->allocator().download(logits + (first - ahead) * model.vocab_size, rows.data(), rows.bytes());
   }
 }
 
@@ -62,9 +69,10 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
   require(window_tokens >= 0, "window_tokens: ", window_tokens, ", wanted >= 0");
   require(backward_window_tokens >= 0, "backward_window_tokens: ", backward_window_tokens, ", wanted >= 0");
   if (dropout_seed) check_trainable(*adapter);
-  validate(examples, adapter->layout.bypasses());
+  validate(examples, adapter->layout);
   std::size_t longest = 0;
   for (const auto& example : examples) longest = std::max(longest, example.input_ids.size());
+  longest += static_cast<std::size_t>(adapter->layout.num_virtual_tokens);
   TrainingProgram& program = fitting_program(model, compiled, adapter->layout.bypasses(), static_cast<std::int64_t>(longest),
                                              config.finetune_memory_bytes, "examples");
   executor->reserve(program);
@@ -74,7 +82,7 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
   run(context, ZeroArgs{gradients.view(DType::kFloat32, {adapter->layout.num_parameters})});
 
   std::int64_t targets = 0;
-  for (const auto& example : examples) targets += count_targets(example);
+  for (const auto& example : examples) targets += count_targets(example, adapter->layout);
   struct Progress {
     std::vector<std::int32_t> block_table;
     std::int64_t forward_done = 0, rows_left = 0;
@@ -106,7 +114,7 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
       if (done == state->length()) continue;
       more = true;
       if (count == 0) break;
-      const std::span<const std::int32_t> tokens(state->example->input_ids);
+      const std::span<const std::int32_t> tokens(state->tokens);
       groups.push_back({.tokens = tokens.subspan(static_cast<std::size_t>(done), static_cast<std::size_t>(count)),
                         .position = done,
                         .block_table = sequence->block_table.data(),

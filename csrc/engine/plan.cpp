@@ -117,7 +117,8 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
                    scratch.backward + programs;
   if (two_lanes && !config.enforce_eager) plan.workspace += static_cast<std::int64_t>(Executor::kMostRecordedBytes);
   if (!adapter) return plan;
-  const AdapterLayout layout = lay_out(*adapter, compiled.base().sites);
+  const AdapterLayout layout = lay_out(*adapter, compiled.base());
+  sequence_length += layout.num_virtual_tokens;
   const TrainingProgram& program = fitting_program(model, compiled, layout.bypasses(), sequence_length,
                                                    config.finetune_memory_bytes, "sequence_length");
   plan.workspace += std::max<std::int64_t>(0, programs_bytes(program) - programs);

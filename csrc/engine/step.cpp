@@ -89,17 +89,19 @@ void Engine::Impl::run_plan(StepPlan& plan, double begin_ms, StepReport& report)
                       .block_table = work.sequence->block_table.data(),
                       .adapter = request.adapter.get(),
                       .sampled = work.sample ? 1 : 0});
-    if (const std::int64_t labels = std::min(work.end + 1, work.sequence->num_prompt_tokens) - work.begin - 1;
+    const std::int64_t first = std::max(work.begin, request.num_virtual_tokens());
+    if (const std::int64_t labels = std::min(work.end + 1, work.sequence->num_prompt_tokens) - first - 1;
         request.sampling.prompt_logprobs && work.sequence->num_generated() == 0 && labels > 0) {
+      groups.back().score_from = first - work.begin;
       groups.back().score_labels =
-          tokens.subspan(static_cast<std::size_t>(work.begin + 1), static_cast<std::size_t>(labels));
-      groups.back().score = request.prompt_logprobs.data() + work.begin;
+          tokens.subspan(static_cast<std::size_t>(first + 1), static_cast<std::size_t>(labels));
+      groups.back().score = request.prompt_logprobs.data() + (first - request.num_virtual_tokens());
     }
     if (work.sample) sampled.push_back(&request);
   }
   for (const auto& window : plan.forward) {
     TrainState& state = state_of(*window.sequence);
-    const std::span<const std::int32_t> tokens(state.example->input_ids);
+    const std::span<const std::int32_t> tokens(state.tokens);
     groups.push_back({.tokens = tokens.subspan(static_cast<std::size_t>(window.begin),
                                                static_cast<std::size_t>(window.end - window.begin)),
                       .position = window.begin,
@@ -164,6 +166,7 @@ std::vector<SamplingResult> Engine::Impl::sample(const std::vector<RequestState*
     const auto& s = request.sampling;
     const std::span<const std::int32_t> tokens(request.sequence.tokens);
     const auto prompt = static_cast<std::size_t>(request.sequence.num_prompt_tokens);
+    const auto ahead = static_cast<std::size_t>(request.num_virtual_tokens());
     const bool too_early = request.sequence.num_generated() < s.min_tokens;
     params.push_back(
         {.temperature = static_cast<float>(s.temperature),
@@ -175,7 +178,7 @@ std::vector<SamplingResult> Engine::Impl::sample(const std::vector<RequestState*
          .repetition_penalty = static_cast<float>(s.repetition_penalty),
          .seed = request.seed,
          .counter = static_cast<std::uint64_t>(request.sequence.num_generated()),
-         .prompt = tokens.first(prompt),
+         .prompt = tokens.subspan(ahead, prompt - ahead),
          .generated = tokens.subspan(prompt),
          .logit_bias = request.logit_bias,
          .forbidden = too_early ? std::span<const std::int32_t>(request.end_tokens) : std::span<const std::int32_t>(),
@@ -208,7 +211,7 @@ void Engine::Impl::emit_token(RequestState& request, const SamplingResult& resul
   TokenEvent event{.request_id = sequence.id,
                    .token_id = result.token,
                    .logprob = result.logprob,
-                   .num_cached_tokens = sequence.num_cached_tokens,
+                   .num_cached_tokens = request.num_cached_tokens(),
                    .queue_ms = sequence.first_step_ms - sequence.arrival_ms,
                    .ttft_ms = sequence.first_token_ms - sequence.arrival_ms};
   event.top_logprobs.assign(result.top.begin(), result.top.end());

@@ -52,6 +52,7 @@ TensorId GraphBuilder::embedding(const std::string& name, ParamId weight) {
   const TensorId y = tensor(name, p.in_features, DType::kFloat32, RowSet::kTokens);
   graph_.tensors[static_cast<std::size_t>(y)].keep_dtype = compute_;
   node(embedding_op(weight), {}, {y});
+  graph_.embedding = y;
   return y;
 }
 
@@ -98,6 +99,8 @@ TensorId GraphBuilder::attention(const std::string& name, TensorId q, TensorId k
   const TensorId lse = tensor(name + ".lse", shape.num_heads, DType::kFloat32, RowSet::kTokens);
   node(attention_op(shape), {q, k, v}, {y, lse});
   for (const auto id : {k, v}) graph_.tensors[static_cast<std::size_t>(id)].in_pages = true;
+  graph_.keys_values.emplace_back(k, v);
+  graph_.num_heads = shape.num_heads, graph_.num_kv_heads = shape.num_kv_heads;
   return y;
 }
 

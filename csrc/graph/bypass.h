@@ -21,10 +21,13 @@ enum class BypassKind : std::uint8_t {
   kOutputScale,  // product *= scale: (IA)^3
   kInputScale,   // x *= scale: (IA)^3 of feedforward modules
   kSeries,       // product += scaling * act(product A^T) B^T: a bottleneck adapter
+  // And, elsewhere, of virtual tokens:
+  kPrompt,  // their embeddings
+  kPrefix,  // their keys and values in one layer
 };
 
 struct Bypass {
-  SiteId site = 0;
+  SiteId site = 0;  // kPrompt: 0; kPrefix: the layer
   BypassKind kind = BypassKind::kLora;
   auto operator<=>(const Bypass&) const = default;
 };
@@ -34,6 +37,14 @@ using BypassSet = std::set<Bypass>;
 struct SegmentDropout {
   DropoutMask mask;           // p 0: none
   std::int64_t position = 0;  // of the segment's first row in its sequence
+};
+
+/// Rows of a batch that are virtual tokens.
+struct VirtualRows {
+  std::int64_t begin = 0, end = 0;
+  TensorView prompt;  // [rows, hidden_size] float32: their embeddings; or empty
+  TensorView prefix;  // [rows, 2 * num_layers * kv_width] float32: by layer a key, already rotated, and a value; or empty
+  TensorView grad;    // like the one that there is; backward only, += always
 };
 
 /// The rows of a batch that have a bypass at one linear, by what it does; each list in ascending disjoint rows.

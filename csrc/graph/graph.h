@@ -2,6 +2,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "graph/operator.h"
@@ -56,6 +57,9 @@ class Graph {
   std::vector<GraphParam> params;
   std::vector<LinearSite> sites;
   int num_layers = 0;
+  TensorId embedding = kNoTensor;                           // input of the first layer
+  std::vector<std::pair<TensorId, TensorId>> keys_values;  // by layer, as attention writes them to its pages
+  std::int64_t num_heads = 0, num_kv_heads = 0;
   TensorId hidden = kNoTensor;  // residual stream after the last layer
   TensorId logits = kNoTensor;  // [sampled rows, vocab_size]
 

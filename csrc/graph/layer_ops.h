@@ -20,6 +20,10 @@ struct AttentionShape {
   float scale = 1.0f;
   std::int64_t sliding_window = 0;  // 0: none
 };
+/// in: x; out: x with the embeddings of virtual tokens, in place. Their gradient is that of the first layer's input.
+std::shared_ptr<const Operator> prompt_op();
+/// in: k (rotated), v; out: both, with those of virtual tokens, in place.
+std::shared_ptr<const Operator> prefix_op();
 /// in: q, k (rotated), v; out: y, lse [kTokens, num_heads]. Writes k and v to the layer's pages.
 std::shared_ptr<const Operator> attention_op(const AttentionShape& shape);
 /// in: gate, up; out: silu(gate) * up.

@@ -36,6 +36,7 @@ struct BatchState {
   std::span<const AttentionBackwardSpan> backward_spans;
   std::span<const KvPages> pages;       // by layer
   std::span<const SiteSegments> sites;  // by LinearSite
+  std::span<const VirtualRows> virtual_rows;
   TensorView sampled_rows, target_rows;            // int32 rows of the batch
   TensorView labels, grad_scale, loss;             // [target rows] int32, float32, float32
 };

@@ -70,7 +70,24 @@ void Adapter::add_rows(const AdapterModule& module, std::int64_t begin, std::int
     case BypassKind::kSeries:
       site.series.push_back(lora_segment(module, begin, end, gradients));
       return;
+    case BypassKind::kPrompt:
+    case BypassKind::kPrefix:  // rows of their own
+      return;
   }
+}
+
+VirtualRows Adapter::virtual_rows(std::int64_t first, std::int64_t count, std::int64_t begin,
+                                  float* gradients) const {
+  const AdapterArray& array = layout.arrays.front();
+  const auto rows = [&](float* values) {
+    return TensorView(values + array.offset, DType::kFloat32, {array.shape[0], array.shape[1]})
+        .rows(first, first + count);
+  };
+  VirtualRows result{.begin = begin, .end = begin + count};
+  const bool is_prompt = layout.modules.front().bypass.kind == BypassKind::kPrompt;
+  (is_prompt ? result.prompt : result.prefix) = rows(parameters());
+  if (gradients != nullptr) result.grad = rows(gradients);
+  return result;
 }
 
 std::vector<AdapterTensor> adapter_tensors(const Adapter& adapter, const float* values) {
@@ -80,9 +97,9 @@ std::vector<AdapterTensor> adapter_tensors(const Adapter& adapter, const float* 
   return tensors;
 }
 
-AdapterStore::AdapterStore(const std::vector<LinearSite>& sites, OpContext& context, const WeightStore& weights,
-                           Allocator& allocator, MemoryLedger& ledger)
-    : sites_(sites), context_(context), weights_(weights), allocator_(allocator), ledger_(ledger) {}
+AdapterStore::AdapterStore(const Graph& base, OpContext& context, const WeightStore& weights, Allocator& allocator,
+                           MemoryLedger& ledger)
+    : base_(base), context_(context), weights_(weights), allocator_(allocator), ledger_(ledger) {}
 
 void AdapterStore::require_free(const std::string& name) const {
   require(!newest_.contains(name), "adapter \"", name, "\" is loaded already; unload it first");
@@ -100,11 +117,11 @@ std::shared_ptr<Adapter> AdapterStore::place(const std::string& name, const Adap
   require(!name.empty(), "adapter name: empty, wanted at least one character");
   auto adapter = std::make_shared<Adapter>();
   adapter->name = name;
-  adapter->config = config;
+  adapter->config = completed(config, base_);
   adapter->layout = std::move(layout);
   for (const auto& module : adapter->layout.modules) {
-    const bool biased = sites_[static_cast<std::size_t>(module.bypass.site)].bias;
-    adapter->bias_.push_back(module.bypass.kind == BypassKind::kDora && biased
+    adapter->bias_.push_back(module.bypass.kind == BypassKind::kDora &&
+                                     base_.sites[static_cast<std::size_t>(module.bypass.site)].bias
                                  ? weights_.vector(module.path + ".bias").as<float>()
                                  : nullptr);
     adapter->plain_lora_ = adapter->plain_lora_ && module.bypass.kind == BypassKind::kLora &&
@@ -113,6 +130,23 @@ std::shared_ptr<Adapter> AdapterStore::place(const std::string& name, const Adap
   allocate(*adapter);
   adapter->uid = next_uid_++;
   return adapter;
+}
+
+// Virtual tokens begin as these, in turn.
+void AdapterStore::embed(Adapter& adapter, const std::vector<std::int32_t>& token_ids) const {
+  if (token_ids.empty()) return;
+  const GraphParam& table = base_.params.front();
+  for (const auto id : token_ids)
+    require(id >= 0 && id < table.out_features, "init_token_ids: unknown token id ", id, ", wanted 0 <= id < ",
+            table.out_features);
+  const std::int64_t count = adapter.layout.num_virtual_tokens;
+  std::vector<std::int32_t> ids(static_cast<std::size_t>(count));
+  for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = token_ids[i % token_ids.size()];
+  const Arena::Scope scope(*context_.scratch);
+  const TensorView on_device = context_.scratch->tensor(DType::kInt32, {count});
+  allocator_.upload(on_device.data(), ids.data(), on_device.bytes());
+  run(context_, EmbeddingArgs{on_device, weights_.matrix(table.name),
+                              TensorView(adapter.parameters(), DType::kFloat32, {count, table.in_features})});
 }
 
 // Norms and scales of DoRA's rows.
@@ -138,10 +172,11 @@ void AdapterStore::derive(Adapter& adapter, bool magnitudes_are_norms) const {
 std::shared_ptr<Adapter> AdapterStore::create(const std::string& name, const AdapterConfig& config,
                                               std::uint64_t seed) {
   require_free(name);
-  auto adapter = place(name, config, lay_out(config, sites_));
+  auto adapter = place(name, config, lay_out(config, base_));
   std::vector<float> parameters(static_cast<std::size_t>(adapter->layout.num_parameters));
   std::visit([&](const auto& method) { initialize(method, adapter->layout, seed, parameters.data()); }, config);
   allocator_.upload(adapter->parameters(), parameters.data(), adapter->bytes());
+  if (const auto* prompt = std::get_if<PromptTuningConfig>(&config)) embed(*adapter, prompt->init_token_ids);
   derive(*adapter, true);
   newest_[name] = adapter;
   return adapter;
@@ -156,7 +191,7 @@ std::shared_ptr<Adapter> AdapterStore::load(const std::string& name, const std::
 
 std::shared_ptr<Adapter> AdapterStore::read(const std::string& name, const std::string& directory) {
   const PeftAdapter file = read_peft(directory);
-  auto adapter = place(name, file.config, lay_out(file.config, sites_));
+  auto adapter = place(name, file.config, lay_out(file.config, base_));
   const auto shape_text = [](const std::vector<std::int64_t>& shape) {
     std::string text;
     for (const auto extent : shape) text += str(text.empty() ? "" : ", ", extent);

@@ -37,6 +37,8 @@ class Adapter {
   /// `dropout` null: none.
   void add_rows(const AdapterModule& module, std::int64_t begin, std::int64_t end, float* gradients,
                 const SegmentDropout* dropout, SiteSegments& site) const;
+  /// Rows [begin, begin + count) of a batch that are the virtual tokens from `first` on; gradients as above.
+  VirtualRows virtual_rows(std::int64_t first, std::int64_t count, std::int64_t begin, float* gradients) const;
   LoraSegment lora_segment(const AdapterModule& module, std::int64_t begin, std::int64_t end,
                            float* gradients = nullptr) const;
 
@@ -52,8 +54,9 @@ class Adapter {
 class AdapterStore {
  public:
   /// `weights`: loaded by the time that an adapter is made. References must outlive the store.
-  AdapterStore(const std::vector<LinearSite>& sites, OpContext& context, const WeightStore& weights,
-               Allocator& allocator, MemoryLedger& ledger);
+  /// `base`: the model's graph without bypasses.
+  AdapterStore(const Graph& base, OpContext& context, const WeightStore& weights, Allocator& allocator,
+               MemoryLedger& ledger);
 
   /// A new adapter changes nothing. The name is not in use.
   std::shared_ptr<Adapter> create(const std::string& name, const AdapterConfig& config, std::uint64_t seed);
@@ -78,9 +81,10 @@ class AdapterStore {
   void require_free(const std::string& name) const;
   std::shared_ptr<Adapter> place(const std::string& name, const AdapterConfig& config, AdapterLayout layout);
   void allocate(Adapter& adapter) const;
+  void embed(Adapter& adapter, const std::vector<std::int32_t>& token_ids) const;
   void derive(Adapter& adapter, bool magnitudes_are_norms) const;
 
-  const std::vector<LinearSite>& sites_;
+  const Graph& base_;
   OpContext& context_;
   const WeightStore& weights_;
   Allocator& allocator_;

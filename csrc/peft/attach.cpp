@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "graph/layer_ops.h"
 #include "graph/linear_op.h"
 
 namespace flexcore {
@@ -22,6 +23,8 @@ class Attacher {
 
   void run() {
     for (auto& node : std::exchange(graph_.nodes, {})) {
+      layer_ = node.layer, phase_ = node.phase;
+      attach_prefix(node);
       for (auto& input : node.inputs) input = newest(input);
       const auto linear = std::dynamic_pointer_cast<const LinearOp>(node.op);
       const auto site = linear == nullptr || linear->members().size() != 1
@@ -31,6 +34,7 @@ class Attacher {
         graph_.add_node(std::move(node));
       else
         attach(site->second, *linear, std::move(node));
+      attach_prompt();
     }
     graph_.hidden = newest(graph_.hidden);
     graph_.logits = newest(graph_.logits);
@@ -38,9 +42,10 @@ class Attacher {
 
  private:
   bool serving() const { return bypasses_ == nullptr; }
-  bool has(BypassKind kind) const {
-    if (!serving()) return bypasses_->contains({site_, kind});
-    return kind != BypassKind::kInputScale || graph_.sites[static_cast<std::size_t>(site_)].sole_reader;
+  bool has(BypassKind kind) const { return has(kind, site_); }
+  bool has(BypassKind kind, SiteId site) const {
+    if (!serving()) return bypasses_->contains({site, kind});
+    return kind != BypassKind::kInputScale || graph_.sites[static_cast<std::size_t>(site)].sole_reader;
   }
   TensorId newest(TensorId tensor) const { return tensor < 0 ? tensor : current_[static_cast<std::size_t>(tensor)]; }
 
@@ -71,10 +76,30 @@ class Attacher {
     return product;
   }
 
+  // Once the embeddings are there.
+  void attach_prompt() {
+    if (graph_.nodes.back().outputs != std::vector<TensorId>{graph_.embedding} || !has(BypassKind::kPrompt, 0)) return;
+    current_[static_cast<std::size_t>(graph_.embedding)] = update(prompt_op(), {graph_.embedding}, graph_.embedding);
+  }
+  // Ahead of the layer's attention.
+  void attach_prefix(const Node& node) {
+    if (node.layer == kNoLayer || node.inputs.size() < 3 || !has(BypassKind::kPrefix, node.layer)) return;
+    const auto [k, v] = graph_.keys_values[static_cast<std::size_t>(node.layer)];
+    if (node.inputs[1] != k || node.inputs[2] != v) return;
+    std::vector<TensorId> inputs = {newest(k), newest(v)}, outputs;
+    for (const auto input : inputs) {
+      GraphTensor made = graph_.tensor(input);
+      made.name += ".prefixed";
+      graph_.tensors[static_cast<std::size_t>(input)].in_pages = false;
+      outputs.push_back(graph_.add_tensor(std::move(made)));
+    }
+    graph_.add_node({prefix_op(), std::move(inputs), outputs, layer_, phase_});
+    current_[static_cast<std::size_t>(k)] = outputs[0];
+    current_[static_cast<std::size_t>(v)] = outputs[1];
+  }
+
   void attach(SiteId site, const LinearOp& linear, Node node) {
     site_ = site;
-    layer_ = node.layer;
-    phase_ = node.phase;
     TensorId& x = node.inputs[0];
     if (has(BypassKind::kInputScale)) {
       require<Unsupported>(graph_.sites[static_cast<std::size_t>(site)].sole_reader, "input scale of ",
@@ -129,9 +154,9 @@ class Attacher {
 
 void attach_bypasses(Graph& graph, const BypassSet* bypasses) {
   if (bypasses != nullptr)
-    for (const auto& bypass : *bypasses)
-      require(bypass.site >= 0 && static_cast<std::size_t>(bypass.site) < graph.sites.size(), "attach_bypasses: site ",
-              bypass.site, " of ", graph.sites.size());
+    for (const auto& [site, kind] : *bypasses)
+      require(site >= 0 && static_cast<std::size_t>(site) < graph.sites.size(), "attach_bypasses: site ", site, " of ",
+              graph.sites.size());
   Attacher(graph, bypasses).run();
 }
 

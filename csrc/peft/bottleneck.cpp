@@ -22,16 +22,16 @@ Activation activation_of(const BottleneckConfig& config) {
 
 }  // namespace
 
-AdapterLayout lay_out(const BottleneckConfig& config, const std::vector<LinearSite>& sites) {
+AdapterLayout lay_out(const BottleneckConfig& config, const Graph& base) {
   require(config.bottleneck_size >= 1 && config.bottleneck_size <= LoraMatcher::kMaxRank, "bottleneck_size: ",
           config.bottleneck_size, ", wanted 1 to ", LoraMatcher::kMaxRank);
   require(std::isfinite(config.scaling), "scaling: ", config.scaling, ", wanted a finite number");
   const Activation activation = activation_of(config);
   const ModuleMatcher targets("target_modules", config.target_modules, config.target_modules_is_regex);
-  targets.require_targets(paths_of(sites));
+  targets.require_targets(paths_of(base.sites));
   AdapterLayout layout;
-  for (std::size_t i = 0; i < sites.size(); ++i) {
-    const auto& site = sites[i];
+  for (std::size_t i = 0; i < base.sites.size(); ++i) {
+    const auto& site = base.sites[i];
     if (!targets.targets(site.path)) continue;
     AdapterModule module{
         .bypass = {static_cast<SiteId>(i), config.use_parallel_adapter ? BypassKind::kLora : BypassKind::kSeries},

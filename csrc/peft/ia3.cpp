@@ -15,14 +15,14 @@ ModuleMatcher feedforward_matcher(const IA3Config& config) {
 
 }  // namespace
 
-AdapterLayout lay_out(const IA3Config& config, const std::vector<LinearSite>& sites) {
+AdapterLayout lay_out(const IA3Config& config, const Graph& base) {
   const ModuleMatcher targets("target_modules", config.target_modules, config.target_modules_is_regex);
-  targets.require_targets(paths_of(sites));
+  targets.require_targets(paths_of(base.sites));
   const ModuleMatcher feedforward = feedforward_matcher(config);
-  if (!config.feedforward_modules.empty()) feedforward.require_targets(paths_of(sites));
+  if (!config.feedforward_modules.empty()) feedforward.require_targets(paths_of(base.sites));
   AdapterLayout layout;
-  for (std::size_t i = 0; i < sites.size(); ++i) {
-    const auto& site = sites[i];
+  for (std::size_t i = 0; i < base.sites.size(); ++i) {
+    const auto& site = base.sites[i];
     if (!targets.targets(site.path)) continue;
     const bool of_input = feedforward.targets(site.path);
     require<Unsupported>(!of_input || site.sole_reader, "feedforward_modules: ", site.path,

@@ -14,7 +14,16 @@ std::int64_t AdapterArray::size() const {
   return size;
 }
 
-std::string peft_key(const AdapterArray& array) { return "base_model.model." + array.module + array.suffix; }
+std::string peft_key(const AdapterArray& array) {
+  return array.module.empty() ? array.suffix : "base_model.model." + array.module + array.suffix;
+}
+
+void with_virtual_tokens(std::span<const std::int32_t> token_ids, std::int64_t num_virtual_tokens,
+                         std::vector<std::int32_t>& all) {
+  all.clear();
+  for (std::int64_t i = 0; i < num_virtual_tokens; ++i) all.push_back(static_cast<std::int32_t>(-1 - i));
+  all.insert(all.end(), token_ids.begin(), token_ids.end());
+}
 
 BypassSet AdapterLayout::bypasses() const {
   BypassSet bypasses;
@@ -28,12 +37,12 @@ std::int64_t AdapterLayout::add(const std::string& module, const char* suffix, s
   return arrays.back().offset;
 }
 
-AdapterLayout lay_out(const AdapterConfig& config, const std::vector<LinearSite>& sites) {
-  return std::visit([&](const auto& method) { return lay_out(method, sites); }, config);
+AdapterLayout lay_out(const AdapterConfig& config, const Graph& base) {
+  return std::visit([&](const auto& method) { return lay_out(method, base); }, config);
 }
 
 std::string peft_type(const AdapterConfig& config) {
-  constexpr const char* kTypes[] = {"LORA", "IA3", "BOTTLENECK"};
+  constexpr const char* kTypes[] = {"LORA", "IA3", "BOTTLENECK", "PROMPT_TUNING", "PREFIX_TUNING"};
   return kTypes[config.index()];
 }
 

@@ -13,15 +13,20 @@
 
 namespace flexcore {
 
-/// One trainable array of an adapter. Its name in PEFT's files is "base_model.model." + module + suffix.
+/// One trainable array of an adapter. Its name in PEFT's files is "base_model.model." + module + suffix, or, without a
+/// module, the suffix.
 struct AdapterArray {
-  std::string module;  // path: "model.layers.0.self_attn.q_proj"
-  std::string suffix;  // ".lora_A.weight"
+  std::string module;  // path: "model.layers.0.self_attn.q_proj"; or ""
+  std::string suffix;  // ".lora_A.weight"; "prompt_embeddings"
   std::vector<std::int64_t> shape;
   std::int64_t offset = 0;  // in floats from the start of the adapter's parameters
   std::int64_t size() const;
 };
 std::string peft_key(const AdapterArray& array);
+
+/// Ids of `num_virtual_tokens` virtual tokens, -1, -2, ..., and then those given.
+void with_virtual_tokens(std::span<const std::int32_t> token_ids, std::int64_t num_virtual_tokens,
+                         std::vector<std::int32_t>& all);
 
 /// What an adapter does at one linear. Offsets are in floats: of the arrays from the start of its parameters.
 struct AdapterModule {
@@ -43,6 +48,7 @@ struct AdapterLayout {
   std::vector<AdapterArray> arrays;    // one after the other
   std::int64_t num_parameters = 0;
   std::int64_t num_derived = 0;  // floats that follow from parameters and weights, made anew for every version
+  std::int64_t num_virtual_tokens = 0;  // ahead of every sequence; the one array is then [num_virtual_tokens, width]
 
   BypassSet bypasses() const;
   /// The next array; returns its offset.
@@ -53,23 +59,36 @@ struct AdapterLayout {
 // InvalidArgument or Unsupported that names the field, for what does not fit the linears too.
 
 // lora.cpp: LoRA, rsLoRA, DoRA
-AdapterLayout lay_out(const LoraConfig& config, const std::vector<LinearSite>& sites);
+AdapterLayout lay_out(const LoraConfig& config, const Graph& base);
 void initialize(const LoraConfig& config, const AdapterLayout& layout, std::uint64_t seed, float* parameters);
 Json::Object to_peft(const LoraConfig& config);
 LoraConfig lora_from_peft(const JsonFields& fields);
 // ia3.cpp
-AdapterLayout lay_out(const IA3Config& config, const std::vector<LinearSite>& sites);
+AdapterLayout lay_out(const IA3Config& config, const Graph& base);
 void initialize(const IA3Config& config, const AdapterLayout& layout, std::uint64_t seed, float* parameters);
 Json::Object to_peft(const IA3Config& config);
 IA3Config ia3_from_peft(const JsonFields& fields);
 // bottleneck.cpp
-AdapterLayout lay_out(const BottleneckConfig& config, const std::vector<LinearSite>& sites);
+AdapterLayout lay_out(const BottleneckConfig& config, const Graph& base);
 void initialize(const BottleneckConfig& config, const AdapterLayout& layout, std::uint64_t seed, float* parameters);
 Json::Object to_peft(const BottleneckConfig& config);
 BottleneckConfig bottleneck_from_peft(const JsonFields& fields);
 
-AdapterLayout lay_out(const AdapterConfig& config, const std::vector<LinearSite>& sites);
-std::string peft_type(const AdapterConfig& config);  // "LORA", "IA3", "BOTTLENECK"
+// virtual_tokens.cpp
+AdapterLayout lay_out(const PromptTuningConfig& config, const Graph& base);
+AdapterLayout lay_out(const PrefixTuningConfig& config, const Graph& base);
+void initialize(const PromptTuningConfig& config, const AdapterLayout& layout, std::uint64_t seed, float* parameters);
+void initialize(const PrefixTuningConfig& config, const AdapterLayout& layout, std::uint64_t seed, float* parameters);
+PromptTuningConfig prompt_tuning_from_peft(const JsonFields& fields);
+PrefixTuningConfig prefix_tuning_from_peft(const JsonFields& fields);
+Json::Object to_peft(const PromptTuningConfig& config);
+Json::Object to_peft(const PrefixTuningConfig& config);
+
+/// `base`: a model's graph without bypasses.
+AdapterLayout lay_out(const AdapterConfig& config, const Graph& base);
+std::string peft_type(const AdapterConfig& config);  // "LORA", "IA3", "BOTTLENECK", "PROMPT_TUNING", "PREFIX_TUNING"
+/// With what a configuration says of the model, which is checked where it is there already.
+AdapterConfig completed(AdapterConfig config, const Graph& base);
 
 /// A PEFT list of names, or a string: a regular expression, or "all-linear" in any case.
 struct ModuleNames {

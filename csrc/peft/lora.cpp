@@ -28,12 +28,12 @@ Json alpha_json(double alpha) {
 
 }  // namespace
 
-AdapterLayout lay_out(const LoraConfig& config, const std::vector<LinearSite>& sites) {
+AdapterLayout lay_out(const LoraConfig& config, const Graph& base) {
   const LoraMatcher matcher(config);
-  matcher.modules().require_targets(paths_of(sites));
+  matcher.modules().require_targets(paths_of(base.sites));
   AdapterLayout layout;
-  for (std::size_t i = 0; i < sites.size(); ++i) {
-    const auto& site = sites[i];
+  for (std::size_t i = 0; i < base.sites.size(); ++i) {
+    const auto& site = base.sites[i];
     const auto resolved = matcher.resolve(site.path);
     if (!resolved) continue;
     AdapterModule module{.bypass = {static_cast<SiteId>(i), config.use_dora ? BypassKind::kDora : BypassKind::kLora},

@@ -30,6 +30,8 @@ struct Format {
   std::vector<std::string_view> optional;   // those of some adapters
   std::vector<std::string_view> options;    // that its reader takes
 };
+/// The one tensor of prompt and prefix tuning, which belongs to no module.
+constexpr std::string_view kVirtualTokens = "prompt_embeddings";
 const Format kFormats[] = {
     {"LORA",
      {".lora_A.weight", ".lora_B.weight"},
@@ -41,6 +43,16 @@ const Format kFormats[] = {
      {".adapter_down.weight", ".adapter_up.weight"},
      {},
      {"bottleneck_size", "non_linearity", "scaling", "use_parallel_adapter", "bias", "init_weights"}},
+    {"PROMPT_TUNING",
+     {kVirtualTokens},
+     {},
+     {"num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
+      "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"}},
+    {"PREFIX_TUNING",
+     {kVirtualTokens},
+     {},
+     {"num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
+      "encoder_hidden_size", "prefix_projection", "init_weights"}},
 };
 /// PEFT's copy of a frozen weight under an adapter, which it saves with lm_head.
 constexpr std::string_view kFrozen = ".base_layer.weight";
@@ -70,7 +82,7 @@ const Format& format_of(const JsonFields& fields) {
   const std::string type = fields.string_or("peft_type", "");
   for (const auto& format : kFormats)
     if (format.type == type) return format;
-  fields.fail<Unsupported>("peft_type", fields.find("peft_type"), "\"LORA\", \"IA3\" or \"BOTTLENECK\"");
+  fields.fail<Unsupported>("peft_type", fields.find("peft_type"), "\"LORA\", \"IA3\", \"BOTTLENECK\", \"PROMPT_TUNING\" or \"PREFIX_TUNING\"");
 }
 
 void refuse_other_options(const JsonFields& fields, const Json& json, const Format& format) {
@@ -92,6 +104,8 @@ void refuse_other_options(const JsonFields& fields, const Json& json, const Form
 AdapterConfig read_method(const JsonFields& fields, const Format& format) {
   if (format.type == "IA3") return ia3_from_peft(fields);
   if (format.type == "BOTTLENECK") return bottleneck_from_peft(fields);
+  if (format.type == "PROMPT_TUNING") return prompt_tuning_from_peft(fields);
+  if (format.type == "PREFIX_TUNING") return prefix_tuning_from_peft(fields);
   return lora_from_peft(fields);
 }
 
@@ -116,6 +130,10 @@ std::pair<std::string, std::string_view> split_name(const SafetensorsModel& file
   std::vector<std::string_view> suffixes = format.suffixes;
   if (dora) suffixes.insert(suffixes.end(), format.optional.begin(), format.optional.end());
   suffixes.push_back(kFrozen);
+  if (format.suffixes[0] == kVirtualTokens) {
+    if (name == kVirtualTokens) return {"", kVirtualTokens};
+    throw Unsupported(str(file.describe(entry), ": wanted ", kVirtualTokens));
+  }
   if (name.starts_with(kPrefix)) {
     name.remove_prefix(kPrefix.size());
     for (const auto suffix : suffixes)
@@ -141,8 +159,8 @@ void read_tensors(PeftAdapter& adapter, const std::string& path, const Format& f
   require<ModelLoadError>(!modules.empty(), path, ": no tensors");
   for (const auto& module : modules)
     for (const auto suffix : format.suffixes)
-      require<ModelLoadError>(adapter.find(module, std::string(suffix)) != nullptr, path, ": no tensor ", kPrefix,
-                              module, suffix);
+      require<ModelLoadError>(adapter.find(module, std::string(suffix)) != nullptr, path, ": no tensor ",
+                              peft_key({module, std::string(suffix), {}, 0}));
 }
 
 // Of LoRA: B's rank is A's, and what the config says.
@@ -183,8 +201,9 @@ Json config_json(const AdapterConfig& config, std::span<const AdapterTensor> ten
         json.emplace_back("inference_mode", true);
         json.emplace_back("peft_type", peft_type(config));
         json.emplace_back("revision", nullptr);
-        json.emplace_back("target_modules",
-                          target_json(method.target_modules, method.target_modules_is_regex, tensors));
+        if constexpr (requires { method.target_modules; })
+          json.emplace_back("target_modules",
+                            target_json(method.target_modules, method.target_modules_is_regex, tensors));
         json.emplace_back("task_type", "CAUSAL_LM");
         std::sort(json.begin(), json.end(), [](const auto& a, const auto& b) { return a.first < b.first; });
         return Json(std::move(json));
@@ -222,11 +241,13 @@ PeftAdapter read_peft(const std::string& directory) {
   const bool listed = fields.find("target_modules") != nullptr && (exceptions == nullptr || is_empty(*exceptions));
   std::visit(
       [&](auto& method) {
-        if (listed && !method.target_modules.empty()) return;
-        method.target_modules_is_regex = false;
-        std::set<std::string> modules;
-        for (const auto& [array, values] : adapter.tensors) modules.insert(array.module);
-        method.target_modules.assign(modules.begin(), modules.end());
+        if constexpr (requires { method.target_modules; }) {
+          if (listed && !method.target_modules.empty()) return;
+          method.target_modules_is_regex = false;
+          std::set<std::string> modules;
+          for (const auto& [array, values] : adapter.tensors) modules.insert(array.module);
+          method.target_modules.assign(modules.begin(), modules.end());
+        }
       },
       adapter.config);
   if (lora != nullptr) check_ranks(adapter, *lora, path);

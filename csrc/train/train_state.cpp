@@ -5,6 +5,14 @@
 
 namespace flexcore {
 
+namespace {
+
+bool first_is_target(const AdapterLayout& layout) {
+  return layout.num_virtual_tokens > 0 && layout.modules.front().bypass.kind == BypassKind::kPrompt;
+}
+
+}  // namespace
+
 TrainState::TrainState(const Example& example_, std::shared_ptr<Adapter> adapter_, TrainingProgram& program_,
                        float* gradients_, float grad_scale_)
     : example(&example_),
@@ -12,7 +20,12 @@ TrainState::TrainState(const Example& example_, std::shared_ptr<Adapter> adapter
       program(&program_),
       gradients(gradients_),
       grad_scale(grad_scale_) {
-  num_targets = count_targets(example_);
+  const AdapterLayout& layout = adapter->layout;
+  with_virtual_tokens(example_.input_ids, layout.num_virtual_tokens, tokens);
+  labels.assign(static_cast<std::size_t>(layout.num_virtual_tokens), -100);
+  labels.insert(labels.end(), example_.labels.begin(), example_.labels.end());
+  if (!first_is_target(layout)) labels[static_cast<std::size_t>(layout.num_virtual_tokens)] = -100;
+  num_targets = count_targets(example_, layout);
 }
 
 std::size_t TrainState::saved_bytes(const TrainingProgram& program, std::int64_t length) {
@@ -53,8 +66,9 @@ TensorView TrainState::kv_gradients() const {
   return TensorView(grad_k(), DType::kFloat32, {2 * length(), shape_.kv_width});
 }
 
-std::int64_t count_targets(const Example& example) {
-  return std::count_if(example.labels.begin() + (example.labels.empty() ? 0 : 1), example.labels.end(),
+std::int64_t count_targets(const Example& example, const AdapterLayout& layout) {
+  const bool skip = !example.labels.empty() && !first_is_target(layout);
+  return std::count_if(example.labels.begin() + (skip ? 1 : 0), example.labels.end(),
                        [](std::int32_t label) { return label != -100; });
 }
 

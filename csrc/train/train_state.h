@@ -26,6 +26,7 @@ class TrainState {
   std::int64_t id = 0;
   const std::vector<std::int32_t>* block_table = nullptr;  // pages of its keys and values
   const Example* example;
+  std::vector<std::int32_t> tokens, labels;  // of the example, behind the adapter's virtual tokens
   std::shared_ptr<Adapter> adapter;
   TrainingProgram* program;
   float* gradients;  // of the job, laid out as the adapter's parameters
@@ -49,14 +50,15 @@ class TrainState {
 
   static std::size_t saved_bytes(const TrainingProgram& program, std::int64_t length);
   static std::size_t gradient_bytes(const TrainShape& shape, std::int64_t length);
-  std::int64_t length() const { return static_cast<std::int64_t>(example->input_ids.size()); }
+  std::int64_t length() const { return static_cast<std::int64_t>(tokens.size()); }
 
  private:
   Buffer saved_, grads_;
   TrainShape shape_;
 };
 
-/// Rows of an example that have a target: labels[row + 1] != -100.
-std::int64_t count_targets(const Example& example);
+/// Rows of an example that have a target: labels[row + 1] != -100. Behind the virtual tokens of a prompt the first token
+/// can be one too, as in PEFT.
+std::int64_t count_targets(const Example& example, const AdapterLayout& layout);
 
 }  // namespace flexcore

@@ -11,7 +11,7 @@ __version__: str
 
 _Ids: TypeAlias = Sequence[int] | NDArray[np.integer[Any]]
 _Path: TypeAlias = str | os.PathLike[str]
-_AdapterConfig: TypeAlias = "LoraConfig | IA3Config | BottleneckConfig"
+_AdapterConfig: TypeAlias = "LoraConfig | IA3Config | BottleneckConfig | PromptTuningConfig | PrefixTuningConfig"
 
 class Error(RuntimeError): ...
 class InvalidArgument(Error, ValueError): ...
@@ -166,6 +166,36 @@ class BottleneckConfig:
         scaling: float = 1.0,
         use_parallel_adapter: bool = False,
         target_modules: str | Sequence[str] = ["o_proj", "down_proj"],
+    ) -> None: ...
+
+class PromptTuningConfig:
+    _fields: tuple[str, ...]
+    num_virtual_tokens: int
+    init_token_ids: list[int]
+    token_dim: int
+    num_layers: int
+    num_attention_heads: int
+    def __init__(
+        self,
+        num_virtual_tokens: int = 20,
+        init_token_ids: _Ids = [],
+        token_dim: int = 0,
+        num_layers: int = 0,
+        num_attention_heads: int = 0,
+    ) -> None: ...
+
+class PrefixTuningConfig:
+    _fields: tuple[str, ...]
+    num_virtual_tokens: int
+    token_dim: int
+    num_layers: int
+    num_attention_heads: int
+    def __init__(
+        self,
+        num_virtual_tokens: int = 20,
+        token_dim: int = 0,
+        num_layers: int = 0,
+        num_attention_heads: int = 0,
     ) -> None: ...
 
 class Example:

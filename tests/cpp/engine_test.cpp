@@ -72,9 +72,11 @@ TEST_F(EngineTest, AnySplitGivesTheSameGradients) {
   const JobId job = engine.finetune("a", examples(2), {.learning_rate = 0.05});  // B is no longer zero
   drain(engine);
   ASSERT_EQ(engine.job(job).status, JobStatus::kSucceeded);
-  const auto whole = engine.loss_and_gradients("a", examples(5));
+  const auto some = examples(test::emulated() ? 3 : 5);
+  const auto whole = engine.loss_and_gradients("a", some);
   for (const auto& [forward, backward] : {std::pair(1, 1), std::pair(5, 3), std::pair(16, 7)}) {
-    const auto split = engine.loss_and_gradients("a", examples(5), forward, backward);
+    if (test::emulated() && forward == 1) continue;
+    const auto split = engine.loss_and_gradients("a", some, forward, backward);
     EXPECT_NEAR(split.loss, whole.loss, 1e-6);
     expect_same_gradients(split, whole);
   }
@@ -111,11 +113,12 @@ TEST_F(EngineTest, RecomputingGivesTheSameGradients) {
 
 TEST_F(EngineTest, SmallPoolPreemptsAndFinishesEverything) {
   const std::int64_t block = 2 * kLayers * kKvHeads * (kHidden / kHeads) * 16 * 4;
-  Engine large = load(), small = load({.kv_cache_memory_bytes = 7 * block});
+  const int count = test::emulated() ? 4 : 7;
+  Engine large = load(), small = load({.kv_cache_memory_bytes = count * block});
   std::vector<Request> requests;
-  for (int i = 0; i < 7; ++i)
+  for (int i = 0; i < count; ++i)
     requests.push_back({.prompt_token_ids = tokens(10 + i, static_cast<std::uint64_t>(i)),
-                        .sampling = {.max_tokens = 40, .temperature = 0.0, .ignore_eos = true}});
+                        .sampling = {.max_tokens = 5 * count + 5, .temperature = 0.0, .ignore_eos = true}});
   large.submit_batch(requests);
   small.submit_batch(requests);
   small.create_adapter("a", {.r = 2}, 1);
@@ -202,7 +205,7 @@ TEST_F(EngineTest, ReplayedStepsGiveTheTokensOfEagerOnes) {
     engine.finetune("b", examples(2), {.learning_rate = 0.05});
     drain(engine);
     for (int round = 0; round < 3; ++round) {
-      for (int i = 0; i < (test::emulated() ? 6 : 8); ++i)
+      for (int i = 0; i < (test::emulated() ? 4 : 8); ++i)
         engine.submit({.prompt_token_ids = tokens(2 + 5 * (i + round), static_cast<std::uint64_t>(i)),
                        .sampling = {.max_tokens = 4 + 3 * i, .temperature = 0.0, .ignore_eos = true},
                        .adapter = round == 0   ? ""

@@ -229,3 +229,34 @@ def mask_dropouts(model: Any, p: float, seed: int) -> list[Masked]:
             module.lora_dropout["default"] = Masked(p, seed, site)
             masks.append(module.lora_dropout["default"])
     return masks
+
+
+def virtual_adapter(hf: Any, kind: str, count: int, seed: int) -> Any:
+    """PEFT's prompt or prefix tuning on a copy of `hf`, with random virtual tokens."""
+    make = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[kind]
+    model = peft.get_peft_model(copy.deepcopy(hf), make(task_type="CAUSAL_LM", num_virtual_tokens=count))
+    with torch.no_grad():
+        weight = model.prompt_encoder["default"].embedding.weight
+        weight.normal_(0.0, 0.5, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def virtual_logits(model: Any, tokens: Sequence[int]) -> torch.Tensor:
+    """[len, vocab_size] of the tokens, those of a prompt's virtual ones left out."""
+    return model(input_ids=torch.tensor([list(tokens)])).logits[0, -len(tokens) :].float()
+
+
+def virtual_gradients(model: Any, kind: str, examples: Sequence[fc.Example]) -> dict[str, Any]:
+    """As gradients(). Behind a prompt the first token is a target too."""
+    model.zero_grad()
+    first = 0 if kind == "prompt" else 1
+    count = sum(sum(label != -100 for label in example.labels[first:]) for example in examples)
+    value = 0.0
+    for example in examples:
+        outputs = model(input_ids=torch.tensor([example.input_ids])).logits[0].float()
+        outputs = outputs[-len(example.input_ids) - 1 + first : -1]
+        targets = torch.tensor(example.labels[first:])
+        total = torch.nn.functional.cross_entropy(outputs, targets, ignore_index=-100, reduction="sum")
+        (total / count).backward()
+        value += total.item() / count
+    return {"loss": value, "prompt_embeddings": model.prompt_encoder["default"].embedding.weight.grad.numpy().copy()}

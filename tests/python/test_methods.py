@@ -218,7 +218,7 @@ def test_refusals(shared_engine: MakeEngine, tiny_hf: Any, tmp_path: Path) -> No
         engine.create_adapter("a", fc.BottleneckConfig(bottleneck_size=0))
     with pytest.raises(fc.InvalidArgument, match="lora_dropout: 1"):
         engine.create_adapter("a", fc.LoraConfig(lora_dropout=1.0))
-    with pytest.raises(fc.InvalidArgument, match="LoraConfig, flexcore.IA3Config or flexcore.BottleneckConfig"):
+    with pytest.raises(fc.InvalidArgument, match="LoraConfig, IA3Config, BottleneckConfig, PromptTuningConfig or Prefix"):
         engine.create_adapter("a", {"r": 8})  # type: ignore[arg-type]
     engine.create_adapter("a", fc.LoraConfig(use_dora=True, lora_dropout=0.1))
     with pytest.raises(fc.Unsupported, match="lora_dropout: 0.1 .* use_dora"):

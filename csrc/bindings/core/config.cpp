@@ -109,6 +109,23 @@ void register_adapters(py::module_& m) {
   modules_property<&BottleneckConfig::target_modules, &BottleneckConfig::target_modules_is_regex>(bottleneck,
                                                                                                   "target_modules");
   bottleneck.done();
+  Record<PromptTuningConfig>(m, "PromptTuningConfig",
+                             "Prompt tuning (Lester et al. 2021): trainable embeddings ahead of every sequence, which "
+                             "begin as those of init_token_ids, if there are any. The last three are the model's.")
+      .field("num_virtual_tokens", &PromptTuningConfig::num_virtual_tokens)
+      .field("init_token_ids", &PromptTuningConfig::init_token_ids)
+      .field("token_dim", &PromptTuningConfig::token_dim)
+      .field("num_layers", &PromptTuningConfig::num_layers)
+      .field("num_attention_heads", &PromptTuningConfig::num_attention_heads)
+      .done();
+  Record<PrefixTuningConfig>(m, "PrefixTuningConfig",
+                             "Prefix tuning (Li and Liang 2021), without a projection: trainable keys and values of every "
+                             "layer ahead of every sequence. The last three are the model's.")
+      .field("num_virtual_tokens", &PrefixTuningConfig::num_virtual_tokens)
+      .field("token_dim", &PrefixTuningConfig::token_dim)
+      .field("num_layers", &PrefixTuningConfig::num_layers)
+      .field("num_attention_heads", &PrefixTuningConfig::num_attention_heads)
+      .done();
 }
 
 void register_finetune(py::module_& m) {

@@ -112,8 +112,10 @@ T convert(py::handle value, const std::string& where) {
   } else if constexpr (std::is_same_v<T, AdapterConfig>) {
     if (py::isinstance<IA3Config>(value)) return value.cast<IA3Config>();
     if (py::isinstance<BottleneckConfig>(value)) return value.cast<BottleneckConfig>();
+    if (py::isinstance<PromptTuningConfig>(value)) return value.cast<PromptTuningConfig>();
+    if (py::isinstance<PrefixTuningConfig>(value)) return value.cast<PrefixTuningConfig>();
     if (!py::isinstance<LoraConfig>(value))
-      refuse(where, value, "a flexcore.LoraConfig, flexcore.IA3Config or flexcore.BottleneckConfig");
+      refuse(where, value, "a flexcore.LoraConfig, IA3Config, BottleneckConfig, PromptTuningConfig or PrefixTuningConfig");
     return value.cast<LoraConfig>();
   } else {
     const std::string wanted = py::type::of<T>().attr("__name__").template cast<std::string>();

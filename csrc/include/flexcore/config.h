@@ -103,7 +103,23 @@ struct BottleneckConfig {
   bool target_modules_is_regex = false;
 };
 
-using AdapterConfig = std::variant<LoraConfig, IA3Config, BottleneckConfig>;
+/// Prompt tuning (Lester et al., arXiv 2104.08691): trainable embeddings ahead of every sequence. They take positions and
+/// pages as tokens do.
+struct PromptTuningConfig {
+  std::int64_t num_virtual_tokens = 20;
+  std::vector<std::int32_t> init_token_ids = {};  // whose embeddings are the first ones, in turn; empty: random
+  std::int64_t token_dim = 0, num_layers = 0, num_attention_heads = 0;  // as PEFT's files say them; 0: the model's
+};
+
+/// Prefix tuning (Li and Liang, arXiv 2101.00190), without a projection: trainable keys and values of every layer ahead
+/// of every sequence, at positions of their own.
+struct PrefixTuningConfig {
+  std::int64_t num_virtual_tokens = 20;
+  std::int64_t token_dim = 0, num_layers = 0, num_attention_heads = 0;  // of keys; 0: the model's
+};
+
+using AdapterConfig =
+    std::variant<LoraConfig, IA3Config, BottleneckConfig, PromptTuningConfig, PrefixTuningConfig>;
 
 /// One training sequence. labels[i] is the token at i if it is a target, -100 if not; the next-token shift is done
 /// inside.

@@ -63,7 +63,7 @@ struct StepReport {
 struct AdapterInfo {
   std::string name;
   std::int64_t version = 0;  // grows by one with every published training step
-  std::string peft_type;     // "LORA", "IA3", "BOTTLENECK"
+  std::string peft_type;     // "LORA", "IA3", "BOTTLENECK", "PROMPT_TUNING", "PREFIX_TUNING"
   std::int64_t rank = 0;     // the largest of its modules
   std::vector<std::string> target_modules;
   std::int64_t bytes = 0;
