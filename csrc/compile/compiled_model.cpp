@@ -20,13 +20,12 @@ void save_kept(TrainingProgram& program, const Graph& graph, const KeepPlan& pla
   program.saved_of_trunk.resize(trunk.tensors.size());
   for (const auto& kept : plan.kept) {
     const auto& tensor = graph.tensor(kept.tensor);
-    const std::size_t bytes = static_cast<std::size_t>(tensor.width) * dtype_size(tensor.keep_dtype);
-    program.choices.push_back({tensor.name, kept.layer, kept.keep, bytes});
+    program.choices.push_back({tensor.name, kept.layer, kept.keep, graph.kept_bytes(tensor)});
     if (kept.keep != Keep::kKept) continue;
     const TensorId in_trunk = trunk.find(tensor.layer, tensor.name);
     require<Error>(in_trunk != kNoTensor, "training program: ", tensor.name, " is not made by the forward program");
     program.saved_of_trunk[static_cast<std::size_t>(in_trunk)].push_back(static_cast<int>(program.saved.size()));
-    program.saved.push_back({in_trunk, kept.layer, tensor.width, tensor.keep_dtype, 0});
+    program.saved.push_back({in_trunk, kept.layer, tensor.width, graph.kept_dtype(tensor), tensor.keep_dtype, 0});
   }
   // What is a whole number of vectors comes first, so that it is aligned whatever the sequence's length.
   for (const bool whole : {true, false})
@@ -155,7 +154,10 @@ TrainingProgram& CompiledModel::training(const BypassSet& bypasses, const KeepCh
       ++index;
     }
     std::size_t gathered = static_cast<std::size_t>(graph->tensor(inputs[0]).width) * sizeof(float);
-    for (const int saved : layer.saved) gathered += program->saved[static_cast<std::size_t>(saved)].bytes_per_token();
+    for (const int index : layer.saved) {
+      const SavedTensor& saved = program->saved[static_cast<std::size_t>(index)];
+      gathered += static_cast<std::size_t>(saved.width) * dtype_size(saved.read_dtype);
+    }
     program->gather_bytes_per_token = std::max(program->gather_bytes_per_token, gathered);
     layer.grad_out = backward.layer_grad[static_cast<std::size_t>(l)];
     std::vector<TensorId> outputs;

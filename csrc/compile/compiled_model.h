@@ -10,6 +10,7 @@
 
 #include "compile/passes.h"
 #include "compile/program.h"
+#include "ops/scatter.h"
 
 namespace flexcore {
 
@@ -19,9 +20,10 @@ struct SavedTensor {
   TensorId trunk = kNoTensor;  // in the trunk's graph
   int layer = kNoLayer;        // whose backward reads it
   std::int64_t width = 0;
-  DType dtype = DType::kFloat32;
-  std::size_t offset = 0;  // bytes per token of the saved tensors before it
-  std::size_t bytes_per_token() const { return static_cast<std::size_t>(width) * dtype_size(dtype); }
+  DType dtype = DType::kFloat32;       // as it is kept; uint8: codes in groups (ops/scatter.h)
+  DType read_dtype = DType::kFloat32;  // as the backward reads it
+  std::size_t offset = 0;              // bytes per token of the saved tensors before it
+  std::size_t bytes_per_token() const { return static_cast<std::size_t>(kept_row_bytes(dtype, width)); }
 };
 
 /// What the backward's layers recompute: an index into keep_options for the first layers, and one for the others.

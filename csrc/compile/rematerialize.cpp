@@ -41,8 +41,7 @@ class LayerChoice {
   std::size_t kept_bytes() const {
     std::size_t bytes = 0;
     for (const auto tensor : kept_) {
-      const GraphTensor& t = graph_.tensor(tensor);
-      bytes += static_cast<std::size_t>(t.width) * dtype_size(t.keep_dtype);
+      bytes += graph_.kept_bytes(graph_.tensor(tensor));
     }
     return bytes;
   }
@@ -105,6 +104,7 @@ class LayerChoice {
     return graph_.nodes[static_cast<std::size_t>(graph_.tensor(tensor).producer)];
   }
   bool rebuildable(TensorId tensor) const {
+    if (graph_.keep_mode < KeepMode::kLeast) return false;
     const auto& node = producer(tensor);
     if (!node.op->rebuildable() || node.outputs.size() != 1) return false;
     return std::all_of(node.inputs.begin(), node.inputs.end(),
@@ -255,8 +255,10 @@ KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes,
       return true;
     }();
     const bool read_next = seen.contains({id, tensor.layer + 1});
-    if (newest && !read_next)
-      plan.kept.push_back({id, tensor.layer, tensor.in_pages ? Keep::kInPages : Keep::kDropped});
+    const Keep keep = graph.keep_mode == KeepMode::kAll ? Keep::kKept
+                      : tensor.in_pages                 ? Keep::kInPages
+                                                        : Keep::kDropped;
+    if (newest && !read_next) plan.kept.push_back({id, tensor.layer, keep});
   }
   return plan;
 }

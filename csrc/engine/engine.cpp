@@ -9,7 +9,6 @@
 #include "core/check.h"
 #include "core/philox.h"
 #include "engine/impl.h"
-#include "model/archs/archs.h"
 #include "model/safetensors.h"
 #include "peft/attach.h"
 #include "train/checkpoint.h"
@@ -44,7 +43,7 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
       scratch(device->allocator(), ledger),
       registry(make_op_registry()),
       context{&registry, sizes.device, &threads, &scratch, device->stream()},
-      compiled(build_model(model, sizes.compute), attach_bypasses, row_capacity(sizes.limits), joins_outputs(sizes.device)),
+      compiled(base_graph(model, config, sizes), attach_bypasses, row_capacity(sizes.limits), joins_outputs(sizes.device)),
       weights(context, device->allocator(), ledger, sizes.compute),
       adapters(compiled.base(), context, weights, device->allocator(), ledger),
       blocks(sizes.limits.num_blocks, sizes.limits.block_size, config.enable_prefix_caching),

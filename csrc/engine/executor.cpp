@@ -486,7 +486,7 @@ void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
   backward_.batch.backward_spans = spans;
   backward_.batch.spans = forward_spans;
 
-  // One window is read and written where it is stored; several are brought together.
+  // One window is read and written where it is stored; several are brought together, and codes made numbers again.
   std::vector<TensorView> inputs;
   const bool single = all.size() == 1;
   std::byte* gathered = backward_.workspace() + aligned(program.workspace_bytes);
@@ -496,15 +496,20 @@ void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
                     : rows.train->saved(static_cast<std::size_t>(unit.saved[i - 1]), rows.begin, rows.end);
     };
     const TensorView first = view(all.front());
-    if (single) {
+    const bool codes = first.dtype() == DType::kUInt8;
+    if (single && !codes) {
       inputs.push_back(first);
       continue;
     }
-    inputs.emplace_back(gathered, first.dtype(), std::initializer_list<std::int64_t>{total, first.shape(1)});
+    const SavedTensor* saved = i == 0 ? nullptr : &program.saved[static_cast<std::size_t>(unit.saved[i - 1])];
+    inputs.emplace_back(gathered, codes ? saved->read_dtype : first.dtype(),
+                        std::initializer_list<std::int64_t>{total, codes ? saved->width : first.shape(1)});
     gathered += aligned(inputs.back().bytes());
     std::int64_t at = 0;
     for (const auto& rows : all) {
-      run(backward_.context(), CopyArgs{view(rows), inputs.back().rows(at, at + rows.end - rows.begin)});
+      const TensorView part = inputs.back().rows(at, at + rows.end - rows.begin);
+      codes ? run(backward_.context(), LoadRowsArgs{view(rows), part})
+            : run(backward_.context(), CopyArgs{view(rows), part});
       at += rows.end - rows.begin;
     }
   }

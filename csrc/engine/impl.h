@@ -50,6 +50,8 @@ struct EngineSizes {
   std::int64_t num_parameters = 0;
 };
 EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config);
+/// The model without bypasses.
+Graph base_graph(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes);
 RowCounts row_capacity(const ExecutorLimits& limits);
 /// On a GPU one product for q, k and v is faster than three; the CPU's kernels share x among members themselves.
 inline bool joins_outputs(Device device) { return device.kind != DeviceKind::kCpu; }

@@ -8,7 +8,6 @@
 #include "backends/register.h"
 #include "core/check.h"
 #include "engine/impl.h"
-#include "model/archs/archs.h"
 #include "peft/attach.h"
 
 namespace flexcore {
@@ -96,7 +95,7 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   const EngineSizes sizes = engine_sizes(model, config);
   require(sequence_length >= 1 && sequence_length <= sizes.max_model_len, "sequence_length: ", sequence_length,
           ", wanted 1 to max_model_len (", sizes.max_model_len, ")");
-  CompiledModel compiled(build_model(model, sizes.compute), attach_bypasses, row_capacity(sizes.limits),
+  CompiledModel compiled(base_graph(model, config, sizes), attach_bypasses, row_capacity(sizes.limits),
                          joins_outputs(sizes.device));
   compiled.set_rates(operator_rates(sizes));
   MemoryPlan plan;

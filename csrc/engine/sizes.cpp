@@ -6,6 +6,7 @@
 
 #include "core/check.h"
 #include "engine/impl.h"
+#include "model/archs/archs.h"
 #include "peft/lora_matcher.h"
 
 namespace flexcore {
@@ -15,6 +16,13 @@ namespace {
 // Positions, rows and pages are numbered by 32 bits; products of two such sizes and a page's bytes fit 64.
 constexpr std::int64_t kMaxCount = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kMaxBlockSize = 1 << 16;
+
+std::optional<KeepMode> keep_mode(const EngineConfig& config) {
+  for (const auto& [name, mode] : {std::pair("exact", KeepMode::kLeast), {"int8", KeepMode::kCodes},
+                                   {"all", KeepMode::kAll}, {"read", KeepMode::kRead}})
+    if (config.finetune_activations == name) return mode;
+  return {};
+}
 
 }  // namespace
 
@@ -35,6 +43,10 @@ void check(const EngineConfig& c) {
   within(c.max_num_seqs, kMaxCount, "max_num_seqs");
   within(c.max_num_batched_tokens, kMaxCount, "max_num_batched_tokens");
   within(c.block_size, kMaxBlockSize, "block_size");
+  require(keep_mode(c).has_value(), "finetune_activations: \"", c.finetune_activations,
+          "\", wanted \"exact\" or \"int8\", or, to compare with, \"all\" or \"read\"");
+  require(!c.finetune_memory_bytes || *keep_mode(c) != KeepMode::kAll, "finetune_memory_bytes: ",
+          c.finetune_memory_bytes.value_or(0), ", wanted none with finetune_activations \"all\", which leaves nothing out");
   require(c.dtype == "bfloat16" || c.dtype == "float32", "dtype: \"", c.dtype,
           "\", wanted \"bfloat16\" or \"float32\"");
   require(c.num_threads >= 0, "num_threads: ", c.num_threads, ", wanted >= 0");
@@ -93,6 +105,12 @@ EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config) {
   const std::int64_t max_seqs = std::min(config.max_num_seqs, config.max_num_batched_tokens);
   sizes.limits = {config.max_num_batched_tokens, max_seqs, sizes.max_model_len, num_blocks, config.block_size};
   return sizes;
+}
+
+Graph base_graph(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes) {
+  Graph graph = build_model(model, sizes.compute);
+  graph.keep_mode = *keep_mode(config);
+  return graph;
 }
 
 std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& program, std::int64_t length) {

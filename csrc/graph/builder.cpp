@@ -98,6 +98,7 @@ TensorId GraphBuilder::attention(const std::string& name, TensorId q, TensorId k
   const TensorId y = tensor(name, shape.num_heads * shape.head_dim, compute_, RowSet::kTokens);
   const TensorId lse = tensor(name + ".lse", shape.num_heads, DType::kFloat32, RowSet::kTokens);
   node(attention_op(shape), {q, k, v}, {y, lse});
+  graph_.tensors[static_cast<std::size_t>(lse)].keep_exact = true;  // it goes into an exponent
   for (const auto id : {k, v}) graph_.tensors[static_cast<std::size_t>(id)].in_pages = true;
   graph_.keys_values.emplace_back(k, v);
   graph_.num_heads = shape.num_heads, graph_.num_kv_heads = shape.num_kv_heads;

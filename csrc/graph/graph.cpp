@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "ops/scatter.h"
+
 namespace flexcore {
 
 TensorId Graph::add_tensor(GraphTensor tensor) {
@@ -15,6 +17,14 @@ NodeId Graph::add_node(Node node) {
   for (const auto output : node.outputs) tensors[static_cast<std::size_t>(output)].producer = id;
   nodes.push_back(std::move(node));
   return id;
+}
+
+DType Graph::kept_dtype(const GraphTensor& tensor) const {
+  return keep_mode == KeepMode::kCodes && !tensor.keep_exact ? DType::kUInt8 : tensor.keep_dtype;
+}
+
+std::size_t Graph::kept_bytes(const GraphTensor& tensor) const {
+  return static_cast<std::size_t>(kept_row_bytes(kept_dtype(tensor), tensor.width));
 }
 
 std::int64_t Graph::num_parameters() const {

@@ -19,6 +19,7 @@ struct GraphTensor {
   NodeId producer = kNoNode;
   DType keep_dtype = DType::kFloat32;  // when it is kept for a backward
   bool in_pages = false;               // also in the KV pages, so that no backward has to keep it
+  bool keep_exact = false;             // not as codes, whatever the graph says
 };
 
 /// A frozen parameter that the weight store loads.
@@ -37,6 +38,10 @@ struct LinearSite {
   bool residual = false;     // added to the residual stream
   bool sole_reader = false;  // of its input: that may be changed in place
 };
+
+/// What is kept for a backward: everything that the layers' forward makes; of it, what the backward reads; of that, what
+/// only a GEMM or attention makes; the same in 8-bit groups (ops/scatter.h).
+enum class KeepMode : std::uint8_t { kAll, kRead, kLeast, kCodes };
 
 /// When a node runs.
 enum class Phase : std::uint8_t { kTrunk, kSampleHead, kLossHead, kBackward };
@@ -57,6 +62,7 @@ class Graph {
   std::vector<GraphParam> params;
   std::vector<LinearSite> sites;
   int num_layers = 0;
+  KeepMode keep_mode = KeepMode::kLeast;
   TensorId embedding = kNoTensor;                           // input of the first layer
   std::vector<std::pair<TensorId, TensorId>> keys_values;  // by layer, as attention writes them to its pages
   std::int64_t num_heads = 0, num_kv_heads = 0;
@@ -66,6 +72,9 @@ class Graph {
   TensorId add_tensor(GraphTensor tensor);
   NodeId add_node(Node node);  // at the end; sets its outputs' producer
   const GraphTensor& tensor(TensorId id) const { return tensors[static_cast<std::size_t>(id)]; }
+  /// How a backward's tensor is kept, and the bytes of a row.
+  DType kept_dtype(const GraphTensor& tensor) const;
+  std::size_t kept_bytes(const GraphTensor& tensor) const;
   std::int64_t num_parameters() const;
   /// The last tensor of that name in a layer: after every in-place update.
   TensorId find(int layer, std::string_view name) const;

@@ -17,7 +17,8 @@ void check(const ScatterRowsArgs& args) {
 void check(const SaveRowsArgs& args) {
   constexpr auto op = SaveRowsArgs::kName;
   require_matrix(op, "x", args.x);
-  require(args.dtype == DType::kFloat32 || args.dtype == DType::kBFloat16, op, ": wanted float32 or bfloat16 stores");
+  require(args.dtype == DType::kFloat32 || args.dtype == DType::kBFloat16 || args.dtype == DType::kUInt8, op,
+          ": wanted float32, bfloat16 or uint8 stores");
   for (const auto& s : args.spans) {
     require(0 <= s.row_begin && s.row_begin <= s.row_end && s.row_end <= args.x.shape(0), op, ": span of rows [",
             s.row_begin, ", ", s.row_end, "), wanted rows of [0, ", args.x.shape(0), ")");
@@ -25,6 +26,18 @@ void check(const SaveRowsArgs& args) {
     require(s.store != nullptr && s.position >= 0 && s.position + s.row_end - s.row_begin <= s.length, op, ": ",
             s.row_end - s.row_begin, " rows at position ", s.position, " of a store of ", s.length, " tokens");
   }
+}
+
+std::int64_t kept_row_bytes(DType dtype, std::int64_t width) {
+  if (dtype != DType::kUInt8) return width * static_cast<std::int64_t>(dtype_size(dtype));
+  return (width + 4 * ((width + kGroupWidth - 1) / kGroupWidth) + 15) / 16 * 16;
+}
+
+void check(const LoadRowsArgs& args) {
+  constexpr auto op = LoadRowsArgs::kName;
+  require_matrix(op, "y", args.y);
+  require_shape(op, "x", args.x, {args.y.shape(0), kept_row_bytes(DType::kUInt8, args.y.shape(1))});
+  require_dtype(op, "x", args.x, DType::kUInt8);
 }
 
 }  // namespace flexcore

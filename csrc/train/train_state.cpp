@@ -50,7 +50,8 @@ void TrainState::restart() {
 
 TensorView TrainState::saved(std::size_t index, std::int64_t begin, std::int64_t end) const {
   const auto& tensor = program->saved[index];
-  return saved_.view(tensor.dtype, {length(), tensor.width}, tensor.offset * static_cast<std::size_t>(length()))
+  const auto width = static_cast<std::int64_t>(tensor.bytes_per_token() / dtype_size(tensor.dtype));
+  return saved_.view(tensor.dtype, {length(), width}, tensor.offset * static_cast<std::size_t>(length()))
       .rows(begin, end);
 }
 

@@ -41,7 +41,7 @@ class TrainState {
   void restart();
   bool allocated() const { return static_cast<bool>(saved_) || static_cast<bool>(grads_); }
 
-  TensorView saved(std::size_t index, std::int64_t begin, std::int64_t end) const;  // [rows, width]
+  TensorView saved(std::size_t index, std::int64_t begin, std::int64_t end) const;  // [rows, width], as it is kept
   std::byte* store() const { return saved_.data(); }                                // of all saved tensors
   TensorView grad_hidden(std::int64_t begin, std::int64_t end) const;               // [rows, hidden_size] float32
   float* grad_k() const;                                                            // [length, kv_width]

@@ -37,6 +37,7 @@ class EngineConfig:
     block_size: int
     kv_cache_memory_bytes: int | None
     finetune_memory_bytes: int | None
+    finetune_activations: str
     enable_prefix_caching: bool
     enforce_eager: bool
     num_threads: int
@@ -55,6 +56,7 @@ class EngineConfig:
         block_size: int = 16,
         kv_cache_memory_bytes: int | None = None,
         finetune_memory_bytes: int | None = None,
+        finetune_activations: str = "exact",
         enable_prefix_caching: bool = True,
         enforce_eager: bool = False,
         num_threads: int = 0,

@@ -8,15 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flexcore import _core
-from flexcore._core import (
-    BottleneckConfig,
-    EngineConfig,
-    IA3Config,
-    LoraConfig,
-    MemoryPlan,
-    PrefixTuningConfig,
-    PromptTuningConfig,
-)
+from flexcore._core import EngineConfig, MemoryPlan
+from flexcore.adapters import AdapterConfig
 from flexcore.models import ModelPath, resolve_model
 
 
@@ -44,7 +37,7 @@ class Engine(_core.Engine):
 def plan(
     model: ModelPath,
     config: EngineConfig | None = None,
-    lora: LoraConfig | IA3Config | BottleneckConfig | PromptTuningConfig | PrefixTuningConfig | None = None,
+    lora: AdapterConfig | None = None,
     sequence_length: int | None = None,
 ) -> MemoryPlan:
     """The memory table of an engine on `model` finetuning with `lora`, without loading weights.

@@ -17,10 +17,10 @@ from flexcore._core import (
     FinetuneConfig,
     FinetuneEvent,
     InvalidArgument,
-    LoraConfig,
     SamplingParams,
     StepReport,
 )
+from flexcore.adapters import AdapterConfig
 from flexcore.chat_template import Message
 from flexcore.engine import Engine
 from flexcore.models import ModelPath
@@ -153,12 +153,12 @@ class LLM:
         name: str,
         data: Rows,
         config: FinetuneConfig | None = None,
-        lora: LoraConfig | None = None,
+        lora: AdapterConfig | None = None,
         *,
         max_length: int | None = None,
         progress: Callable[[FinetuneEvent], None] | None = None,
     ) -> FinetuneResult:
-        """Trains the adapter `name` (made if there is none) on a file or rows, and serves it when done.
+        """Trains the adapter `name` (made if there is none, of any method) on a file or rows, and serves it when done.
 
         Chat, prompt/completion, Alpaca, ShareGPT, text or token rows (see flexcore.datasets). Rows longer than
         `max_length` (default: the engine's max_model_len) are cut, with a warning. Raises what wait() raises.

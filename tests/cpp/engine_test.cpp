@@ -51,7 +51,7 @@ TEST_F(EngineTest, ServesWhileItTrainsAndGivesEverythingBack) {
 }
 
 // Of every tensor, relative to its norm.
-void expect_same_gradients(const LossAndGradients& got, const LossAndGradients& wanted) {
+void expect_same_gradients(const LossAndGradients& got, const LossAndGradients& wanted, double tolerance = 2e-5) {
   ASSERT_EQ(got.gradients.size(), wanted.gradients.size());
   for (std::size_t t = 0; t < wanted.gradients.size(); ++t) {
     const auto &a = got.gradients[t].data, &b = wanted.gradients[t].data;
@@ -62,7 +62,7 @@ void expect_same_gradients(const LossAndGradients& got, const LossAndGradients& 
       norm += std::pow(b[i], 2);
     }
     EXPECT_GT(norm, 0) << wanted.gradients[t].name;
-    EXPECT_LE(std::sqrt(error), 2e-5 * std::sqrt(norm)) << wanted.gradients[t].name;
+    EXPECT_LE(std::sqrt(error), tolerance * std::sqrt(norm)) << wanted.gradients[t].name;
   }
 }
 
@@ -109,6 +109,46 @@ TEST_F(EngineTest, RecomputingGivesTheSameGradients) {
   }
   EXPECT_GE(accepted, test::emulated() ? 2 : 3);
   EXPECT_GT(budget, 0);
+}
+
+// Of every method, trained a step so that nothing is zero: in splits too, and as on the CPU.
+TEST_F(EngineTest, EveryMethodHasTheSameGradients) {
+  EngineConfig on_cpu = small();
+  on_cpu.device = "cpu";
+  Engine engine = load(), reference = Engine::load(path(), on_cpu);
+  const std::vector<std::pair<std::string, AdapterConfig>> methods = {
+      {"dropout", LoraConfig{.r = 3, .lora_alpha = 6, .lora_dropout = 0.25}},
+      {"dora", LoraConfig{.r = 3, .lora_alpha = 6, .use_dora = true}},
+      {"ia3", IA3Config{}},
+      {"series", BottleneckConfig{.bottleneck_size = 5, .non_linearity = "gelu"}},
+      {"parallel", BottleneckConfig{.bottleneck_size = 5, .use_parallel_adapter = true}},
+      {"prompt", PromptTuningConfig{.num_virtual_tokens = 5}},
+      {"prefix", PrefixTuningConfig{.num_virtual_tokens = 5}}};
+  const auto some = examples(2);
+  for (const auto& [name, config] : methods) {
+    for (Engine* e : {&engine, &reference}) {
+      e->create_adapter(name, config, 3);
+      e->finetune(name, some, {.learning_rate = 0.02});
+      drain(*e);
+    }
+    const auto whole = engine.loss_and_gradients(name, some, 0, 0, 7);
+    ASSERT_FALSE(whole.gradients.empty());
+    SCOPED_TRACE(name);
+    expect_same_gradients(engine.loss_and_gradients(name, some, 5, 7, 7), whole);
+    if (!test::on_cpu()) expect_same_gradients(whole, reference.loss_and_gradients(name, some, 0, 0, 7), 1e-4);
+  }
+  // All at once, each as alone.
+  std::vector<Request> requests;
+  for (const auto& [name, config] : methods)
+    requests.push_back({.prompt_token_ids = tokens(6, requests.size()),
+                        .sampling = {.max_tokens = 5, .temperature = 0.0, .ignore_eos = true},
+                        .adapter = name});
+  const auto ids = engine.submit_batch(requests);
+  auto out = drain(engine);
+  for (std::size_t i = 0; i < requests.size(); ++i) {
+    const RequestId alone = engine.submit(requests[i]);
+    EXPECT_EQ(drain(engine)[alone], out[ids[i]]) << methods[i].first;
+  }
 }
 
 TEST_F(EngineTest, SmallPoolPreemptsAndFinishesEverything) {

@@ -67,6 +67,56 @@ TEST(SaveRows, PutsEveryRowAtItsDepthAndNothingElsewhere) {
         }
 }
 
+// Codes in groups of 64: no element is off by more than half a step, however large or small its neighbours.
+TEST(SaveRows, CodesComeBackWithinHalfAStep) {
+  std::mt19937 rng(7);
+  for (const std::int64_t width : {1, 3, 63, 64, 65, 130, 576})
+    for (const auto x_type : kFloats)
+      for (const auto y_type : kFloats) {
+        const std::int64_t bytes = kept_row_bytes(DType::kUInt8, width), length = 9;
+        EXPECT_EQ(bytes % 16, 0);
+        EXPECT_LT(bytes, width + 4 * (width / 64 + 1) + 16);
+        auto x = Matrix::random(x_type, 6, width, rng, 3.0f, 2);
+        for (std::int64_t j = 0; j < width; ++j) x.set(1, j, 0.625f);             // all the same
+        for (std::int64_t j = 0; j < width; ++j) x.set(2, j, -1e-30f * (j % 7));  // tiny
+        x.set(3, width - 1, 3e4f);                                                // one that is far out
+        SharedVector<std::byte> store(static_cast<std::size_t>((bytes + 16) * length), std::byte{0xff});
+        const SaveSpan spans[] = {{0, 4, store.data(), length, 5}, {4, 4, nullptr, 0, 0}, {5, 6, store.data(), length, 0}};
+        fixture().run(SaveRowsArgs{x.view(), spans, DType::kUInt8, 16});
+        const TensorView kept(store.data() + 16 * length, DType::kUInt8, {length, bytes});
+        Matrix y(y_type, length, width, 3);
+        fixture().run(LoadRowsArgs{kept.rows(5, 9), y.view().rows(5, 9)});
+        fixture().run(LoadRowsArgs{kept.rows(0, 1), y.view().rows(0, 1)});
+        EXPECT_TRUE(y.gaps_untouched());
+        for (const auto& [from, to] : {std::pair(0, 5), {1, 6}, {2, 7}, {3, 8}, {5, 0}})
+          for (std::int64_t j = 0; j < width; ++j) {
+            double low = x(from, j), high = low;
+            for (std::int64_t k = j / 64 * 64; k < std::min(width, j / 64 * 64 + 64); ++k)
+              low = std::min(low, x(from, k)), high = std::max(high, x(from, k));
+            // The minimum and the step have eight bits each.
+            const double step = (high - low + std::abs(low) / 128) / 255 * (1 + 1.0 / 128);
+            const double allowed = step / 2 * 1.001 + epsilon(y_type) * std::abs(x(from, j)) + 1e-37;
+            EXPECT_LE(std::abs(y(to, j) - x(from, j)), allowed) << width << " row " << from << " column " << j;
+          }
+        for (std::int64_t row = 1; row < 5; ++row)
+          for (std::int64_t i = 0; i < bytes; ++i) ASSERT_EQ(kept.as<std::uint8_t>()[row * bytes + i], 0xff);
+      }
+}
+
+TEST(SaveRows, WhatIsNotFiniteStaysSo) {
+  Matrix x(DType::kFloat32, 2, 70), y(DType::kFloat32, 2, 70);
+  for (std::int64_t i = 0; i < 2; ++i)
+    for (std::int64_t j = 0; j < 70; ++j) x.set(i, j, 1.0f + static_cast<float>(j));
+  x.set(0, 3, std::numeric_limits<float>::quiet_NaN());
+  x.set(1, 66, std::numeric_limits<float>::infinity());
+  SharedVector<std::byte> store(static_cast<std::size_t>(2 * kept_row_bytes(DType::kUInt8, 70)));
+  const SaveSpan span{0, 2, store.data(), 2, 0};
+  fixture().run(SaveRowsArgs{x.view(), {&span, 1}, DType::kUInt8, 0});
+  fixture().run(LoadRowsArgs{TensorView(store.data(), DType::kUInt8, {2, kept_row_bytes(DType::kUInt8, 70)}), y.view()});
+  for (std::int64_t j = 0; j < 64; ++j) EXPECT_TRUE(std::isnan(y(0, j)) && std::isfinite(y(1, j))) << j;
+  for (std::int64_t j = 64; j < 70; ++j) EXPECT_TRUE(std::isfinite(y(0, j)) && std::isnan(y(1, j))) << j;
+}
+
 TEST(SaveRows, RefusesWhatDoesNotFit) {
   std::mt19937 rng(4);
   auto x = Matrix::random(DType::kFloat32, 4, 8, rng);

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import write_byte_tokenizer
@@ -63,7 +64,7 @@ def test_training_options() -> None:
     )
     args = parse(*text.split())
     lora = fc.LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], use_rslora=True)
-    assert options.lora_config(args) == lora
+    assert options.adapter_of(args) == lora
     wanted = fc.FinetuneConfig(num_epochs=2, batch_size=6, lr_scheduler="cosine", warmup_ratio=0.1, seed=7)
     assert options.finetune_config(args) == wanted
 
@@ -74,7 +75,29 @@ def test_training_options() -> None:
 )
 def test_lora_targets(words: list[str], targets: str | list[str]) -> None:
     args = parse("plan", "--lora-target-modules", *words)
-    assert options.lora_config(args).target_modules == targets
+    assert options.adapter_of(args).target_modules == targets
+
+
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        ("--use-dora --lora-dropout 0.1", fc.LoraConfig(r=16, lora_alpha=32, use_dora=True, lora_dropout=0.1)),
+        ("--peft-type ia3 --target-modules q_proj", fc.IA3Config(target_modules=["q_proj"])),
+        ("--peft-type IA3 --feedforward-modules o_proj", fc.IA3Config(feedforward_modules=["o_proj"])),
+        ("--peft-type bottleneck --bottleneck-size 8", fc.BottleneckConfig(8)),
+        ("--peft-type prompt-tuning --num-virtual-tokens 5", fc.PromptTuningConfig(5)),
+        ("--peft-type prefix_tuning", fc.PrefixTuningConfig(20)),
+    ],
+)
+def test_other_methods(text: str, config: Any) -> None:
+    assert options.adapter_of(parse("plan", *text.split())) == config
+
+
+def test_options_of_other_methods() -> None:
+    with pytest.raises(fc.InvalidArgument, match="--lora-r: got 4, but the method IA3 has no r"):
+        options.adapter_of(parse("plan", "--peft-type", "ia3", "--lora-r", "4"))
+    with pytest.raises(SystemExit):
+        parse("plan", "--peft-type", "loha")
 
 
 def test_sampling_and_adapters() -> None:

@@ -172,7 +172,7 @@ def test_side_by_side(shared_engine: MakeEngine, tiny_hf: Any, tmp_path: Path) -
 @pytest.mark.parametrize("split", [(None, None), (7, 19), (1, 1)], ids=str)
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout(p: float, split: Any, shared_engine: MakeEngine, tiny_hf: Any, tmp_path: Path) -> None:
-    """The masks are functions of position, feature, linear and sequence: PEFT with the same masks has the same gradients."""
+    """Masks are functions of position, feature, linear and sequence: PEFT with the same ones has the same gradients."""
     engine = shared_engine("llama")
     model = oracle.peft_adapter(tiny_hf("llama"), seed=3, lora_dropout=p)
     model.save_pretrained(tmp_path / "a")
@@ -212,13 +212,13 @@ def test_refusals(shared_engine: MakeEngine, tiny_hf: Any, tmp_path: Path) -> No
     engine = shared_engine("llama")
     with pytest.raises(fc.Unsupported, match=r"feedforward_modules: model.layers.0.mlp.gate_proj: other linears read"):
         engine.create_adapter("a", fc.IA3Config(target_modules=["gate_proj"], feedforward_modules=["gate_proj"]))
-    with pytest.raises(fc.InvalidArgument, match="non_linearity: \"swish2\""):
+    with pytest.raises(fc.InvalidArgument, match='non_linearity: "swish2"'):
         engine.create_adapter("a", fc.BottleneckConfig(non_linearity="swish2"))
     with pytest.raises(fc.InvalidArgument, match="bottleneck_size: 0"):
         engine.create_adapter("a", fc.BottleneckConfig(bottleneck_size=0))
     with pytest.raises(fc.InvalidArgument, match="lora_dropout: 1"):
         engine.create_adapter("a", fc.LoraConfig(lora_dropout=1.0))
-    with pytest.raises(fc.InvalidArgument, match="LoraConfig, IA3Config, BottleneckConfig, PromptTuningConfig or Prefix"):
+    with pytest.raises(fc.InvalidArgument, match="LoraConfig, IA3Config, Bottleneck.*or Prefix"):
         engine.create_adapter("a", {"r": 8})  # type: ignore[arg-type]
     engine.create_adapter("a", fc.LoraConfig(use_dora=True, lora_dropout=0.1))
     with pytest.raises(fc.Unsupported, match="lora_dropout: 0.1 .* use_dora"):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import Any
 
 import numpy as np
 import pytest
 from engines import EXACT, MODELS, MakeEngine
-from running import is_idle, random_examples, run
+from running import is_idle, random_examples, relative, run
 
 import flexcore as fc
 
@@ -126,3 +127,60 @@ def test_the_plan_says_what_is_recomputed_and_how_long_a_sequence_may_be(tiny_di
     planned(tiny_dir("llama"), LORA, longest, finetune_memory_bytes=sizes[-1] // 2)
     with pytest.raises(fc.InvalidArgument):
         planned(tiny_dir("llama"), LORA, longest + 2, finetune_memory_bytes=sizes[-1] // 2)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral"])
+def test_activations_in_codes(name: str, make_engine: MakeEngine, tiny_dir: Any) -> None:
+    """Half to a quarter of the memory, as planned; gradients near the exact ones, and the same in every split."""
+    exact, coded = (make_engine(name, max_num_seqs=1, finetune_activations=kind) for kind in ("exact", "int8"))
+    examples = random_examples((LENGTH, 23), seed=3)
+    for engine in (exact, coded):
+        engine.create_adapter("a", LORA, seed=1)
+    exact.finetune("a", examples, fc.FinetuneConfig(learning_rate=0.05, batch_size=2))  # B is no longer zero
+    run(exact)
+    with tempfile.TemporaryDirectory() as directory:
+        exact.save_adapter("a", directory)
+        coded.unload_adapter("a")
+        coded.load_adapter("a", directory)
+    wanted, got = exact.loss_and_gradients("a", examples), coded.loss_and_gradients("a", examples)
+    assert got["loss"] == wanted["loss"]  # the forward is the same
+    errors = [relative(got[key], wanted[key]) for key in wanted if key != "loss"]
+    assert 1e-6 < max(errors) < 0.02, errors
+    for split in ((9, 17), (1, None)):
+        again = coded.loss_and_gradients("a", examples, *split)
+        assert max(relative(again[key], got[key]) for key in got if key != "loss") < 2e-5
+    plans = [planned(tiny_dir(name), LORA, LENGTH, finetune_activations=kind) for kind in ("exact", "int8")]
+    assert plans[1].saved_activations < 0.4 * plans[0].saved_activations  # float32 otherwise
+    coded.finetune("a", examples[:1], fc.FinetuneConfig(learning_rate=0.05))
+    run(coded)
+    assert coded.memory_peak()["saved_activations"] == plans[1].saved_activations
+    choices = budgets(tiny_dir(name), LORA, LENGTH, finetune_activations="int8")
+    coded.set_finetune_memory(choices[-1][0])
+    least = coded.loss_and_gradients("a", examples, 9, 17)
+    assert max(relative(least[key], wanted[key]) for key in got if key != "loss") < 0.02
+
+
+def test_codes_are_an_option_by_name(tiny_dir: Any) -> None:
+    with pytest.raises(fc.InvalidArgument, match='finetune_activations: "int4", wanted "exact" or "int8"'):
+        fc.plan(tiny_dir("llama"), fc.EngineConfig(finetune_activations="int4"))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_without_rebuilding_and_without_pruning(name: str, make_engine: MakeEngine, tiny_dir: Any) -> None:
+    """What is kept to compare with is kept indeed, and changes nothing."""
+    examples = random_examples((LENGTH,), seed=3)
+    kept, results = {}, {}
+    for kind in ("all", "read", "exact"):
+        engine = make_engine(name, max_num_seqs=1, finetune_activations=kind)
+        engine.create_adapter("a", LORA, seed=1)
+        engine.finetune("a", examples, fc.FinetuneConfig(learning_rate=0.05))
+        run(engine)
+        plan = planned(tiny_dir(name), LORA, LENGTH, finetune_activations=kind)
+        kept[kind] = engine.memory_peak()["saved_activations"]
+        assert kept[kind] == plan.saved_activations
+        results[kind] = engine.loss_and_gradients("a", examples, 9, 17)
+    assert kept["all"] > kept["read"] > kept["exact"]
+    for kind in ("all", "read"):
+        assert max(relative(results[kind][key], value) for key, value in results["exact"].items() if key != "loss") < 1e-6
+    with pytest.raises(fc.InvalidArgument, match='finetune_memory_bytes: 1000, wanted none with .*"all"'):
+        planned(tiny_dir(name), LORA, LENGTH, finetune_activations="all", finetune_memory_bytes=1000)

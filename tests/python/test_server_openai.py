@@ -270,6 +270,9 @@ def test_a_corrupt_line_is_named_and_costs_nobody_else(client: Any) -> None:
         ({"method": hyperparameters(n_epochs=0)}, "method.supervised.hyperparameters.n_epochs", "auto"),
         ({"extra_body": {"lora": {"r": 0}}}, "lora.r", "greater"),
         ({"extra_body": {"lora": {"rank": 4}}}, "lora.rank", "Unrecognized"),
+        ({"extra_body": {"peft": {"peft_type": "LOHA"}}}, "peft_type", "PROMPT_TUNING"),
+        ({"extra_body": {"peft": {"peft_type": "IA3", "r": 4}}}, "IA3Config", "feedforward_modules"),
+        ({"extra_body": {"peft": {"peft_type": "IA3"}, "lora": {}}}, "peft", "one of them"),
         ({"extra_body": {"epochs": 4}}, "epochs", "Unrecognized"),
         ({"metadata": {str(k): "v" for k in range(17)}}, "metadata", "at most"),
     ],
@@ -280,6 +283,18 @@ def test_jobs_that_are_refused(
     with pytest.raises(openai.BadRequestError, match=message) as info:
         client.fine_tuning.jobs.create(**({"model": "tiny", "training_file": training_file} | fields))
     assert info.value.param.startswith(param)
+
+
+@pytest.mark.parametrize("method", [{"peft_type": "ia3"}, {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 4}])
+def test_jobs_of_other_methods(client: Any, training_file: str, method: dict[str, Any]) -> None:
+    job = client.fine_tuning.jobs.create(
+        model="tiny", training_file=training_file, method=hyperparameters(n_epochs=1), extra_body={"peft": method}
+    )
+    assert job.peft == method and job.lora is None
+    job = ended(client, job.id)
+    assert job.status == "succeeded", job.error
+    answer = client.chat.completions.create(model=job.fine_tuned_model, messages=HELLO, max_completion_tokens=4)
+    assert answer.usage.completion_tokens > 0
 
 
 def test_an_objective_by_request_and_a_weight_by_job(llm: fc.LLM, tmp_path: Path) -> None:

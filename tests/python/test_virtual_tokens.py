@@ -38,9 +38,7 @@ def test_against_autograd(kind: str, name: str, shared_engine: MakeEngine, tiny_
     assert relative(engine.logits(TOKENS, kind), wanted) < TOLERANCE
     assert relative(engine.logits(TOKENS), wanted) > 1e-3
     examples = random_examples(LENGTHS, seed=7)
-    assert_close(
-        engine.loss_and_gradients(kind, examples), oracle.virtual_gradients(model, kind, examples), TOLERANCE
-    )
+    assert_close(engine.loss_and_gradients(kind, examples), oracle.virtual_gradients(model, kind, examples), TOLERANCE)
     whole = random_examples((31, 12), seed=8, masked=False)  # the first token has a label
     assert_close(engine.loss_and_gradients(kind, whole), oracle.virtual_gradients(model, kind, whole), TOLERANCE)
     assert is_idle(engine)

@@ -1,8 +1,10 @@
 #include "ops/scatter.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "backends/cpu/families.h"
+#include "backends/cpu/kernels/groups8.h"
 #include "ops/rows.h"
 
 namespace flexcore::cpu {
@@ -27,8 +29,36 @@ void scatter_rows(OpContext&, const ScatterRowsArgs& args) {
   }
 }
 
+int type_index(const TensorView& t) { return t.dtype() == DType::kBFloat16 ? 1 : 0; }
+
+// As codes in groups.
+void quantize_rows(OpContext& context, const SaveRowsArgs& args, const SaveSpan& span) {
+  const std::int64_t width = args.x.shape(1), stride = kept_row_bytes(DType::kUInt8, width);
+  const TensorView x = args.x.rows(span.row_begin, span.row_end);
+  auto* codes = reinterpret_cast<std::uint8_t*>(span.store + args.offset * static_cast<std::size_t>(span.length)) +
+                span.position * stride;
+  const QuantizeRows rows{{x.data(), x.stride(0)}, codes, stride, width};
+  context.threads->parallel_for(x.shape(0), std::max<std::int64_t>(1, (1 << 14) / width),
+                                [&](std::int64_t begin, std::int64_t end, int) {
+                                  groups8_kernels().quantize[type_index(x)](rows, begin, end);
+                                });
+}
+
+void load_rows(OpContext& context, const LoadRowsArgs& args) {
+  const std::int64_t width = args.y.shape(1);
+  const DequantizeRows rows{args.x.as<std::uint8_t>(), args.x.stride(0), width, {args.y.data(), args.y.stride(0)}};
+  context.threads->parallel_for(args.y.shape(0), std::max<std::int64_t>(1, (1 << 14) / std::max<std::int64_t>(1, width)),
+                                [&](std::int64_t begin, std::int64_t end, int) {
+                                  groups8_kernels().dequantize[type_index(args.y)](rows, begin, end);
+                                });
+}
+
 void save_rows(OpContext& context, const SaveRowsArgs& args) {
   for (const auto& span : args.spans) {
+    if (args.dtype == DType::kUInt8) {
+      if (span.row_begin < span.row_end) quantize_rows(context, args, span);
+      continue;
+    }
     const TensorView tensor(span.store + args.offset * static_cast<std::size_t>(span.length), args.dtype,
                             {span.length, args.x.shape(1)});
     const std::int64_t rows = span.row_end - span.row_begin;
@@ -44,6 +74,7 @@ void register_scatter(OpRegistry& registry) {
   registry.add<ZeroArgs>(DeviceKind::kCpu, zero);
   registry.add<ScatterRowsArgs>(DeviceKind::kCpu, scatter_rows);
   registry.add<SaveRowsArgs>(DeviceKind::kCpu, save_rows);
+  registry.add<LoadRowsArgs>(DeviceKind::kCpu, load_rows);
 }
 
 }  // namespace flexcore::cpu

@@ -113,11 +113,30 @@ void save_rows(OpContext& context, const SaveRowsArgs& args) {
   static const char what = 0;
   const auto placed = place_once(context, batch_key(&what, args.spans, {num_rows}),
                                  [spans = args.spans, num_rows] { return plan_stores(spans, num_rows); });
+  if (args.dtype == DType::kUInt8) {
+    if (num_rows == 0 || width == 0) return;
+    const std::int64_t groups = (width + kCodeGroup - 1) / kCodeGroup;
+    launch(quantize_rows_kernel,
+           dim3(static_cast<unsigned>(num_rows), static_cast<unsigned>((groups + kCodeWarps - 1) / kCodeWarps)),
+           dim3(kCodeWarps * kWarpSize), 0, handle_of(context), rows_of(args.x), placed->device.get<RowStore>(0),
+           static_cast<std::int64_t>(args.offset), width, kept_row_bytes(DType::kUInt8, width));
+    check_launch(args.kName);
+    return;
+  }
   bool packs = all_packs(width, args.x) && args.offset % 16 == 0;
   for (const auto& span : args.spans) packs = packs && reinterpret_cast<std::uintptr_t>(span.store) % 16 == 0;
   map_rows(SaveRows{rows_of(args.x), placed->device.get<RowStore>(0), static_cast<std::int64_t>(args.offset), width,
                     args.dtype == DType::kBFloat16},
            num_rows, width, packs, handle_of(context));
+  check_launch(args.kName);
+}
+
+void load_rows(OpContext& context, const LoadRowsArgs& args) {
+  const std::int64_t width = args.y.shape(1);
+  // Rows of codes are whole multiples of 16 bytes, so that packs of eight are aligned where y's are.
+  const bool packs = all_packs(width, args.y) && reinterpret_cast<std::uintptr_t>(args.x.data()) % 8 == 0;
+  map_rows(LoadCodes{args.x.as<unsigned char>(), args.x.stride(0), width, rows_of(args.y)}, args.y.shape(0), width,
+           packs, handle_of(context));
   check_launch(args.kName);
 }
 
@@ -134,6 +153,7 @@ void register_elementwise(OpRegistry& registry) {
   registry.add<ZeroArgs>(DeviceKind::kCuda, zero);
   registry.add<ScatterRowsArgs>(DeviceKind::kCuda, scatter_rows);
   registry.add<SaveRowsArgs>(DeviceKind::kCuda, save_rows);
+  registry.add<LoadRowsArgs>(DeviceKind::kCuda, load_rows);
 }
 
 }  // namespace flexcore::cuda

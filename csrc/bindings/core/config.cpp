@@ -43,6 +43,7 @@ void register_engine_config(py::module_& m) {
       .field("block_size", &EngineConfig::block_size)
       .field("kv_cache_memory_bytes", &EngineConfig::kv_cache_memory_bytes)
       .field("finetune_memory_bytes", &EngineConfig::finetune_memory_bytes)
+      .field("finetune_activations", &EngineConfig::finetune_activations)
       .field("enable_prefix_caching", &EngineConfig::enable_prefix_caching)
       .field("enforce_eager", &EngineConfig::enforce_eager)
       .field("num_threads", &EngineConfig::num_threads)

@@ -30,6 +30,10 @@ struct EngineConfig {
   std::optional<std::int64_t>
       finetune_memory_bytes;  // saved activations and gradients in flight; sequences that do not fit recompute what
                               // costs least time; default: no limit of its own, nothing is recomputed
+  /// How activations wait for their backward: "exact", or "int8", in groups of 64 with a minimum and a step each: a bit
+  /// more than a byte an element, and gradients that are off by the rounding. To compare with: "read" also keeps what
+  /// could be rebuilt, "all" everything that is made.
+  std::string finetune_activations = "exact";
   bool enable_prefix_caching = true;
   bool enforce_eager = false;  // on a GPU: launch the kernels of every step one by one, without CUDA graphs
   int num_threads = 0;         // 0: every core this process may use

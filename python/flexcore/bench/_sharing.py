@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import flexcore
+from flexcore.adapters import AdapterConfig
 from flexcore.bench import _measure
 from flexcore.bench._client import Visit
 from flexcore.bench._traces import Arrival
@@ -27,7 +28,7 @@ ALL = (*ONE_ENGINE, *TWO_ENGINES)
 class Finetuning:
     """What trains: jobs that never end, over random tokens."""
 
-    lora: flexcore.LoraConfig
+    lora: AdapterConfig
     train_len: int = 512
     batch_size: int = 4
     jobs: int = 1

@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PROFILE",
         help=f"no model: a virtual clock with the step times of a JSON file, or {', '.join(PROFILES)}",
     )
-    options.add_lora(parser)
+    options.add_adapter(parser)
     options.add_engine(parser)
 
 
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     traffic = Traffic(
         args.seconds, tuple(args.input_len), tuple(args.output_len), args.trace, args.length_scale, args.burst
     )
-    finetuning = Finetuning(options.lora_config(args), args.train_len, jobs=args.jobs)
+    finetuning = Finetuning(options.adapter_of(args), args.train_len, jobs=args.jobs)
 
     slo = options.slo_of(args)
     place: Place

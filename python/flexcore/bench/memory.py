@@ -1,4 +1,4 @@
-"""Activations of a training sequence against the speed of finetuning: what keeping less and recomputing costs."""
+"""Memory of finetuning: what each stage of the compiler saves, and activations against speed where still less is kept."""
 
 from __future__ import annotations
 
@@ -13,26 +13,40 @@ from typing import Any
 from rich.table import Table
 
 import flexcore
+from flexcore.adapters import AdapterConfig
 from flexcore.bench import _measure
 from flexcore.cli import options
 from flexcore.cli.console import err, out, write_json
 from flexcore.ui import format_bytes
 
 
+# What is left out, one after the other: finetune_activations, and whether a window is the whole sequence.
+STAGES = (
+    ("no optimisation", "all", True),
+    ("graph pruning", "read", True),
+    ("rematerialization", "exact", True),
+    ("token-level", "exact", False),
+    ("8-bit groups", "int8", False),
+)
+_OF_A_SEQUENCE = ("saved_activations", "gradients", "workspace")  # beside weights, pages, adapter and optimizer
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("--sequence-length", type=options.positive, default=512, metavar="TOKENS")
     parser.add_argument("--points", type=options.positive, default=8, metavar="N", help="from all kept to the least")
+    parser.add_argument("--window", type=options.positive, default=64, metavar="TOKENS", help="of the token-level stages")
     parser.add_argument("--train-steps", type=options.positive, default=3, metavar="N", help="of a sequence each")
-    options.add_lora(parser)
+    options.add_adapter(parser)
     options.add_engine(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     args.max_num_seqs = 2  # one training sequence at a time
+    stages = [_stage(args, *stage) for stage in STAGES]
     args.max_model_len = max(args.max_model_len, args.sequence_length)
     engine = _measure.load_engine(args)
-    lora = options.lora_config(args)
+    lora = options.adapter_of(args)
     plans = list(_choices(engine, args, lora))
     chosen = sorted({round(k * (len(plans) - 1) / max(1, args.points - 1)) for k in range(args.points)})
     # The least first: the ledger's peaks only grow. Each is timed again on the way back.
@@ -46,17 +60,65 @@ def run(args: argparse.Namespace) -> int:
         "machine": _measure.machine(engine),
         "sequence_length": args.sequence_length,
         "unpruned_bytes": unpruned,
+        "stages": stages,
         "choices": len(plans),
         "memory": rows,
     }
     write_json(args.json, result)
     if args.json != "-":
+        out.print(_stage_table(stages))
         out.print(_table(result))
     return 0
 
 
+def _stage(args: argparse.Namespace, name: str, activations: str, whole: bool) -> dict[str, Any]:
+    """An engine of its own that takes a step: what it was to take, and what its ledger saw."""
+    args = copy.copy(args)
+    args.max_model_len = max(args.max_model_len, args.sequence_length)
+    args.finetune_activations = activations
+    args.max_num_batched_tokens = args.sequence_length if whole else min(args.window, args.sequence_length)
+    engine = _measure.load_engine(args)
+    config = options.engine_config(args)
+    config.device = engine.model().device
+    lora = options.adapter_of(args)
+    plan = flexcore.plan(engine.model_directory, config, lora, args.sequence_length)
+    vocab = engine.model().vocab_size
+    ids = [_measure.random_ids(args.sequence_length, vocab, k) for k in range(2)]
+    engine.create_adapter("bench", lora)
+    job = engine.finetune("bench", [flexcore.Example(row, row) for row in ids], flexcore.FinetuneConfig(batch_size=1))
+    while engine.has_work():
+        engine.step()
+    if engine.job(job).status != "succeeded":
+        raise flexcore.Error(f"the job ended as {engine.job(job).status}: {engine.job(job).error}")
+    peak = engine.memory_peak()
+    return {
+        "stage": name,
+        "finetune_activations": activations,
+        "window_tokens": args.max_num_batched_tokens,
+        "planned": {tag: getattr(plan, tag) for tag in _OF_A_SEQUENCE},
+        "measured": {tag: peak[tag] for tag in _OF_A_SEQUENCE},
+    }
+
+
+def _stage_table(stages: list[dict[str, Any]]) -> Table:
+    table = Table("stage", "saved activations", "gradients", "workspace", "together", "of the first", "planned")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    first = sum(stages[0]["measured"].values())
+    for stage in stages:
+        total = sum(stage["measured"].values())
+        table.add_row(
+            stage["stage"],
+            *(format_bytes(stage["measured"][tag]) for tag in _OF_A_SEQUENCE),
+            format_bytes(total),
+            f"{total / first:.1%}",
+            format_bytes(sum(stage["planned"].values())),
+        )
+    return table
+
+
 def _choices(
-    engine: flexcore.Engine, args: argparse.Namespace, lora: flexcore.LoraConfig
+    engine: flexcore.Engine, args: argparse.Namespace, lora: AdapterConfig
 ) -> Iterator[tuple[int, flexcore.MemoryPlan]]:
     """Every amount that a sequence may keep, in bytes in flight, the most first, and its plan."""
     config = copy.copy(options.engine_config(args))
@@ -72,7 +134,7 @@ def _choices(
 
 
 def _measured(
-    engine: flexcore.Engine, args: argparse.Namespace, lora: flexcore.LoraConfig, bound: int, plan: flexcore.MemoryPlan
+    engine: flexcore.Engine, args: argparse.Namespace, lora: AdapterConfig, bound: int, plan: flexcore.MemoryPlan
 ) -> dict[str, Any]:
     seconds = _step_seconds(engine, args, lora, bound)
     return {
@@ -85,9 +147,7 @@ def _measured(
     }
 
 
-def _step_seconds(
-    engine: flexcore.Engine, args: argparse.Namespace, lora: flexcore.LoraConfig, bound: int
-) -> list[float]:
+def _step_seconds(engine: flexcore.Engine, args: argparse.Namespace, lora: AdapterConfig, bound: int) -> list[float]:
     """Of optimizer steps on one sequence each; a first one is not counted."""
     if err.is_terminal:
         err.print(f"{format_bytes(bound)} ...", style="dim")

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-len", type=int, default=64, metavar="TOKENS")
     parser.add_argument("--train-len", type=int, default=512, metavar="TOKENS", help="tokens of a training sequence")
     parser.add_argument("--train-steps", type=int, default=8, metavar="N", help="optimizer steps of one sequence each")
-    options.add_lora(parser)
+    options.add_adapter(parser)
     options.add_engine(parser)
 
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 def _run(engine: flexcore.Engine, args: argparse.Namespace, serving: bool, training: bool) -> dict[str, Any]:
     vocab = engine.model().vocab_size
     if training:
-        engine.create_adapter("bench", options.lora_config(args))
+        engine.create_adapter("bench", options.adapter_of(args))
     _drive(engine, _measure.random_ids(16, vocab, 0), 1, 4)  # wakes threads and pages up
     job = None
     if training:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="rows of an optimizer step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--json", default="demo.json", metavar="FILE", help="default: %(default)s; '' writes none")
-    options.add_lora(parser)
+    options.add_adapter(parser)
     options.add_engine(parser)
     # Modest, for a laptop's memory; an objective that nobody asked for may be fitted to the machine.
     parser.set_defaults(max_model_len=1024, max_num_seqs=16, slo_tpot_ms=None)
@@ -41,5 +41,5 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed or 0,
         json=args.json or None,
     )
-    demo.run(llm, chosen, options.lora_config(args), out)
+    demo.run(llm, chosen, options.adapter_of(args), out)
     return 0

@@ -9,15 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flexcore import SLO, EngineConfig, FinetuneConfig, InvalidArgument, LoraConfig, SamplingParams
+from flexcore import SLO, EngineConfig, FinetuneConfig, InvalidArgument, SamplingParams
+from flexcore.adapters import PEFT_TYPES, AdapterConfig, adapter_config
 
-# Options and the fields of LoraConfig and FinetuneConfig that they set. None is "not on the command line": the field
-# then keeps its default, and a resumed run what it had.
-LORA = {
+# Options and the fields of an adapter's configuration and of FinetuneConfig that they set. None is "not on the command
+# line": the field then keeps its default, and a resumed run what it had.
+ADAPTER = {
+    "--peft-type": "peft_type",
     "--lora-r": "r",
     "--lora-alpha": "lora_alpha",
-    "--lora-target-modules": "target_modules",
+    "--lora-dropout": "lora_dropout",
     "--use-rslora": "use_rslora",
+    "--use-dora": "use_dora",
+    "--target-modules": "target_modules",
+    "--feedforward-modules": "feedforward_modules",
+    "--bottleneck-size": "bottleneck_size",
+    "--num-virtual-tokens": "num_virtual_tokens",
 }
 FINETUNE = {
     "--num-train-epochs": "num_epochs",
@@ -86,6 +93,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--block-size", type=int, default=defaults.block_size, metavar="TOKENS")
     group.add_argument("--kv-cache-memory-bytes", type=byte_count, metavar="BYTES")
     group.add_argument("--finetune-memory-bytes", type=byte_count, metavar="BYTES")
+    group.add_argument("--finetune-activations", choices=["exact", "int8", "read", "all"], default=defaults.finetune_activations)
     group.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--enforce-eager", action="store_true", help="on a GPU: no CUDA graphs")
     group.add_argument("--num-threads", type=int, default=defaults.num_threads, metavar="N", help="0: every core")
@@ -165,32 +173,61 @@ def _given(args: argparse.Namespace, fields: Mapping[str, str]) -> dict[str, Any
     return {field: value for field, value in values.items() if value is not None}
 
 
-def add_lora(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("LoRA")
+def add_adapter(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("adapter")
+    group.add_argument(
+        "--peft-type",
+        metavar="METHOD",
+        type=_peft_type,
+        help="lora (default), ia3, bottleneck, prompt_tuning, prefix_tuning",
+    )
     group.add_argument("--lora-r", "--lora-rank", type=int, metavar="N", help=f"default: {_LORA_DEFAULTS['r']}")
     group.add_argument("--lora-alpha", type=float, help=f"default: {_LORA_DEFAULTS['lora_alpha']}")
+    group.add_argument("--lora-dropout", type=float, metavar="P", help="of what A reads, in training")
+    group.add_argument("--use-rslora", action="store_true", default=None, help="scale by alpha / sqrt(r)")
+    group.add_argument("--use-dora", action="store_true", default=None, help="train magnitudes beside (DoRA)")
     group.add_argument(
+        "--target-modules",
         "--lora-target-modules",
         "--lora-target",
         nargs="+",
         metavar="NAME",
-        help="names such as q_proj v_proj, one regular expression, or all-linear (default)",
+        help="names such as q_proj v_proj, one regular expression, or all-linear (LoRA's default)",
     )
-    group.add_argument("--use-rslora", action="store_true", default=None, help="scale by alpha / sqrt(r)")
+    group.add_argument(
+        "--feedforward-modules", nargs="+", metavar="NAME", help="of (IA)^3, those that scale their input"
+    )
+    group.add_argument("--bottleneck-size", type=positive, metavar="N", help="default: 256")
+    group.add_argument("--num-virtual-tokens", type=positive, metavar="N", help="default: 20")
 
 
-def given_lora(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields of LoraConfig that are on the command line."""
-    fields = _given(args, LORA)
-    targets: list[str] = fields.get("target_modules", [])
-    # As in PEFT, one string may be a pattern; a plain name is a list of one.
-    if len(targets) == 1 and (targets[0] == "all-linear" or not re.fullmatch(r"[\w.]+", targets[0])):
-        fields["target_modules"] = targets[0]
+def _peft_type(text: str) -> str:
+    name = text.upper().replace("-", "_")
+    if name not in PEFT_TYPES:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted one of {', '.join(PEFT_TYPES).lower()}")
+    return name
+
+
+def given_adapter(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the adapter's configuration that are on the command line, and peft_type."""
+    fields = _given(args, ADAPTER)
+    for name in ("target_modules", "feedforward_modules"):
+        modules: list[str] = fields.get(name, [])
+        # As in PEFT, one string may be a pattern; a plain name is a list of one.
+        if len(modules) == 1 and (modules[0] == "all-linear" or not re.fullmatch(r"[\w.]+", modules[0])):
+            fields[name] = modules[0]
     return fields
 
 
-def lora_config(args: argparse.Namespace) -> LoraConfig:
-    return LoraConfig(**{**_LORA_DEFAULTS, **given_lora(args)})
+def adapter_of(args: argparse.Namespace) -> AdapterConfig:
+    fields = given_adapter(args)
+    peft_type = fields.pop("peft_type", "LORA")
+    for option, field in ADAPTER.items():
+        if field in fields and field not in PEFT_TYPES[peft_type]._fields:
+            raise InvalidArgument(
+                f"{option}: got {fields[field]!r}, but an adapter of the method {peft_type} has no {field}"
+            )
+    return adapter_config(peft_type, **{**(_LORA_DEFAULTS if peft_type == "LORA" else {}), **fields})
 
 
 def add_finetune(parser: argparse.ArgumentParser) -> None:

@@ -16,8 +16,8 @@ _POOLS = (
     ("weights", "the frozen model"),
     ("kv_pages", "keys and values, of requests and of training sequences"),
     ("saved_activations", "what the backward reads of the training sequences in flight"),
-    ("adapters", "LoRA parameters, of a version and of the next in the making"),
-    ("gradients", "LoRA gradients, and those of the sequences in flight"),
+    ("adapters", "parameters of the adapter, of a version and of the next in the making"),
+    ("gradients", "its gradients, and those of the sequences in flight"),
     ("optimizer", "optimizer state"),
     ("workspace", "scratch of one step"),
 )
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-finetune", action="store_true", help="serving only")
     parser.add_argument("--explain", action="store_true", help="what is kept, rebuilt and dropped, and why")
     parser.add_argument("--json", metavar="FILE", help="- is standard output")
-    options.add_lora(parser)
+    options.add_adapter(parser)
     options.add_engine(parser)
 
 
@@ -43,13 +43,13 @@ def run(args: argparse.Namespace) -> int:
 
     with bytes_progress("converting") as progress:
         directory = resolve_model(options.model_of(args), progress)
-    lora = None if args.no_finetune else options.lora_config(args)
-    plan = flexcore.plan(directory, options.engine_config(args), lora, args.sequence_length)
+    adapter = None if args.no_finetune else options.adapter_of(args)
+    plan = flexcore.plan(directory, options.engine_config(args), adapter, args.sequence_length)
     write_json(args.json, _as_dict(plan))
     if args.json == "-":
         return 0
     out.print(_pools(plan))
-    if lora is not None:
+    if adapter is not None:
         kept, unpruned = plan.saved_bytes_per_token_per_layer, plan.unpruned_bytes_per_token_per_layer
         share = f" ({kept / unpruned:.0%} of {format_bytes(unpruned)} without pruning)" if unpruned else ""
         out.print(f"activations kept: {format_bytes(kept)} a token and layer{share}, {plan.num_layers} layers")

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", "--cutoff-len", type=int, metavar="TOKENS", help="cut longer rows")
     parser.add_argument("--max-samples", type=options.positive, metavar="N", help="use the first N examples")
     options.add_finetune(parser)
-    options.add_lora(parser)
+    options.add_adapter(parser)
     options.add_engine(parser)
 
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         name = args.adapter_name or output.resolve().name
         config = options.finetune_config(args)
-        llm.engine.create_adapter(name, options.lora_config(args), config.seed)
+        llm.engine.create_adapter(name, options.adapter_of(args), config.seed)
         job = llm.engine.finetune(name, examples, config)
     trainer = _Trainer(llm, job, output, args.save_steps)
     try:
@@ -78,7 +78,7 @@ def _check_resume(args: argparse.Namespace, checkpoint: Path) -> None:
         f"{option}: got {given[field]!r}, the run has {stored.get(field)!r}"
         for fields, given, stored in (
             (options.FINETUNE, options.given_finetune(args), state.get("config", {})),
-            (options.LORA, options.given_lora(args), adapter),
+            (options.ADAPTER, options.given_adapter(args), adapter),
             ({"--adapter-name": "adapter"}, name, state),
         )
         for option, field in fields.items()

@@ -13,7 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from flexcore import SLO, FinetuneConfig, LoraConfig, SamplingParams
+from flexcore import SLO, FinetuneConfig, SamplingParams
+from flexcore.adapters import AdapterConfig
 from flexcore.demo import stdlib
 from flexcore.demo.prompts import PROMPTS
 from flexcore.demo.report import HeldOut, show, summarize
@@ -43,7 +44,7 @@ class Options:
     json: str | None = "demo.json"
 
 
-def run(llm: LLM, options: Options, lora: LoraConfig, console: Console) -> dict[str, Any]:
+def run(llm: LLM, options: Options, lora: AdapterConfig, console: Console) -> dict[str, Any]:
     """Runs the demo on a loaded model; returns (and writes) what its table shows."""
     with _status(console, "reading docstrings of Python's standard library"):
         rows = stdlib.rows(options.rows + _HELD_OUT, options.seed)

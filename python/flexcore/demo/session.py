@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flexcore import FinetuneConfig, LoraConfig, SamplingParams, StepReport
+from flexcore import FinetuneConfig, SamplingParams, StepReport
+from flexcore.adapters import AdapterConfig
 from flexcore.datasets import Dataset
 from flexcore.demo.traffic import Visit
 from flexcore.llm import LLM
@@ -30,7 +31,7 @@ class Counts:
 class Session:
     """Serves arriving chats while the adapter trains; `step` moves both on."""
 
-    def __init__(self, llm: LLM, dataset: Dataset, lora: LoraConfig, config: FinetuneConfig) -> None:
+    def __init__(self, llm: LLM, dataset: Dataset, lora: AdapterConfig, config: FinetuneConfig) -> None:
         self.llm = llm
         self.visits: list[Visit] = []
         self.losses: list[float] = []

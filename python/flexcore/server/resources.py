@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from fastapi.responses import FileResponse, Response
-from pydantic import Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from flexcore import FinetuneConfig, LoraConfig
+from flexcore import FinetuneConfig
+from flexcore.adapters import adapter_config
 from flexcore.server.errors import ApiError, not_found
 from flexcore.server.finetuning import check_suffix
 from flexcore.server.protocol import Body, LoadAdapterRequest, UnloadAdapterRequest
@@ -179,8 +180,17 @@ class Lora(Body):
     lora_alpha: Annotated[float, Field(gt=0)] = 32.0
     target_modules: Annotated[str, Field(max_length=1024)] | Annotated[list[Name], Field(max_length=64)] = "all-linear"
     use_rslora: bool = False
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    use_dora: bool = False
     rank_pattern: dict[Name, int] = Field(default_factory=dict, max_length=64)
     alpha_pattern: dict[Name, float] = Field(default_factory=dict, max_length=64)
+
+
+class Peft(BaseModel):
+    """An adapter of any method: peft_type, and the fields of its configuration."""
+
+    model_config = ConfigDict(extra="allow")
+    peft_type: Name
 
 
 class Training(Body):
@@ -206,7 +216,8 @@ class JobRequest(Body):
     integrations: list[dict[str, Any]] | None = None
     method: Method | None = None
     hyperparameters: Hyperparameters | None = None  # deprecated by OpenAI, and common
-    lora: Lora | None = None  # flexcore's, by extra_body
+    lora: Lora | None = None  # flexcore's, by extra_body, as those below
+    peft: Peft | None = None
     training: Training | None = None
     max_length: Annotated[int, Field(ge=2)] | None = None
 
@@ -241,6 +252,7 @@ def _job(state: ServerState, row: Row) -> dict[str, Any]:
         "step": row["step"],
         "total_steps": row["total_steps"],
         "lora": settings["lora"],
+        "peft": settings.get("peft"),
     }
 
 
@@ -270,11 +282,14 @@ async def create_job(body: JobRequest, request: Request) -> dict[str, Any]:
     given = body.method.supervised if body.method is not None else None
     hyperparameters = (given.hyperparameters if given else None) or body.hyperparameters or Hyperparameters()
     training = body.training.model_dump(exclude_none=True) if body.training else {}
-    lora = (body.lora or Lora()).model_dump()
-    LoraConfig(**lora)  # refuses what it does not know
+    if body.lora is not None and body.peft is not None:
+        raise ApiError(400, "peft: the job has lora already, wanted one of them", "peft")
+    peft = body.peft.model_dump() if body.peft is not None else None
+    lora = (body.lora or Lora()).model_dump() if peft is None else None
+    adapter_config(**(peft or {"peft_type": "LORA", **(lora or {})}))  # refuses what it does not know
     FinetuneConfig(**training)
     seed = body.seed if body.seed is not None else int(time.time())
-    settings = {**hyperparameters.model_dump(), "training": training, "lora": lora, "seed": seed}
+    settings = {**hyperparameters.model_dump(), "training": training, "lora": lora, "peft": peft, "seed": seed}
     settings["max_length"] = body.max_length
     row = state.jobs.create(body.model_dump(exclude_none=True), settings, body.metadata)
     return _job(state, row)

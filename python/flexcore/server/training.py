@@ -20,11 +20,11 @@ from flexcore._core import (
     Example,
     FinetuneConfig,
     FinetuneEvent,
-    LoraConfig,
     SamplingParams,
     StepReport,
     TokenEvent,
 )
+from flexcore.adapters import adapter_config
 from flexcore.server.errors import ApiError
 from flexcore.server.runner import EngineRunner
 from flexcore.server.store import Row, Store, new_id
@@ -130,7 +130,8 @@ class Trainer:
             engine_job = self._engine.resume_finetune(resume, examples)
         else:
             model = model_name(self._served_name, row["suffix"], job)
-            self._engine.create_adapter(model, LoraConfig(**settings["lora"]), settings["seed"])
+            adapter = adapter_config(**(settings.get("peft") or {"peft_type": "LORA", **settings["lora"]}))
+            self._engine.create_adapter(model, adapter, settings["seed"])
             try:
                 engine_job = self._engine.finetune(model, examples, config)
             except BaseException:
