@@ -59,6 +59,13 @@ struct Recompute {
   std::vector<int> inputs, outputs;  // which of the node's it has
 };
 
+/// What an element of an operator's outputs depends on: how its tensors may be divided over ranks.
+struct Coupling {
+  static constexpr std::int64_t kWholeRow = 0;
+  std::int64_t features = kWholeRow;  // as many next to each other belong together: 1, a head, or all of the row
+  bool rows = true;                   // rows of a sequence, or of the batch, belong together
+};
+
 /// What a node computes. Stateless: attributes only.
 class Operator {
  public:
@@ -82,6 +89,9 @@ class Operator {
   virtual std::optional<Recompute> recompute(const std::vector<bool>& /*wanted*/) const { return {}; }
   /// Multiplications and additions for a row that attends to `context` positions.
   virtual double flops(const Graph&, double /*context*/) const { return 0.0; }
+  virtual Coupling coupling() const { return {}; }
+  /// The frozen parameters that it reads.
+  virtual std::vector<ParamId> params() const { return {}; }
   /// Holds trainable parameters: its outputs need gradients.
   virtual bool trainable() const { return false; }
   /// Does something beside writing its outputs; never removed.
