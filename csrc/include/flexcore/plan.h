@@ -17,6 +17,15 @@ struct PlannedTensor {
   std::int64_t bytes_per_token = 0;  // of one layer
 };
 
+/// What the devices and links of a tensor-parallel group are taken to do. The defaults are those of an H100 SXM, as
+/// NVIDIA's data sheet "H100 Tensor Core GPU" has them; measured rates give better plans.
+struct ParallelRates {
+  double flops_per_second = 989.4e12;        // bfloat16 without sparsity
+  double memory_bytes_per_second = 3.35e12;  // HBM3
+  double link_bytes_per_second = 450e9;      // NVLink, one direction: half of the 900 GB/s that count both
+  double collective_seconds = 10e-6;         // before the first byte of a collective; assumed, not published
+};
+
 /// Bytes before any allocation: what an engine may take while it serves and one job trains an adapter, on sequences of
 /// at most `sequence_length` tokens. Adapters are counted twice: a version, and the next in the making. Requests that
 /// still run on an older version keep that one too.

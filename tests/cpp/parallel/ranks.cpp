@@ -1,5 +1,6 @@
 #include "parallel/ranks.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace flexcore::test {
@@ -119,11 +120,44 @@ std::vector<Block> Ranks::reduce_round(std::vector<std::vector<Block>> summands,
     for (int r = 0; r < n; ++r) {
       const auto chunk = static_cast<std::size_t>((r - 1 - step + 2 * n) % n);
       const int next = (r + 1) % n;
-      summands[static_cast<std::size_t>(next)][chunk].add(
-          message(r, next, summands[static_cast<std::size_t>(r)][chunk], element_bytes));
+      Block& at_home = summands[static_cast<std::size_t>(next)][chunk];
+      const Block arrived = message(r, next, summands[static_cast<std::size_t>(r)][chunk], element_bytes);
+      if (largest_)
+        for (std::size_t i = 0; i < arrived.data.size(); ++i)
+          at_home.data[i] = std::max(at_home.data[i], arrived.data[i]);
+      else
+        at_home.add(arrived);
     }
   std::vector<Block> out;
   for (std::size_t r = 0; r < summands.size(); ++r) out.push_back(summands[r][r]);
+  return out;
+}
+
+// As one long row, so that the chunks are as even as they can be.
+Sharded Ranks::all_reduce(const Sharded& x, std::int64_t element_bytes) {
+  const std::int64_t all = x.rows * x.features;
+  std::vector<std::vector<Block>> summands;
+  for (const auto& local : x.local) {
+    Block row = local;
+    row.rows = 1, row.features = all;
+    summands.emplace_back();
+    for (int c = 0; c < count_; ++c) summands.back().push_back(row.part({0, 1}, share_of(all, c, count_)));
+  }
+  const auto have = gather_round(reduce_round(std::move(summands), element_bytes), element_bytes);
+  Sharded out = zeros(kReplicated, x.rows, x.features);
+  for (std::size_t r = 0; r < have.size(); ++r) {
+    out.local[r].data.clear();
+    for (const auto& chunk : have[r])
+      out.local[r].data.insert(out.local[r].data.end(), chunk.data.begin(), chunk.data.end());
+  }
+  return out;
+}
+
+Sharded Ranks::largest(const Sharded& x) {
+  if (count_ > 1) ++collectives;
+  largest_ = true;
+  Sharded out = all_reduce(x, 4);
+  largest_ = false;
   return out;
 }
 
@@ -174,24 +208,8 @@ Sharded Ranks::move(const Sharded& x, ParallelState to, std::int64_t element_byt
       out.local = reduce_round(std::move(summands), element_bytes);
       break;
     }
-    case kAllReduce: {
-      // As one long row, so that the chunks are as even as they can be.
-      const std::int64_t all = x.rows * x.features;
-      std::vector<std::vector<Block>> summands;
-      for (int r = 0; r < n; ++r) {
-        Block row = local(r);
-        row.rows = 1, row.features = all;
-        summands.emplace_back();
-        for (int c = 0; c < n; ++c) summands.back().push_back(row.part({0, 1}, share_of(all, c, n)));
-      }
-      const auto have = gather_round(reduce_round(std::move(summands), element_bytes), element_bytes);
-      each([&](int r, Block& b) {
-        b.data.clear();
-        for (const auto& chunk : have[static_cast<std::size_t>(r)])
-          b.data.insert(b.data.end(), chunk.data.begin(), chunk.data.end());
-      });
-      break;
-    }
+    case kAllReduce:
+      return all_reduce(x, element_bytes);
     case kAllToAll:
       for (int r = 0; r < n; ++r)
         for (int s = 0; s < n; ++s) {

@@ -45,6 +45,7 @@ class Ranks {
   /// The value of a tensor. Copies have to agree to the last bit: ranks that drift apart are a mistake.
   Block value(const Sharded& x) const;
   Sharded zeros(ParallelState state, std::int64_t rows, std::int64_t features) const;
+  Sharded largest(const Sharded& x);  // an all-reduce that takes the largest instead of the sum
   Sharded move(const Sharded& x, ParallelState to, std::int64_t element_bytes = 4);
 
   std::vector<std::int64_t> sent;  // bytes, by rank
@@ -56,7 +57,9 @@ class Ranks {
   std::vector<std::vector<Block>> gather_round(const std::vector<Block>& chunks, std::int64_t element_bytes);
   /// Summands of chunks by rank and chunk; afterwards rank r has the sum of chunk r.
   std::vector<Block> reduce_round(std::vector<std::vector<Block>> summands, std::int64_t element_bytes);
+  Sharded all_reduce(const Sharded& x, std::int64_t element_bytes);
   int count_;
+  bool largest_ = false;  // instead of sums
 };
 
 }  // namespace flexcore::test
