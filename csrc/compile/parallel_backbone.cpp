@@ -169,7 +169,11 @@ class Pass {
       contribute(node.inputs[0], at(node.outputs[0]).made);
       return;
     }
-    if (is(node, "embedding") || !at(node.outputs[0]).grad_made) return;
+    if (!at(node.outputs[0]).grad_made) return;
+    if (is(node, "embedding")) {  // frozen: the gradient ends here, and nothing is moved for it
+      at(node.outputs[0]).grad_used = at(node.outputs[0]).grad_made;
+      return;
+    }
     const auto* linear = linear_of(node);
     for (const auto output : node.outputs) {
       auto& tensor = at(output);

@@ -146,9 +146,11 @@ Sharded BypassRun::backward(const Sharded& grad_y) {
   return ranks_.move(grad, plan_.grad_join, kInnerBytes);
 }
 
-std::int64_t BypassRun::planned_bytes(int rank) const {
+std::int64_t BypassRun::planned_bytes(int rank, std::int64_t num_tokens) const {
+  BypassSizes sizes = sizes_;
+  sizes.tokens = num_tokens;
   std::int64_t bytes = 0;
-  for (const auto& moved : transitions(form_, plan_, sizes_))
+  for (const auto& moved : transitions(form_, plan_, sizes))
     bytes += bytes_sent(moved.transition, moved.rows, moved.features, moved.element_bytes, rank, ranks_.count());
   return bytes;
 }

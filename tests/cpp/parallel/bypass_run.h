@@ -25,7 +25,7 @@ class BypassRun {
   /// Whole gradients of the weights, after the optimizer step's transitions.
   const std::vector<Block>& gradients() const { return gradients_; }
   /// What the plan says that `rank` sends in a forward, a backward and an optimizer step.
-  std::int64_t planned_bytes(int rank) const;
+  std::int64_t planned_bytes(int rank, std::int64_t num_tokens) const;
 
  private:
   Sharded step_forward(std::size_t i, const Sharded& x) const;
