@@ -41,4 +41,9 @@ void attach_lora(Graph& graph, std::span<const SiteId> sites) {
   graph.logits = current[static_cast<std::size_t>(graph.logits)];
 }
 
+BypassForm lora_form(std::int64_t in_features, std::int64_t out_features, std::int64_t rank) {
+  using Kind = BypassStep::Kind;
+  return {{{Kind::kLinear, "A", in_features, rank}, {Kind::kLinear, "B", rank, out_features}}};
+}
+
 }  // namespace flexcore

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <limits>
 #include <map>
 #include <set>
 
@@ -181,6 +182,16 @@ TEST(BypassChoiceTest, WhatIsLeftOutIsNoBetterThanSomethingKept) {
     }
     EXPECT_EQ(kept, choice.kept);
     EXPECT_EQ(choice.best().dominated_by, -1);
+  }
+}
+
+TEST(BypassChoiceTest, MemoryBreaksTies) {
+  constexpr double kAtOnce = std::numeric_limits<double>::infinity();
+  for (const auto& [name, site] : kSites) {
+    const auto choice = choose_plan(lora(4096, 1024, 16), site, kLlama, 4, {kAtOnce, kAtOnce, kAtOnce, 0});
+    for (const auto& candidate : choice.candidates)
+      EXPECT_GE(candidate.cost.memory_bytes, choice.best().cost.memory_bytes);
+    EXPECT_EQ(choice.kept, 1);
   }
 }
 
