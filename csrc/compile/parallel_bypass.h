@@ -73,6 +73,7 @@ struct BypassCandidate {
   BypassPlan plan;
   BypassCost cost;
   int dominated_by = -1;  // index of a candidate that is at least as good in everything; -1: none is
+  bool equal = false;     // costs the same as that one
   std::string reason;     // why it is out
 };
 

@@ -146,7 +146,7 @@ BypassChoice choose_plan(const BypassForm& form, const SiteStates& site, const B
   BypassChoice choice;
   for (auto& plan : enumerate_plans(form, site)) {
     const BypassCost cost = cost_of(form, plan, sizes, ranks, rates);
-    choice.candidates.push_back({std::move(plan), cost, -1, {}});
+    choice.candidates.push_back({std::move(plan), cost});
   }
   auto& all = choice.candidates;
   // Better ones first, so that what dominates one is found among those that are kept.
@@ -172,6 +172,7 @@ BypassChoice choose_plan(const BypassForm& form, const SiteStates& site, const B
     const auto& better = all[static_cast<std::size_t>(*by)];
     candidate.dominated_by = *by;
     const std::string worse = worse_in(candidate.cost, better.cost);
+    candidate.equal = worse.empty();
     candidate.reason =
         (worse.empty() ? "costs the same as " : "more " + worse + ", nothing less than ") + summary(form, better.plan);
   }

@@ -149,8 +149,10 @@ class Planner {
                       .step_bytes = cost.step_bytes,
                       .parameters = cost.parameter_bytes};
     std::vector<const BypassCandidate*> kept;
-    for (const auto& candidate : choice.candidates)
+    for (const auto& candidate : choice.candidates) {
       if (candidate.dominated_by < 0) kept.push_back(&candidate);
+      site.equal += candidate.equal;
+    }
     std::stable_sort(kept.begin(), kept.end(), [&](const BypassCandidate* a, const BypassCandidate* b) {
       if ((a == &choice.best()) != (b == &choice.best())) return a == &choice.best();
       return a->cost.seconds < b->cost.seconds;

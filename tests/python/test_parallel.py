@@ -47,7 +47,7 @@ def test_sites(name: str, tiny_dir: Any) -> None:
         assert site.forward_bytes_per_token == site.backward_bytes_per_token == 0 < site.step_bytes
     for site in plan.sites:
         assert site.candidates > 100 and 1 <= len(site.kept) < site.candidates
-        assert site.kept[0].plan == site.plan
+        assert site.kept[0].plan == site.plan and 0 <= site.equal <= site.candidates - len(site.kept)
         assert all(kept.memory > 0 and kept.forward_us > 0 for kept in site.kept)
 
 

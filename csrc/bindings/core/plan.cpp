@@ -32,6 +32,7 @@ void register_parallel(py::module_& m) {
       .field("x", &ParallelSite::x)
       .field("y", &ParallelSite::y)
       .field("candidates", &ParallelSite::candidates)
+      .field("equal", &ParallelSite::equal)
       .field("plan", &ParallelSite::plan)
       .field("reason", &ParallelSite::reason)
       .field("forward_bytes_per_token", &ParallelSite::forward_bytes_per_token)

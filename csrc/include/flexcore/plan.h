@@ -44,12 +44,13 @@ struct ParallelCandidate {
 
 /// What was decided for the bypasses at one kind of linear. Bytes are of one of them and of the rank with the most.
 struct ParallelSite {
-  std::string module;                                                // "q_proj"
-  std::int64_t count = 0;                                            // of them
-  std::string weight, x, y;                                          // the linear's own states: "|in", "|k", "+>="
-  std::int64_t candidates = 0;                                       // legal plans
-  std::string plan;                                                  // the one chosen
-  std::string reason;                                                // the same in words
+  std::string module;           // "q_proj"
+  std::int64_t count = 0;       // of them
+  std::string weight, x, y;     // the linear's own states: "|in", "|k", "+>="
+  std::int64_t candidates = 0;  // legal plans
+  std::int64_t equal = 0;       // of them, that cost what one in `kept` costs; the rest cost more
+  std::string plan;             // the one chosen
+  std::string reason;           // the same in words
   double forward_bytes_per_token = 0, backward_bytes_per_token = 0;  // sent by a rank
   std::int64_t step_bytes = 0;                                       // likewise, an optimizer step
   std::int64_t parameters = 0;

@@ -148,12 +148,18 @@ def _sites(parallel: flexcore.ParallelPlan) -> Table:
 
 def _print_kept(site: flexcore.ParallelSite) -> None:
     """Lines, which a narrow terminal leaves whole."""
-    out.print(f"  of {site.candidates} plans, those that no other dominates: us forward + backward + an optimizer step")
+    worse = site.candidates - site.equal - len(site.kept)
+    out.print(
+        f"  of {site.candidates} plans {worse} are no better than one of these anywhere, {site.equal} cost the same:"
+    )
     widest = max(len(plan.plan) for plan in site.kept)
+    out.print(
+        f"  {'':{widest}}  us forward + back + step   sent              a rank's memory", style="dim", soft_wrap=True
+    )
     for i, plan in enumerate(site.kept):
         times = f"{plan.forward_us:.2f} + {plan.backward_us:.2f} + {plan.step_us:.2f}"
         sent = f"{_wire(plan.bytes_per_token)} a token"
-        line = f"  {plan.plan:{widest}}  {times:24} {sent:18} memory {format_bytes(plan.memory)}"
+        line = f"  {plan.plan:{widest}}  {times:26} {sent:17} {format_bytes(plan.memory)}"
         out.print(line, style="green" if i == 0 else None, soft_wrap=True)
 
 

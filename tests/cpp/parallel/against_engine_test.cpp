@@ -6,6 +6,7 @@
 #include "model/archs/archs.h"
 #include "model/safetensors.h"
 #include "parallel/model_run.h"
+#include "peft/lora.h"
 #include "peft/peft_files.h"
 #include "temp_dir.h"
 
@@ -65,8 +66,7 @@ TEST_P(AgainstTheEngine, LossAndGradientsAgree) {
     ModelRun run(graph, config, {count, count == 4}, ranks);
     for (std::size_t i = 0; i < graph.sites.size(); ++i) {
       const auto& site = graph.sites[i];
-      const BypassForm form{{{BypassStep::Kind::kLinear, "A", site.in_features, kRank},
-                             {BypassStep::Kind::kLinear, "B", kRank, site.out_features}}};
+      const BypassForm form = lora_form(site.in_features, site.out_features, kRank);
       const auto id = static_cast<SiteId>(i);
       const auto choice = choose_plan(form, site_states(graph, run.backbone(), id), {}, count, {});
       Block a(kRank, site.in_features), b(site.out_features, kRank);

@@ -179,6 +179,7 @@ TEST(BypassChoiceTest, WhatIsLeftOutIsNoBetterThanSomethingKept) {
       EXPECT_LE(by.cost.step_seconds, candidate.cost.step_seconds * (1 + 1e-12));
       EXPECT_LE(by.cost.memory_bytes, candidate.cost.memory_bytes * (1 + 1e-12));
       EXPECT_TRUE(candidate.reason.ends_with(summary(form, by.plan))) << candidate.reason;
+      EXPECT_EQ(candidate.equal, candidate.reason.starts_with("costs the same as ")) << candidate.reason;
     }
     EXPECT_EQ(kept, choice.kept);
     EXPECT_EQ(choice.best().dominated_by, -1);

@@ -4,8 +4,10 @@
 #include <cmath>
 #include <set>
 
+#include "compile/compiled_model.h"
 #include "model/archs/archs.h"
 #include "parallel/model_run.h"
+#include "peft/lora.h"
 
 namespace flexcore {
 namespace {
@@ -14,8 +16,6 @@ using test::Block;
 using test::ModelRun;
 using test::Ranks;
 using test::relative_error;
-
-using Kind = BypassStep::Kind;
 
 constexpr double kTolerance = 2e-5;  // norm-wise, DESIGN section 4
 constexpr std::int64_t kRank = 5;
@@ -51,9 +51,7 @@ std::vector<std::int32_t> some_tokens(std::int64_t count) {
   return tokens;
 }
 
-BypassForm lora_of(const LinearSite& site) {
-  return {{{Kind::kLinear, "A", site.in_features, kRank}, {Kind::kLinear, "B", kRank, site.out_features}}};
-}
+BypassForm lora_of(const LinearSite& site) { return lora_form(site.in_features, site.out_features, kRank); }
 
 std::vector<Block> lora_weights(const LinearSite& site, SiteId id) {
   std::mt19937 rng(static_cast<unsigned>(100 + id));
@@ -285,6 +283,45 @@ TEST(ParallelBackboneTest, CollectivesOfALayer) {
       }
     }
     EXPECT_EQ(counts.size(), split ? 4u : 2u);
+  }
+}
+
+// The backward of a transition is its adjoint, or less: of a gradient that is whole already no sum is taken.
+TEST(ParallelBackboneTest, BackwardsAreAdjoints) {
+  for (const int count : {2, 4})
+    for (const bool split : {false, true}) {
+      const Model model(Architecture::kLlama, 8, 2, 2);
+      auto tensors = parallelize_backbone(model.graph, {count, split}).tensors;
+      tensors.erase(tensors.begin());  // the embedding's: frozen, its gradient ends there
+      std::size_t found = 0;
+      for (const auto& tensor : tensors) {
+        if (tensor.made == tensor.used || !tensor.grad_used) continue;
+        const Transition adjoint = Transition{tensor.made, tensor.used}.adjoint();
+        EXPECT_EQ(*tensor.grad_used, adjoint.to);
+        EXPECT_TRUE(*tensor.grad_made == adjoint.from ||
+                    (*tensor.grad_made == kReplicated && adjoint.from == kPending));
+        ++found;
+      }
+      EXPECT_GE(found, split ? 9u : 4u);  // o and down of two layers; with a split residual their norms and the loss
+    }
+}
+
+// With bypasses in it, and linears of one input as one node, a graph has the same states.
+TEST(ParallelBackboneTest, OfTheServingGraph) {
+  const ModelConfig config = small_config(Architecture::kQwen3, 8, 2, 3);
+  const CompiledModel model(build_model(config, DType::kFloat32), attach_lora, {16, 4, 16});
+  for (const bool split : {false, true}) {
+    const Graph &base = model.base(), &trunk = model.trunk().graph();
+    const auto want = parallelize_backbone(base, {4, split}), got = parallelize_backbone(trunk, {4, split});
+    EXPECT_EQ(want.params, got.params);
+    for (const char* name : {"attention_norm", "q.norm.rotated", "k.norm.rotated", "v", "attention",
+                             "attention_residual", "gate", "mlp", "hidden"})
+      for (int layer = 0; layer < 3; ++layer) {
+        const auto a = static_cast<std::size_t>(base.find(layer, name)),
+                   b = static_cast<std::size_t>(trunk.find(layer, name));
+        EXPECT_EQ(want.tensors.at(a).used, got.tensors.at(b).used) << name;
+        EXPECT_EQ(want.tensors.at(a).grad_made, got.tensors.at(b).grad_made) << name;
+      }
   }
 }
 
