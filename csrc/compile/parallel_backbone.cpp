@@ -255,6 +255,20 @@ std::vector<BackboneTransition> backbone_transitions(const Graph& graph, const P
   return all;
 }
 
+SiteStates bypass_states(const Graph& graph, const ParallelBackbone& backbone, TensorId x_tensor, TensorId y_tensor) {
+  const auto& x = backbone.tensors.at(static_cast<std::size_t>(x_tensor));
+  const auto& y = backbone.tensors.at(static_cast<std::size_t>(y_tensor));
+  for (const auto id : {x_tensor, y_tensor})
+    require<Error>(backbone.tensors[static_cast<std::size_t>(id)].grad_used.has_value(),
+                   "tensor parallel: ", graph.tensor(id).name, " has no gradient");
+  return {.x = both(x.made, x.used),
+          .y = both(y.made, y.used),
+          .grad_y = both(*y.grad_made, *y.grad_used),
+          .grad_x = both(*x.grad_made, *x.grad_used),
+          .x_tensor = x_tensor,
+          .y_tensor = y_tensor};
+}
+
 SiteStates site_states(const Graph& graph, const ParallelBackbone& backbone, SiteId site) {
   const std::string weight = graph.sites.at(static_cast<std::size_t>(site)).path + ".weight";
   for (const auto& node : graph.nodes) {
@@ -263,16 +277,9 @@ SiteStates site_states(const Graph& graph, const ParallelBackbone& backbone, Sit
     for (std::size_t i = 0; i < node.outputs.size(); ++i) {
       const auto id = static_cast<std::size_t>(linear->members()[i].weight);
       if (graph.params[id].name != weight) continue;
-      const auto& x = backbone.tensors[static_cast<std::size_t>(node.inputs[0])];
-      const auto& y = backbone.tensors[static_cast<std::size_t>(node.outputs[i])];
-      require<Error>(x.grad_made && y.grad_made, "tensor parallel: ", weight, " has no gradient");
-      return {backbone.params[id],
-              both(x.made, x.used),
-              both(y.made, y.used),
-              both(*y.grad_made, *y.grad_used),
-              both(*x.grad_made, *x.grad_used),
-              node.inputs[0],
-              node.outputs[i]};
+      SiteStates states = bypass_states(graph, backbone, node.inputs[0], node.outputs[i]);
+      states.weight = backbone.params[id];
+      return states;
     }
   }
   throw Error(str("tensor parallel: no linear has ", weight));

@@ -1,7 +1,6 @@
 #pragma once
 
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "compile/parallel_transition.h"
@@ -59,8 +58,9 @@ struct SiteStates {
   std::vector<ParallelState> x, y;            // the first as made, then as used where that is another
   std::vector<ParallelState> grad_y, grad_x;  // likewise
   TensorId x_tensor = kNoTensor, y_tensor = kNoTensor;
-  auto key() const { return std::tie(weight.dims, x, y, grad_y, grad_x); }
 };
 SiteStates site_states(const Graph& graph, const ParallelBackbone& backbone, SiteId site);
+/// The same for a bypass from any tensor to any other, or to itself.
+SiteStates bypass_states(const Graph& graph, const ParallelBackbone& backbone, TensorId x, TensorId y);
 
 }  // namespace flexcore

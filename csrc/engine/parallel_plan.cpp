@@ -147,7 +147,7 @@ class Planner {
                       .forward_bytes_per_token = cost.forward_bytes,
                       .backward_bytes_per_token = cost.backward_bytes,
                       .step_bytes = cost.step_bytes,
-                      .parameters = cost.parameter_bytes};
+                      .parameter_bytes = cost.parameter_bytes};
     std::vector<const BypassCandidate*> kept;
     for (const auto& candidate : choice.candidates) {
       if (candidate.dominated_by < 0) kept.push_back(&candidate);

@@ -23,7 +23,7 @@ void register_parallel(py::module_& m) {
       .field("backward_us", &ParallelCandidate::backward_us)
       .field("step_us", &ParallelCandidate::step_us)
       .field("bytes_per_token", &ParallelCandidate::bytes_per_token)
-      .field("memory", &ParallelCandidate::memory)
+      .field("memory_bytes", &ParallelCandidate::memory_bytes)
       .done();
   Report<ParallelSite>(m, "ParallelSite", "What was decided for the bypasses at one kind of linear.")
       .field("module", &ParallelSite::module)
@@ -38,7 +38,7 @@ void register_parallel(py::module_& m) {
       .field("forward_bytes_per_token", &ParallelSite::forward_bytes_per_token)
       .field("backward_bytes_per_token", &ParallelSite::backward_bytes_per_token)
       .field("step_bytes", &ParallelSite::step_bytes)
-      .field("parameters", &ParallelSite::parameters)
+      .field("parameter_bytes", &ParallelSite::parameter_bytes)
       .field("kept", &ParallelSite::kept)
       .done();
   Report<ParallelPlan>(m, "ParallelPlan",

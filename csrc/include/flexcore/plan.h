@@ -39,7 +39,7 @@ struct ParallelCandidate {
   double forward_us = 0, backward_us = 0;  // of a pass of max_num_batched_tokens
   double step_us = 0;                      // once an optimizer step
   double bytes_per_token = 0;              // sent by a rank, forward and backward
-  std::int64_t memory = 0;                 // of a rank: parameters, gradients, optimizer state, saved activations
+  std::int64_t memory_bytes = 0;           // of a rank: parameters, gradients, optimizer state, saved activations
 };
 
 /// What was decided for the bypasses at one kind of linear. Bytes are of one of them and of the rank with the most.
@@ -53,7 +53,7 @@ struct ParallelSite {
   std::string reason;           // the same in words
   double forward_bytes_per_token = 0, backward_bytes_per_token = 0;  // sent by a rank
   std::int64_t step_bytes = 0;                                       // likewise, an optimizer step
-  std::int64_t parameters = 0;
+  std::int64_t parameter_bytes = 0;
   std::vector<ParallelCandidate> kept;  // no other dominates them; the chosen one first
 };
 

@@ -141,7 +141,7 @@ def _sites(parallel: flexcore.ParallelPlan) -> Table:
             _wire(site.forward_bytes_per_token),
             _wire(site.backward_bytes_per_token),
             format_bytes(site.step_bytes),
-            format_bytes(site.parameters),
+            format_bytes(site.parameter_bytes),
         )
     return table
 
@@ -159,7 +159,7 @@ def _print_kept(site: flexcore.ParallelSite) -> None:
     for i, plan in enumerate(site.kept):
         times = f"{plan.forward_us:.2f} + {plan.backward_us:.2f} + {plan.step_us:.2f}"
         sent = f"{_wire(plan.bytes_per_token)} a token"
-        line = f"  {plan.plan:{widest}}  {times:26} {sent:17} {format_bytes(plan.memory)}"
+        line = f"  {plan.plan:{widest}}  {times:26} {sent:17} {format_bytes(plan.memory_bytes)}"
         out.print(line, style="green" if i == 0 else None, soft_wrap=True)
 
 

@@ -112,6 +112,7 @@ TEST(BypassPlanTest, EveryCandidateOfAVector) {
   const SiteStates heads{kOutSplit, {kFeatureSplit}, {kFeatureSplit}, {kFeatureSplit}, {kFeatureSplit}};
   for (const int count : {1, 2, 3, 4, 8}) {
     check_all(vector(24), heads, count, 5);
+    check_all(vector(24), {kReplicated, {kReplicated}, {kReplicated}, {kPending}, {kPending}}, count, 5);
     check_all(vector(24), kSites.at("row"), count, 5);
   }
 }

@@ -264,6 +264,19 @@ TEST(ParallelBackboneTest, MegatronsStates) {
   EXPECT_EQ(site_text(model.graph, split, "down_proj"), "W|in x |k y + |t back y |t = x |k");
 }
 
+// Where (IA)^3 has its vectors: a tensor that is multiplied where it lies.
+TEST(ParallelBackboneTest, BypassesOfATensorToItself) {
+  const Model model(Architecture::kLlama, 8, 2, 2);
+  const auto text = [&](int ranks, const char* name) {
+    const TensorId id = model.graph.find(1, name);
+    const SiteStates s = bypass_states(model.graph, parallelize_backbone(model.graph, {ranks, false}), id, id);
+    return texts(s.x) + ", " + texts(s.y) + ", " + texts(s.grad_y) + ", " + texts(s.grad_x);
+  };
+  EXPECT_EQ(text(2, "v"), "|k, |k, |k, |k");
+  EXPECT_EQ(text(2, "mlp"), "|k, |k, |k, |k");
+  EXPECT_EQ(text(4, "v"), "=, =, +, +");  // made on every rank; each has the gradient of the heads that it read
+}
+
 // Two all-reduces a layer and direction (Megatron-LM, figure 4), or as many reduce-scatters and all-gathers.
 TEST(ParallelBackboneTest, CollectivesOfALayer) {
   const Model model(Architecture::kLlama, 8, 2, 3);
