@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <set>
 
 #include "compile/compiled_model.h"
@@ -178,6 +179,38 @@ TEST(ParallelModelTest, ChosenPlansOnAWholeModel) {
         expect_planned_bytes(run, ranks, 13);
       }
   }
+}
+
+// Another form at every linear: down, relu, up. What the search leaves in no sum before the relu runs too.
+TEST(ParallelModelTest, BottlenecksOnAWholeModel) {
+  const Model model(Architecture::kQwen3, 6, 3, 2);
+  const auto tokens = some_tokens(7);
+  std::optional<ModelRun::Result> want;
+  for (const int count : {1, 2, 3})
+    for (const double latency : {10e-6, 0.0}) {
+      Ranks ranks(count);
+      ModelRun run(model.graph, model.config, {count, false}, ranks);
+      for (std::size_t i = 0; i < model.graph.sites.size(); ++i) {
+        const auto& site = model.graph.sites[i];
+        const auto id = static_cast<SiteId>(i);
+        using Kind = BypassStep::Kind;
+        const BypassForm form{{{Kind::kLinear, "down", site.in_features, kRank},
+                               {Kind::kActivation, "relu", kRank, kRank},
+                               {Kind::kLinear, "up", kRank, site.out_features}}};
+        const auto choice =
+            choose_plan(form, site_states(model.graph, run.backbone(), id), {}, count, {.collective_seconds = latency});
+        auto weights = lora_weights(site, id);
+        weights.insert(weights.begin() + 1, Block());
+        run.attach(id, form, choice.best().plan, weights);
+      }
+      auto got = run.run(tokens);
+      if (!want) want = got;
+      for (auto* result : {&got, &*want})
+        for (auto& [site, gradients] : result->weight_gradients)
+          std::erase_if(gradients, [](const Block& b) { return b.data.empty(); });
+      EXPECT_LT(worst_error(got, *want), kTolerance) << count << " ranks";
+      expect_planned_bytes(run, ranks, 7);
+    }
 }
 
 // Collectives carry elements of their tensor's dtype: of a bfloat16 model the hidden states are half as wide.
