@@ -116,7 +116,8 @@ class Pass {
     const Coupling coupling = node.op->coupling();
     const std::int64_t width = graph_.tensor(input).width;
     const bool legal = at(input).used == state && state != kPending && !(state == kRowSplit && coupling.rows) &&
-                       !(state == kFeatureSplit && (whole_row(node) || width % (coupling.features * plan_.ranks) != 0));
+                       !(state == kFeatureSplit &&
+                         (coupling.features == Coupling::kWholeRow || width % (coupling.features * plan_.ranks) != 0));
     require<Unsupported>(legal, "tensor parallel: no rule for ", node.op->name(), " of ", graph_.tensor(input).name,
                          " in state ", tensor_text(at(input).used));
   }
@@ -180,7 +181,7 @@ class Pass {
       if (!tensor.grad_made) continue;
       // A norm wants its sum taken: whatever is added to the residual's gradient is not a summand. So does a linear
       // that is split over in. What is linear in the gradient, and else reads copies, leaves it a sum.
-      const bool whole = linear ? tensor.made == kPending : whole_row(node) && !lora_of(node);
+      const bool whole = linear ? tensor.made == kPending : is(node, "rms_norm") && whole_row(node);
       tensor.grad_used = whole ? gradient_state(tensor.made) : *tensor.grad_made;
     }
     if (linear) {

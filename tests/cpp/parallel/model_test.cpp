@@ -115,7 +115,10 @@ const std::vector<Case> kCases = {{"llama, 8 heads, 2 of keys", Architecture::kL
                                   {"qwen2 with biases, 8 heads, 8 of keys", Architecture::kQwen2, 8, 8, {8}}};
 
 TEST(ParallelModelTest, BackboneComputesWhatOneRankDoes) {
-  for (const auto& c : kCases)
+  auto cases = kCases;
+  cases.push_back({"llama, one head of keys", Architecture::kLlama, 4, 1, {1, 2, 4}});
+  cases.push_back({"qwen3, one head of keys", Architecture::kQwen3, 4, 1, {1, 2, 4}});
+  for (const auto& c : cases)
     for (const std::int64_t num_tokens : {2, 7, 9}) {
       const Model model(c.architecture, c.num_heads, c.num_kv_heads, 2);
       const auto tokens = some_tokens(num_tokens);
@@ -368,6 +371,17 @@ TEST(ParallelBackboneTest, OfTheServingGraph) {
         EXPECT_EQ(want.tensors.at(a).used, got.tensors.at(b).used) << name;
         EXPECT_EQ(want.tensors.at(a).grad_made, got.tensors.at(b).grad_made) << name;
       }
+  }
+}
+
+// Gradients of copied keys stay sums through the rotation, to be taken with that of the hidden state.
+TEST(ParallelBackboneTest, OneHeadOfKeysTakesNoSumOfItsOwn) {
+  const Model model(Architecture::kLlama, 4, 1, 1);
+  const auto plan = parallelize_backbone(model.graph, {4, false});
+  for (const char* name : {"k", "k.rotated", "v"}) {
+    const auto& tensor = plan.tensors.at(static_cast<std::size_t>(model.graph.find(0, name)));
+    EXPECT_EQ(tensor.grad_made, kPending) << name;
+    EXPECT_EQ(tensor.grad_used, kPending) << name;
   }
 }
 
