@@ -43,7 +43,8 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
       scratch(device->allocator(), ledger),
       registry(make_op_registry()),
       context{&registry, sizes.device, &threads, &scratch, device->stream()},
-      compiled(base_graph(model, config, sizes), attach_bypasses, row_capacity(sizes.limits), joins_outputs(sizes.device)),
+      compiled(base_graph(model, config, sizes), attach_bypasses, row_capacity(sizes.limits),
+               joins_outputs(sizes.device)),
       weights(context, device->allocator(), ledger, sizes.compute),
       adapters(compiled.base(), context, weights, device->allocator(), ledger),
       blocks(sizes.limits.num_blocks, sizes.limits.block_size, config.enable_prefix_caching),
@@ -273,7 +274,8 @@ std::vector<AdapterInfo> Engine::adapters() const {
     for (const auto& module : adapter->layout.modules) {
       info.rank = std::max(info.rank, module.rank);
       const std::string leaf = module.path.substr(module.path.rfind('.') + 1);
-      if (!leaf.empty() && std::find(info.target_modules.begin(), info.target_modules.end(), leaf) == info.target_modules.end())
+      if (!leaf.empty() &&
+          std::find(info.target_modules.begin(), info.target_modules.end(), leaf) == info.target_modules.end())
         info.target_modules.push_back(leaf);
     }
     infos.push_back(std::move(info));

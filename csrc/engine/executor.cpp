@@ -220,8 +220,9 @@ Executor::Layout Executor::lay_out(std::span<const RowGroup> groups) {
     forward_.clear_segments();
     for (const auto& s : segments) add_segment(forward_, s, nullptr);
     for (std::size_t g = 0; g < groups.size(); ++g)
-      if (const auto rows = virtual_rows(groups[g].adapter, groups[g].position,
-                                         static_cast<std::int64_t>(groups[g].tokens.size()), layout.row_begin[g], nullptr))
+      if (const auto rows =
+              virtual_rows(groups[g].adapter, groups[g].position, static_cast<std::int64_t>(groups[g].tokens.size()),
+                           layout.row_begin[g], nullptr))
         forward_.add_virtual_rows(*rows);
   }
   // Virtual tokens have no embedding of their own; that of the first token is replaced, or of no use.
@@ -233,8 +234,8 @@ Executor::Layout Executor::lay_out(std::span<const RowGroup> groups) {
 }
 
 void Executor::add_segment(Lane& lane, const Segment& segment, float* gradients) {
-  const SegmentDropout dropout = segment.dropout == nullptr ? SegmentDropout{}
-                                                            : SegmentDropout{segment.dropout->dropout, segment.position};
+  const SegmentDropout dropout =
+      segment.dropout == nullptr ? SegmentDropout{} : SegmentDropout{segment.dropout->dropout, segment.position};
   lane.add_segments(*segment.adapter, segment.begin, segment.end, gradients,
                     segment.dropout == nullptr ? nullptr : &dropout);
 }
@@ -260,11 +261,10 @@ bool Executor::fix(Layout& layout, std::span<const Segment> segments, std::vecto
   const auto in_use = [](const auto& entry) { return !entry.second.empty(); };
   const auto num_programs = std::count_if(windows_.begin(), windows_.end(), in_use);
   const auto windows = std::find_if(windows_.begin(), windows_.end(), in_use);
-  const auto plain = [](const Segment& segment) {
-    return segment.adapter->plain_lora() && segment.dropout == nullptr;
-  };
-  if (!record_ || rows == 0 || !std::all_of(segments.begin(), segments.end(), plain) || spans_.size() > kMostFixedSpans || segments.size() > Lane::kMostFixedSegments ||
-      num_programs > 1 || (num_programs == 1 && windows->second.size() > kMostFixedWindows))
+  const auto plain = [](const Segment& segment) { return segment.adapter->plain_lora() && segment.dropout == nullptr; };
+  if (!record_ || rows == 0 || !std::all_of(segments.begin(), segments.end(), plain) ||
+      spans_.size() > kMostFixedSpans || segments.size() > Lane::kMostFixedSegments || num_programs > 1 ||
+      (num_programs == 1 && windows->second.size() > kMostFixedWindows))
     return false;
   layout.num_rows = fixed;
   tokens.resize(static_cast<std::size_t>(fixed)), positions.resize(static_cast<std::size_t>(fixed));
@@ -408,8 +408,8 @@ void Executor::run_score(const Layout& layout, const TensorView& hidden) {
   std::vector<std::int32_t> rows, labels;
   for (std::size_t g = 0; g < layout.groups.size(); ++g)
     for (std::size_t i = 0; i < layout.groups[g].score_labels.size(); ++i) {
-      rows.push_back(static_cast<std::int32_t>(layout.row_begin[g] + layout.groups[g].score_from +
-                                               static_cast<std::int64_t>(i)));
+      rows.push_back(
+          static_cast<std::int32_t>(layout.row_begin[g] + layout.groups[g].score_from + static_cast<std::int64_t>(i)));
       labels.push_back(layout.groups[g].score_labels[i]);
     }
   if (rows.empty()) return;
@@ -466,8 +466,7 @@ void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
     TrainState& train = *all[i].train;
     const auto [begin, end] = std::pair(all[i].begin, all[i].end);
     if (end == train.length()) run(backward_.context(), ZeroArgs{train.kv_gradients()});
-    for (std::int64_t t = begin; t < end; ++t)
-      tokens.push_back(std::max(train.tokens[static_cast<std::size_t>(t)], 0));
+    for (std::int64_t t = begin; t < end; ++t) tokens.push_back(std::max(train.tokens[static_cast<std::size_t>(t)], 0));
     if (const auto virtual_part = virtual_rows(train.adapter.get(), begin, end - begin, row, train.gradients))
       backward_.add_virtual_rows(*virtual_part);
     for (std::int64_t i = begin; i < end; ++i) positions.push_back(static_cast<std::int32_t>(i));

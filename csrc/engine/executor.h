@@ -86,9 +86,9 @@ class Executor {
   RunState state(Lane& lane) const;
   struct Segment {
     const Adapter* adapter;
-    std::int64_t begin, end;        // rows
-    const TrainState* dropout;      // whose elements are dropped; null: none
-    std::int64_t position;          // of its first row
+    std::int64_t begin, end;    // rows
+    const TrainState* dropout;  // whose elements are dropped; null: none
+    std::int64_t position;      // of its first row
   };
   static void add_segment(Lane& lane, const Segment& segment, float* gradients);
   /// What the launches of a recorded forward depend on, the contents of its tables aside.

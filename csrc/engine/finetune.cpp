@@ -31,25 +31,28 @@ void Engine::Impl::validate(const std::vector<Example>& examples, const AdapterL
     require(example.labels.size() == example.input_ids.size(), where, ".labels: ", example.labels.size(),
             " labels, wanted as many as input_ids (", length, ")");
     require(length >= 2, where, ".input_ids: ", length, " tokens, wanted at least 2");
-    require(length + ahead <= sizes.max_model_len, where, ".input_ids: ", length, " tokens, wanted at most max_model_len (",
-            sizes.max_model_len, ")", ahead > 0 ? str(" less ", ahead, " virtual tokens") : "");
+    require(length + ahead <= sizes.max_model_len, where, ".input_ids: ", length,
+            " tokens, wanted at most max_model_len (", sizes.max_model_len, ")",
+            ahead > 0 ? str(" less ", ahead, " virtual tokens") : "");
     check_tokens(example.input_ids, (where + ".input_ids").c_str());
     for (std::size_t t = 0; t < example.labels.size(); ++t)
       require(example.labels[t] == -100 || (example.labels[t] >= 0 && example.labels[t] < model.vocab_size), where,
               ".labels: ", example.labels[t], " at position ", t, ", wanted -100 or a token id below ",
               model.vocab_size);
-    require(count_targets(example, layout) > 0, where, ".labels: no target (all are -100 after the first), nothing to learn");
+    require(count_targets(example, layout) > 0, where,
+            ".labels: no target (all are -100 after the first), nothing to learn");
     const std::int64_t pages = (length + ahead + sizes.limits.block_size - 1) / sizes.limits.block_size;
     require(pages <= blocks.num_blocks(), where, ": ", length, " tokens need ", pages, " pages, but the pool has ",
             blocks.num_blocks(), "; raise kv_cache_memory_bytes");
-    executor->reserve(fitting_program(model, compiled, layout.bypasses(), length + ahead, config.finetune_memory_bytes, where));
+    executor->reserve(
+        fitting_program(model, compiled, layout.bypasses(), length + ahead, config.finetune_memory_bytes, where));
   }
 }
 
 void Engine::Impl::check_trainable(const Adapter& adapter) const {
   const auto* lora = std::get_if<LoraConfig>(&adapter.config);
-  require<Unsupported>(lora == nullptr || !lora->use_dora || lora->lora_dropout == 0.0, "lora_dropout: ",
-                       adapter.dropout(), " in adapter \"", adapter.name,
+  require<Unsupported>(lora == nullptr || !lora->use_dora || lora->lora_dropout == 0.0,
+                       "lora_dropout: ", adapter.dropout(), " in adapter \"", adapter.name,
                        "\" with use_dora, wanted 0: there is no dropout in DoRA");
 }
 
@@ -116,7 +119,8 @@ void Engine::Impl::start_batch(TrainingJob& job) {
   job.batch_targets = 0;
   job.batch_loss = 0.0;
   job.sequences_done = 0;
-  for (const auto index : batch) job.batch_targets += count_targets(job.examples[static_cast<std::size_t>(index)], adapter->layout);
+  for (const auto index : batch)
+    job.batch_targets += count_targets(job.examples[static_cast<std::size_t>(index)], adapter->layout);
   const float scale = 1.0f / static_cast<float>(job.batch_targets);
   std::int64_t occurrence = job.step * job.config.batch_size;  // of all examples of the job, in order
   for (const auto index : batch) {

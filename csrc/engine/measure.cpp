@@ -73,8 +73,9 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
   std::size_t longest = 0;
   for (const auto& example : examples) longest = std::max(longest, example.input_ids.size());
   longest += static_cast<std::size_t>(adapter->layout.num_virtual_tokens);
-  TrainingProgram& program = fitting_program(model, compiled, adapter->layout.bypasses(), static_cast<std::int64_t>(longest),
-                                             config.finetune_memory_bytes, "examples");
+  TrainingProgram& program =
+      fitting_program(model, compiled, adapter->layout.bypasses(), static_cast<std::int64_t>(longest),
+                      config.finetune_memory_bytes, "examples");
   executor->reserve(program);
   Buffer gradients(device->allocator(), ledger, MemoryTag::kGradients,
                    static_cast<std::size_t>(adapter->layout.num_parameters) * sizeof(float));
@@ -94,7 +95,8 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
     auto& sequence = *sequences.emplace_back(std::make_unique<Progress>());
     sequence.state = std::make_unique<TrainState>(example, adapter, program, grads, 1.0f / static_cast<float>(targets));
     if (dropout_seed)
-      sequence.state->dropout = {adapter->dropout(), *dropout_seed, static_cast<std::uint32_t>(&example - examples.data())};
+      sequence.state->dropout = {adapter->dropout(), *dropout_seed,
+                                 static_cast<std::uint32_t>(&example - examples.data())};
     sequence.pages = std::make_unique<TemporaryPages>(blocks, sequence.block_table, sequence.state->length());
     sequence.state->block_table = &sequence.block_table;
     sequence.state->allocate(device->allocator(), ledger, executor->shape());

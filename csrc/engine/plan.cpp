@@ -8,6 +8,7 @@
 #include "backends/register.h"
 #include "core/check.h"
 #include "engine/impl.h"
+#include "engine/parallel_plan.h"
 #include "peft/attach.h"
 
 namespace flexcore {
@@ -90,7 +91,8 @@ void explain(MemoryPlan& plan, const TrainingProgram& program, std::int64_t num_
 }  // namespace
 
 MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::optional<AdapterConfig>& adapter,
-                std::int64_t sequence_length) {
+                std::int64_t sequence_length, const ParallelOptions& parallel) {
+  check(parallel);
   const ModelConfig model = ModelConfig::load(path);
   const EngineSizes sizes = engine_sizes(model, config);
   require(sequence_length >= 1 && sequence_length <= sizes.max_model_len, "sequence_length: ", sequence_length,
@@ -115,7 +117,15 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
                    static_cast<std::int64_t>(Executor::losses_bytes(sizes.limits)) + scratch.forward +
                    scratch.backward + programs;
   if (two_lanes && !config.enforce_eager) plan.workspace += static_cast<std::int64_t>(Executor::kMostRecordedBytes);
-  if (!adapter) return plan;
+  const auto add_parallel = [&](ParallelWork work) {
+    if (parallel.tensor_parallel_size == 1) return;
+    work.kv_pages = plan.kv_pages;
+    plan.parallel = plan_parallel(model, sizes, compiled, work, parallel);
+  };
+  if (!adapter) {
+    add_parallel({});
+    return plan;
+  }
   const AdapterLayout layout = lay_out(*adapter, compiled.base());
   sequence_length += layout.num_virtual_tokens;
   const TrainingProgram& program = fitting_program(model, compiled, layout.bypasses(), sequence_length,
@@ -130,6 +140,7 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   plan.optimizer = 2 * parameter_bytes;
   plan.gradients = parameter_bytes + finetune_bytes(model, program, tokens) - plan.saved_activations;
   explain(plan, program, model.num_layers);
+  add_parallel({&program, layout.modules, tokens, FinetuneConfig{}.batch_size * sequence_length});
   return plan;
 }
 
@@ -148,6 +159,7 @@ std::string MemoryPlan::describe() const {
   line("optimizer", optimizer);
   line("workspace", workspace);
   line("total", total());
+  if (parallel) text += flexcore::describe(*parallel);
   if (tensors.empty()) return text;
   char header[160];
   std::snprintf(header, sizeof header, "\none layer, bytes a token: %lld kept of %lld made\n",

@@ -18,8 +18,10 @@ constexpr std::int64_t kMaxCount = std::numeric_limits<std::int32_t>::max();
 constexpr std::int64_t kMaxBlockSize = 1 << 16;
 
 std::optional<KeepMode> keep_mode(const EngineConfig& config) {
-  for (const auto& [name, mode] : {std::pair("exact", KeepMode::kLeast), {"int8", KeepMode::kCodes},
-                                   {"all", KeepMode::kAll}, {"read", KeepMode::kRead}})
+  for (const auto& [name, mode] : {std::pair("exact", KeepMode::kLeast),
+                                   {"int8", KeepMode::kCodes},
+                                   {"all", KeepMode::kAll},
+                                   {"read", KeepMode::kRead}})
     if (config.finetune_activations == name) return mode;
   return {};
 }
@@ -45,8 +47,9 @@ void check(const EngineConfig& c) {
   within(c.block_size, kMaxBlockSize, "block_size");
   require(keep_mode(c).has_value(), "finetune_activations: \"", c.finetune_activations,
           "\", wanted \"exact\" or \"int8\", or, to compare with, \"all\" or \"read\"");
-  require(!c.finetune_memory_bytes || *keep_mode(c) != KeepMode::kAll, "finetune_memory_bytes: ",
-          c.finetune_memory_bytes.value_or(0), ", wanted none with finetune_activations \"all\", which leaves nothing out");
+  require(!c.finetune_memory_bytes || *keep_mode(c) != KeepMode::kAll,
+          "finetune_memory_bytes: ", c.finetune_memory_bytes.value_or(0),
+          ", wanted none with finetune_activations \"all\", which leaves nothing out");
   require(c.dtype == "bfloat16" || c.dtype == "float32", "dtype: \"", c.dtype,
           "\", wanted \"bfloat16\" or \"float32\"");
   require(c.num_threads >= 0, "num_threads: ", c.num_threads, ", wanted >= 0");

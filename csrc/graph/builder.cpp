@@ -89,7 +89,7 @@ TensorId GraphBuilder::linear_residual(TensorId x, TensorId residual, const Line
 TensorId GraphBuilder::rotary(TensorId x, std::int64_t num_heads) {
   const auto in = graph_.tensor(x);
   const TensorId y = tensor(in.name + ".rotated", in.width, in.dtype, in.rows);
-  node(rotary_op(num_heads), {x}, {y});
+  node(rotary_op(num_heads, in.width / num_heads), {x}, {y});
   return y;
 }
 

@@ -43,8 +43,9 @@ struct SegmentDropout {
 struct VirtualRows {
   std::int64_t begin = 0, end = 0;
   TensorView prompt;  // [rows, hidden_size] float32: their embeddings; or empty
-  TensorView prefix;  // [rows, 2 * num_layers * kv_width] float32: by layer a key, already rotated, and a value; or empty
-  TensorView grad;    // like the one that there is; backward only, += always
+  TensorView
+      prefix;       // [rows, 2 * num_layers * kv_width] float32: by layer a key, already rotated, and a value; or empty
+  TensorView grad;  // like the one that there is; backward only, += always
 };
 
 /// The rows of a batch that have a bypass at one linear, by what it does; each list in ascending disjoint rows.

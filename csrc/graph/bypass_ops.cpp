@@ -62,29 +62,31 @@ TensorView dropped(OpContext& context, const TensorView& x, const SegmentDropout
 }
 
 void add_lora(OpContext& context, const TensorView& x, const TensorView& y, const Segments& segments) {
-  for_dropout_rows(segments, [&](std::int64_t begin, std::int64_t end, const LoraSegment& segment, const auto& dropout) {
-    const Arena::Scope scope(*context.scratch);
-    const LoraArgs::Member member{y.rows(begin, end), {&segment, 1}};
-    flexcore::run(context, LoraArgs{dropped(context, x.rows(begin, end), dropout), {&member, 1}});
-  });
+  for_dropout_rows(segments,
+                   [&](std::int64_t begin, std::int64_t end, const LoraSegment& segment, const auto& dropout) {
+                     const Arena::Scope scope(*context.scratch);
+                     const LoraArgs::Member member{y.rows(begin, end), {&segment, 1}};
+                     flexcore::run(context, LoraArgs{dropped(context, x.rows(begin, end), dropout), {&member, 1}});
+                   });
 }
 
 void add_gradients(OpContext& context, const TensorView& x, const TensorView& grad_y, const TensorView& grad_x,
                    const Segments& segments) {
-  for_dropout_rows(segments, [&](std::int64_t begin, std::int64_t end, const LoraSegment& segment, const auto& dropout) {
-    const Arena::Scope scope(*context.scratch);
-    const TensorView rows = dropped(context, x.rows(begin, end), dropout);
-    TensorView grad_rows;
-    if (grad_x) {
-      grad_rows = context.scratch->tensor(DType::kFloat32, {end - begin, x.shape(1)});
-      flexcore::run(context, ZeroArgs{grad_rows});
-    }
-    const LoraBackwardArgs::Member member{grad_y.rows(begin, end), {&segment, 1}};
-    flexcore::run(context, LoraBackwardArgs{rows, {&member, 1}, grad_rows});
-    if (grad_x)
-      flexcore::run(context, DropoutArgs{grad_rows, grad_x.rows(begin, end), dropout.mask, dropout.position,
-                                         GradMode::kAccumulate});
-  });
+  for_dropout_rows(segments,
+                   [&](std::int64_t begin, std::int64_t end, const LoraSegment& segment, const auto& dropout) {
+                     const Arena::Scope scope(*context.scratch);
+                     const TensorView rows = dropped(context, x.rows(begin, end), dropout);
+                     TensorView grad_rows;
+                     if (grad_x) {
+                       grad_rows = context.scratch->tensor(DType::kFloat32, {end - begin, x.shape(1)});
+                       flexcore::run(context, ZeroArgs{grad_rows});
+                     }
+                     const LoraBackwardArgs::Member member{grad_y.rows(begin, end), {&segment, 1}};
+                     flexcore::run(context, LoraBackwardArgs{rows, {&member, 1}, grad_rows});
+                     if (grad_x)
+                       flexcore::run(context, DropoutArgs{grad_rows, grad_x.rows(begin, end), dropout.mask,
+                                                          dropout.position, GradMode::kAccumulate});
+                   });
 }
 
 // Inputs: x, gradients of every site's y [, gradient of x to add to]. Outputs: that gradient, or none. Adds to grad_a,
@@ -224,7 +226,8 @@ void LoraOp::vjp(BackwardBuilder& builder, const Node& node) const {
   if (kind_ == BypassKind::kSeries) {
     const TensorId grad = builder.grad(node.outputs[0]);
     if (grad == kNoTensor) return;
-    if (!builder.needs(x)) return builder.emit_effect(std::make_shared<LoraBackwardOp>(sites_, kind_, false), {x, grad});
+    if (!builder.needs(x))
+      return builder.emit_effect(std::make_shared<LoraBackwardOp>(sites_, kind_, false), {x, grad});
     // x is y, whose gradient is read while that of x is added to.
     builder.emit(copy_op(), {grad}, {x}, DType::kFloat32);
     builder.contribute(x, DType::kFloat32, {x, grad},

@@ -39,8 +39,8 @@ struct LinearSite {
   bool sole_reader = false;  // of its input: that may be changed in place
 };
 
-/// What is kept for a backward: everything that the layers' forward makes; of it, what the backward reads; of that, what
-/// only a GEMM or attention makes; the same in 8-bit groups (ops/scatter.h).
+/// What is kept for a backward: everything that the layers' forward makes; of it, what the backward reads; of that,
+/// what only a GEMM or attention makes; the same in 8-bit groups (ops/scatter.h).
 enum class KeepMode : std::uint8_t { kAll, kRead, kLeast, kCodes };
 
 /// When a node runs.
@@ -63,7 +63,7 @@ class Graph {
   std::vector<LinearSite> sites;
   int num_layers = 0;
   KeepMode keep_mode = KeepMode::kLeast;
-  TensorId embedding = kNoTensor;                           // input of the first layer
+  TensorId embedding = kNoTensor;                          // input of the first layer
   std::vector<std::pair<TensorId, TensorId>> keys_values;  // by layer, as attention writes them to its pages
   std::int64_t num_heads = 0, num_kv_heads = 0;
   TensorId hidden = kNoTensor;  // residual stream after the last layer

@@ -11,6 +11,7 @@ class GatherOp final : public Operator {
  public:
   explicit GatherOp(RowSet rows) : rows_(rows) {}
   std::string_view name() const override { return "gather_rows"; }
+  Coupling coupling() const override { return {.features = 1, .rows = true}; }
   void run(const RunState& state, const Node&, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
     const auto& index = rows_ == RowSet::kSampled ? state.batch->sampled_rows : state.batch->target_rows;
@@ -31,6 +32,7 @@ class CrossEntropyOp final : public Operator {
  public:
   explicit CrossEntropyOp(ParamId weight) : weight_(weight) {}
   std::string_view name() const override { return "linear_cross_entropy"; }
+  std::vector<ParamId> params() const override { return {weight_}; }
   bool effect() const override { return true; }
   void run(const RunState& state, const Node&, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {

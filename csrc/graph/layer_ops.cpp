@@ -16,6 +16,8 @@ class EmbeddingOp final : public Operator {
  public:
   explicit EmbeddingOp(ParamId weight) : weight_(weight) {}
   std::string_view name() const override { return "embedding"; }
+  Coupling coupling() const override { return {.features = 1, .rows = false}; }
+  std::vector<ParamId> params() const override { return {weight_}; }
   bool rebuildable() const override { return true; }
   void run(const RunState& state, const Node&, std::span<const TensorView>,
            std::span<const TensorView> out) const override {
@@ -34,6 +36,7 @@ TensorView grouped(const TensorView& x, std::int64_t group) {
 class CopyOp final : public Operator {
  public:
   std::string_view name() const override { return "copy"; }
+  Coupling coupling() const override { return {.features = 1, .rows = false}; }
   void run(const RunState& state, const Node&, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
     flexcore::run(*state.context, CopyArgs{in[0], out[0]});
@@ -67,6 +70,8 @@ class RmsNormOp final : public Operator {
  public:
   RmsNormOp(ParamId weight, std::int64_t group, float eps) : weight_(weight), group_(group), eps_(eps) {}
   std::string_view name() const override { return "rms_norm"; }
+  Coupling coupling() const override { return {.features = group_, .rows = false}; }
+  std::vector<ParamId> params() const override { return {weight_}; }
   bool takes_gaps(std::int64_t width) const override { return width == group_; }
   bool rebuildable() const override { return true; }
   void run(const RunState& state, const Node&, std::span<const TensorView> in,
@@ -92,7 +97,9 @@ class RmsNormOp final : public Operator {
 
 class RotaryOp final : public Operator {
  public:
-  RotaryOp(std::int64_t num_heads, bool inverse) : num_heads_(num_heads), inverse_(inverse) {}
+  RotaryOp(std::int64_t num_heads, std::int64_t head_dim, bool inverse)
+      : num_heads_(num_heads), head_dim_(head_dim), inverse_(inverse) {}
+  Coupling coupling() const override { return {.features = head_dim_, .rows = false}; }
   std::string_view name() const override { return inverse_ ? "rotary_backward" : "rotary"; }
   int alias(int) const override { return 0; }
   bool in_place_only() const override { return false; }
@@ -105,12 +112,12 @@ class RotaryOp final : public Operator {
   void vjp(BackwardBuilder& builder, const Node& node) const override {
     const TensorId grad = builder.grad(node.outputs[0]);
     if (grad == kNoTensor) return;
-    builder.emit(std::make_shared<RotaryOp>(num_heads_, !inverse_), {grad}, {node.inputs[0]},
+    builder.emit(std::make_shared<RotaryOp>(num_heads_, head_dim_, !inverse_), {grad}, {node.inputs[0]},
                  builder.graph().tensor(grad).dtype);
   }
 
  private:
-  std::int64_t num_heads_;
+  std::int64_t num_heads_, head_dim_;
   bool inverse_;
 };
 
@@ -142,6 +149,7 @@ class AttentionOp final : public Operator {
  public:
   AttentionOp(const AttentionShape& shape, bool writes) : shape_(shape), writes_(writes) {}
   std::string_view name() const override { return "attention"; }
+  Coupling coupling() const override { return {.features = shape_.head_dim, .rows = true}; }
   bool effect() const override { return writes_; }
   std::optional<Recompute> recompute(const std::vector<bool>&) const override {
     return Recompute{std::make_shared<AttentionOp>(shape_, false), {0}, {0, 1}};
@@ -185,6 +193,7 @@ class SiluMulBackwardOp final : public Operator {
 class SiluMulOp final : public Operator {
  public:
   std::string_view name() const override { return "silu_mul"; }
+  Coupling coupling() const override { return {.features = 1, .rows = false}; }
   bool rebuildable() const override { return true; }
   void run(const RunState& state, const Node&, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
@@ -205,8 +214,8 @@ std::shared_ptr<const Operator> copy_op() { return std::make_shared<CopyOp>(); }
 std::shared_ptr<const Operator> rms_norm_op(ParamId weight, std::int64_t group, float eps) {
   return std::make_shared<RmsNormOp>(weight, group, eps);
 }
-std::shared_ptr<const Operator> rotary_op(std::int64_t num_heads, bool inverse) {
-  return std::make_shared<RotaryOp>(num_heads, inverse);
+std::shared_ptr<const Operator> rotary_op(std::int64_t num_heads, std::int64_t head_dim, bool inverse) {
+  return std::make_shared<RotaryOp>(num_heads, head_dim, inverse);
 }
 std::shared_ptr<const Operator> attention_op(const AttentionShape& shape) {
   return std::make_shared<AttentionOp>(shape, true);

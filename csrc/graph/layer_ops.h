@@ -13,7 +13,7 @@ std::shared_ptr<const Operator> copy_op();
 /// in: x; out: y of the same width, normalised in groups of the weight's width (whole rows, or heads).
 std::shared_ptr<const Operator> rms_norm_op(ParamId weight, std::int64_t group, float eps);
 /// in: x; out: rotated x, in place.
-std::shared_ptr<const Operator> rotary_op(std::int64_t num_heads, bool inverse = false);
+std::shared_ptr<const Operator> rotary_op(std::int64_t num_heads, std::int64_t head_dim, bool inverse = false);
 
 struct AttentionShape {
   std::int64_t num_heads = 0, num_kv_heads = 0, head_dim = 0;

@@ -77,6 +77,15 @@ void LinearOp::vjp(BackwardBuilder& builder, const Node& node) const {
   if (residual_) builder.pass(node.inputs[1], grads[0]);
 }
 
+std::vector<ParamId> LinearOp::params() const {
+  std::vector<ParamId> params;
+  for (const auto& member : members_) {
+    params.push_back(member.weight);
+    if (member.bias != kNoParam) params.push_back(member.bias);
+  }
+  return params;
+}
+
 std::optional<Recompute> LinearOp::recompute(const std::vector<bool>& wanted) const {
   Recompute result{.inputs = {0}};
   if (residual_) result.inputs.push_back(1);

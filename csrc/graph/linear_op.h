@@ -32,6 +32,7 @@ class LinearOp final : public Operator {
   bool idle(const BatchState& batch) const override;
   std::optional<Recompute> recompute(const std::vector<bool>& wanted) const override;
   double flops(const Graph& graph, double context) const override;
+  std::vector<ParamId> params() const override;
 
   const std::vector<Member>& members() const { return members_; }
   bool residual() const { return residual_; }

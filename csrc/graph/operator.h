@@ -37,8 +37,8 @@ struct BatchState {
   std::span<const KvPages> pages;       // by layer
   std::span<const SiteSegments> sites;  // by LinearSite
   std::span<const VirtualRows> virtual_rows;
-  TensorView sampled_rows, target_rows;            // int32 rows of the batch
-  TensorView labels, grad_scale, loss;             // [target rows] int32, float32, float32
+  TensorView sampled_rows, target_rows;  // int32 rows of the batch
+  TensorView labels, grad_scale, loss;   // [target rows] int32, float32, float32
 };
 
 struct RunState {
@@ -57,6 +57,13 @@ class Operator;
 struct Recompute {
   std::shared_ptr<const Operator> op;
   std::vector<int> inputs, outputs;  // which of the node's it has
+};
+
+/// What an element of an operator's outputs depends on: how its tensors may be divided over ranks.
+struct Coupling {
+  static constexpr std::int64_t kWholeRow = 0;
+  std::int64_t features = kWholeRow;  // as many next to each other belong together: 1, a head, or all of the row
+  bool rows = true;                   // rows of a sequence, or of the batch, belong together
 };
 
 /// What a node computes. Stateless: attributes only.
@@ -82,6 +89,9 @@ class Operator {
   virtual std::optional<Recompute> recompute(const std::vector<bool>& /*wanted*/) const { return {}; }
   /// Multiplications and additions for a row that attends to `context` positions.
   virtual double flops(const Graph&, double /*context*/) const { return 0.0; }
+  virtual Coupling coupling() const { return {}; }
+  /// The frozen parameters that it reads.
+  virtual std::vector<ParamId> params() const { return {}; }
   /// Holds trainable parameters: its outputs need gradients.
   virtual bool trainable() const { return false; }
   /// Has nothing to do in this batch: its outputs take over their inputs' memory and stay as they are, or nobody reads

@@ -76,9 +76,8 @@ class PrefixOp final : public Operator {
     for (const auto& rows : state.batch->virtual_rows)
       for (const int half : {0, 1})
         if (rows.prefix)
-          flexcore::run(*state.context,
-                        CopyArgs{part_of(rows.prefix, node.layer, half, in[0].shape(1)),
-                                 out[static_cast<std::size_t>(half)].rows(rows.begin, rows.end)});
+          flexcore::run(*state.context, CopyArgs{part_of(rows.prefix, node.layer, half, in[0].shape(1)),
+                                                 out[static_cast<std::size_t>(half)].rows(rows.begin, rows.end)});
   }
   void vjp(BackwardBuilder& builder, const Node& node) const override {
     const TensorId grad_k = builder.grad(node.outputs[0]), grad_v = builder.grad(node.outputs[1]);

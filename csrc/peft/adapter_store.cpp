@@ -76,8 +76,7 @@ void Adapter::add_rows(const AdapterModule& module, std::int64_t begin, std::int
   }
 }
 
-VirtualRows Adapter::virtual_rows(std::int64_t first, std::int64_t count, std::int64_t begin,
-                                  float* gradients) const {
+VirtualRows Adapter::virtual_rows(std::int64_t first, std::int64_t count, std::int64_t begin, float* gradients) const {
   const AdapterArray& array = layout.arrays.front();
   const auto rows = [&](float* values) {
     return TensorView(values + array.offset, DType::kFloat32, {array.shape[0], array.shape[1]})
@@ -124,8 +123,8 @@ std::shared_ptr<Adapter> AdapterStore::place(const std::string& name, const Adap
                                      base_.sites[static_cast<std::size_t>(module.bypass.site)].bias
                                  ? weights_.vector(module.path + ".bias").as<float>()
                                  : nullptr);
-    adapter->plain_lora_ = adapter->plain_lora_ && module.bypass.kind == BypassKind::kLora &&
-                           module.activation == Activation::kNone;
+    adapter->plain_lora_ =
+        adapter->plain_lora_ && module.bypass.kind == BypassKind::kLora && module.activation == Activation::kNone;
   }
   allocate(*adapter);
   adapter->uid = next_uid_++;

@@ -15,7 +15,8 @@ namespace {
 class Attacher {
  public:
   /// `bypasses` null: all, for serving.
-  Attacher(Graph& graph, const BypassSet* bypasses) : graph_(graph), bypasses_(bypasses), current_(graph.tensors.size()) {
+  Attacher(Graph& graph, const BypassSet* bypasses)
+      : graph_(graph), bypasses_(bypasses), current_(graph.tensors.size()) {
     for (std::size_t i = 0; i < current_.size(); ++i) current_[i] = static_cast<TensorId>(i);
     for (std::size_t i = 0; i < graph.sites.size(); ++i)
       site_of_weight_[graph.sites[i].path + ".weight"] = static_cast<SiteId>(i);
@@ -27,9 +28,10 @@ class Attacher {
       attach_prefix(node);
       for (auto& input : node.inputs) input = newest(input);
       const auto linear = std::dynamic_pointer_cast<const LinearOp>(node.op);
-      const auto site = linear == nullptr || linear->members().size() != 1
-                            ? site_of_weight_.end()
-                            : site_of_weight_.find(graph_.params[static_cast<std::size_t>(linear->members()[0].weight)].name);
+      const auto site =
+          linear == nullptr || linear->members().size() != 1
+              ? site_of_weight_.end()
+              : site_of_weight_.find(graph_.params[static_cast<std::size_t>(linear->members()[0].weight)].name);
       if (site == site_of_weight_.end())
         graph_.add_node(std::move(node));
       else
@@ -119,8 +121,7 @@ class Attacher {
   // The fused linear, or the product apart where something is done to it; for serving both, of which a batch takes one.
   TensorId attach_residual(const LinearOp& linear, Node node) {
     const TensorId x = node.inputs[0], residual = node.inputs[1], y = node.outputs[0];
-    const bool separate =
-        has(BypassKind::kDora) || has(BypassKind::kOutputScale) || has(BypassKind::kSeries);
+    const bool separate = has(BypassKind::kDora) || has(BypassKind::kOutputScale) || has(BypassKind::kSeries);
     TensorId last = y;
     if (!separate) {
       graph_.add_node(std::move(node));
@@ -130,7 +131,8 @@ class Attacher {
         node.op = std::make_shared<LinearOp>(linear.members(), true, When::kFused, site_);
         graph_.add_node(std::move(node));
       }
-      TensorId product = add(std::make_shared<LinearOp>(linear.members(), false, when, site_), {x}, y, graph_.tensor(y).name + ".product");
+      TensorId product = add(std::make_shared<LinearOp>(linear.members(), false, when, site_), {x}, y,
+                             graph_.tensor(y).name + ".product");
       if (has(BypassKind::kDora)) product = lora(BypassKind::kDora, x, product);
       product = scale_and_adapt(product);
       if (serving())

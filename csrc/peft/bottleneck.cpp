@@ -23,8 +23,8 @@ Activation activation_of(const BottleneckConfig& config) {
 }  // namespace
 
 AdapterLayout lay_out(const BottleneckConfig& config, const Graph& base) {
-  require(config.bottleneck_size >= 1 && config.bottleneck_size <= LoraMatcher::kMaxRank, "bottleneck_size: ",
-          config.bottleneck_size, ", wanted 1 to ", LoraMatcher::kMaxRank);
+  require(config.bottleneck_size >= 1 && config.bottleneck_size <= LoraMatcher::kMaxRank,
+          "bottleneck_size: ", config.bottleneck_size, ", wanted 1 to ", LoraMatcher::kMaxRank);
   require(std::isfinite(config.scaling), "scaling: ", config.scaling, ", wanted a finite number");
   const Activation activation = activation_of(config);
   const ModuleMatcher targets("target_modules", config.target_modules, config.target_modules_is_regex);

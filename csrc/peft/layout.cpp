@@ -46,6 +46,30 @@ std::string peft_type(const AdapterConfig& config) {
   return kTypes[config.index()];
 }
 
+BypassForm lora_form(std::int64_t in_features, std::int64_t out_features, std::int64_t rank) {
+  using Kind = BypassStep::Kind;
+  return {{{Kind::kLinear, "A", in_features, rank}, {Kind::kLinear, "B", rank, out_features}}};
+}
+
+BypassForm form_of(const AdapterModule& module) {
+  using Kind = BypassStep::Kind;
+  switch (module.bypass.kind) {
+    case BypassKind::kLora:
+    case BypassKind::kSeries: {
+      BypassForm form = lora_form(module.in_features, module.out_features, module.rank);
+      if (module.activation != Activation::kNone)
+        form.steps.insert(form.steps.begin() + 1, {Kind::kActivation, "act", module.rank, module.rank});
+      return form;
+    }
+    case BypassKind::kOutputScale:
+      return {{{Kind::kVector, "l", module.out_features, module.out_features}}};
+    case BypassKind::kInputScale:
+      return {{{Kind::kVector, "l", module.in_features, module.in_features}}};
+    default:
+      throw Unsupported("tensor_parallel_size: plans LoRA, (IA)^3 and bottleneck adapters, not DoRA or virtual tokens");
+  }
+}
+
 ModuleNames names_from_peft(const JsonFields& fields, const char* option) {
   const Json* value = fields.find(option);
   ModuleNames result;

@@ -8,6 +8,7 @@
 #include "core/json_fields.h"
 #include "flexcore/config.h"
 #include "graph/bypass.h"
+#include "graph/bypass_form.h"
 #include "graph/graph.h"
 #include "ops/lora.h"
 
@@ -33,13 +34,13 @@ struct AdapterModule {
   Bypass bypass;
   std::string path;
   std::int64_t in_features = 0, out_features = 0;
-  bool residual = false;                  // of the linear
-  std::int64_t rank = 0;                  // of A and B; 0: it has none
+  bool residual = false;  // of the linear
+  std::int64_t rank = 0;  // of A and B; 0: it has none
   float scaling = 1.0f;
   Activation activation = Activation::kNone;
   std::int64_t a_offset = 0, b_offset = 0;
-  std::int64_t scale_offset = 0;          // (IA)^3's vector, DoRA's magnitudes
-  std::int64_t derived_offset = 0;        // DoRA: norms and scales [2, out_features], in what is derived from the parameters
+  std::int64_t scale_offset = 0;    // (IA)^3's vector, DoRA's magnitudes
+  std::int64_t derived_offset = 0;  // DoRA: norms and scales [2, out_features], in what is derived from the parameters
 };
 
 /// Where everything of an adapter is, and what it does; known without weights.
@@ -47,7 +48,7 @@ struct AdapterLayout {
   std::vector<AdapterModule> modules;  // by site
   std::vector<AdapterArray> arrays;    // one after the other
   std::int64_t num_parameters = 0;
-  std::int64_t num_derived = 0;  // floats that follow from parameters and weights, made anew for every version
+  std::int64_t num_derived = 0;         // floats that follow from parameters and weights, made anew for every version
   std::int64_t num_virtual_tokens = 0;  // ahead of every sequence; the one array is then [num_virtual_tokens, width]
 
   BypassSet bypasses() const;
@@ -89,6 +90,12 @@ AdapterLayout lay_out(const AdapterConfig& config, const Graph& base);
 std::string peft_type(const AdapterConfig& config);  // "LORA", "IA3", "BOTTLENECK", "PROMPT_TUNING", "PREFIX_TUNING"
 /// With what a configuration says of the model, which is checked where it is there already.
 AdapterConfig completed(AdapterConfig config, const Graph& base);
+
+/// A module as steps, for planning over several ranks. Throws Unsupported for DoRA and virtual tokens, whose parts are
+/// not all between two tensors.
+BypassForm form_of(const AdapterModule& module);
+/// y += B (A x).
+BypassForm lora_form(std::int64_t in_features, std::int64_t out_features, std::int64_t rank);
 
 /// A PEFT list of names, or a string: a regular expression, or "all-linear" in any case.
 struct ModuleNames {

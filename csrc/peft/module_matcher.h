@@ -8,8 +8,8 @@
 
 namespace flexcore {
 
-/// One regular expression of those that PEFT's files hold. They come from anyone: a match takes neither exponential time
-/// nor deep recursion.
+/// One regular expression of those that PEFT's files hold. They come from anyone: a match takes neither exponential
+/// time nor deep recursion.
 class PathPattern {
  public:
   /// `expression`: the one to match, made of `pattern`. Throws InvalidArgument that names option and pattern.
@@ -24,8 +24,8 @@ class PathPattern {
   std::unique_ptr<Impl> impl_;
 };
 
-/// Which modules a list like target_modules names, by PEFT's rules: a name of the list is the whole path or its end at a
-/// dot; a regular expression matches the whole path; "all-linear" is every linear but the output layer, lm_head.
+/// Which modules a list like target_modules names, by PEFT's rules: a name of the list is the whole path or its end at
+/// a dot; a regular expression matches the whole path; "all-linear" is every linear but the output layer, lm_head.
 class ModuleMatcher {
  public:
   /// `option` begins messages. Throws InvalidArgument for a regular expression that cannot be used.

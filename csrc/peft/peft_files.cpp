@@ -25,10 +25,10 @@ constexpr const char* kWeightsFile = "adapter_model.safetensors";
 
 /// What the files of one method hold.
 struct Format {
-  std::string_view type;                    // peft_type
-  std::vector<std::string_view> suffixes;   // of tensors: every module has all of them
-  std::vector<std::string_view> optional;   // those of some adapters
-  std::vector<std::string_view> options;    // that its reader takes
+  std::string_view type;                   // peft_type
+  std::vector<std::string_view> suffixes;  // of tensors: every module has all of them
+  std::vector<std::string_view> optional;  // those of some adapters
+  std::vector<std::string_view> options;   // that its reader takes
 };
 /// The one tensor of prompt and prefix tuning, which belongs to no module.
 constexpr std::string_view kVirtualTokens = "prompt_embeddings";
@@ -82,7 +82,8 @@ const Format& format_of(const JsonFields& fields) {
   const std::string type = fields.string_or("peft_type", "");
   for (const auto& format : kFormats)
     if (format.type == type) return format;
-  fields.fail<Unsupported>("peft_type", fields.find("peft_type"), "\"LORA\", \"IA3\", \"BOTTLENECK\", \"PROMPT_TUNING\" or \"PREFIX_TUNING\"");
+  fields.fail<Unsupported>("peft_type", fields.find("peft_type"),
+                           "\"LORA\", \"IA3\", \"BOTTLENECK\", \"PROMPT_TUNING\" or \"PREFIX_TUNING\"");
 }
 
 void refuse_other_options(const JsonFields& fields, const Json& json, const Format& format) {

@@ -27,8 +27,8 @@ struct PeftAdapter {
 };
 
 /// Reads adapter_config.json and adapter_model.safetensors, complete and finite, with ranks as the config says. Throws
-/// ModelLoadError for damage; Unsupported, by name and value, for every method that is none of AdapterConfig's and every
-/// option that would change the result; InvalidArgument for regular expressions.
+/// ModelLoadError for damage; Unsupported, by name and value, for every method that is none of AdapterConfig's and
+/// every option that would change the result; InvalidArgument for regular expressions.
 PeftAdapter read_peft(const std::string& directory);
 
 /// Writes the directory, all files or none; other files in it stay. PEFT 0.11 and later read LoRA, DoRA and (IA)^3 from

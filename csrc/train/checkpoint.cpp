@@ -149,9 +149,9 @@ void read_optimizer_state(const std::string& directory, TrainingJob& job, const 
   std::int64_t row = 0;
   for (const char* name : {"exp_avg", "exp_avg_sq"}) {
     const TensorView stored = file.tensor(name);
-    require<ModelLoadError>(stored.dtype() == DType::kFloat32 && stored.size() == adapter.layout.num_parameters, directory,
-                            "/", kOptimizerFile, ": ", name, " is ", stored.describe(), ", wanted float32 with ",
-                            adapter.layout.num_parameters, " elements");
+    require<ModelLoadError>(stored.dtype() == DType::kFloat32 && stored.size() == adapter.layout.num_parameters,
+                            directory, "/", kOptimizerFile, ": ", name, " is ", stored.describe(),
+                            ", wanted float32 with ", adapter.layout.num_parameters, " elements");
     const auto* bytes = stored.as<std::byte>();
     job.upload_optimizer(row, bytes);
     ++row;

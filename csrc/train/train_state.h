@@ -29,8 +29,8 @@ class TrainState {
   std::vector<std::int32_t> tokens, labels;  // of the example, behind the adapter's virtual tokens
   std::shared_ptr<Adapter> adapter;
   TrainingProgram* program;
-  float* gradients;  // of the job, laid out as the adapter's parameters
-  float grad_scale;  // 1 / target tokens of the optimizer step
+  float* gradients;     // of the job, laid out as the adapter's parameters
+  float grad_scale;     // 1 / target tokens of the optimizer step
   DropoutMask dropout;  // its sequence's; p 0: none
   double loss_sum = 0.0;
   std::int64_t num_targets = 0;
@@ -57,8 +57,8 @@ class TrainState {
   TrainShape shape_;
 };
 
-/// Rows of an example that have a target: labels[row + 1] != -100. Behind the virtual tokens of a prompt the first token
-/// can be one too, as in PEFT.
+/// Rows of an example that have a target: labels[row + 1] != -100. Behind the virtual tokens of a prompt the first
+/// token can be one too, as in PEFT.
 std::int64_t count_targets(const Example& example, const AdapterLayout& layout);
 
 }  // namespace flexcore

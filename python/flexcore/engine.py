@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from flexcore import _core
-from flexcore._core import EngineConfig, MemoryPlan
+from flexcore._core import EngineConfig, MemoryPlan, ParallelRates
 from flexcore.adapters import AdapterConfig
 from flexcore.models import ModelPath, resolve_model
 
@@ -39,17 +39,22 @@ def plan(
     config: EngineConfig | None = None,
     lora: AdapterConfig | None = None,
     sequence_length: int | None = None,
+    tensor_parallel_size: int = 1,
+    sequence_parallel: bool = False,
+    rates: ParallelRates | None = None,
 ) -> MemoryPlan:
     """The memory table of an engine on `model` finetuning with `lora`, without loading weights.
 
     `lora` may be the configuration of another method too.
 
-    `sequence_length` is by default 1,024, or the engine's longest sequence if that is shorter.
+    `sequence_length` is by default 1,024, or the engine's longest sequence if that is shorter. With a
+    `tensor_parallel_size` above 1, `MemoryPlan.parallel` says how the model and its adapters would be divided: a plan,
+    checked by simulation; an engine runs on one device. Raises Unsupported where the model does not divide.
     """
     directory = resolve_model(model)
     if sequence_length is None:
         sequence_length = min(1024, _longest_sequence(directory, config if config is not None else EngineConfig()))
-    return _core.plan(directory, config, lora, sequence_length)
+    return _core.plan(directory, config, lora, sequence_length, tensor_parallel_size, sequence_parallel, rates)
 
 
 def _longest_sequence(directory: Path, config: EngineConfig) -> int:

@@ -134,10 +134,9 @@ TEST(Scale, RefusesSegmentsThatMakeNoSense) {
 
 /// As ops/dropout.h says.
 double kept(const DropoutMask& mask, std::int64_t position, std::int64_t feature) {
-  const auto bits =
-      philox({static_cast<std::uint32_t>(mask.seed), static_cast<std::uint32_t>(mask.seed >> 32)},
-             {static_cast<std::uint32_t>(feature / 128 * 16 + feature % 16), static_cast<std::uint32_t>(position),
-              mask.module, mask.sequence});
+  const auto bits = philox({static_cast<std::uint32_t>(mask.seed), static_cast<std::uint32_t>(mask.seed >> 32)},
+                           {static_cast<std::uint32_t>(feature / 128 * 16 + feature % 16),
+                            static_cast<std::uint32_t>(position), mask.module, mask.sequence});
   const auto n = feature % 128 / 16;
   const std::uint32_t word = bits[static_cast<std::size_t>(n / 2)], number = n % 2 == 0 ? word & 0xffff : word >> 16;
   const auto threshold = static_cast<std::uint32_t>(std::lround(mask.p * 65536));
@@ -177,7 +176,7 @@ TEST(Dropout, DropsTheShareAskedForWhateverTheSplit) {
   const double count = kRows * kWidth, deviation = std::sqrt(count * 0.25 * 0.75);
   EXPECT_NEAR(dropped, 0.25 * count, 5 * deviation);
   EXPECT_NEAR(sum, count, 5 * deviation / 0.75);
-  for (const auto &[begin, end] : {std::pair(0, 1), {1, 20}, {20, 64}})
+  for (const auto& [begin, end] : {std::pair(0, 1), {1, 20}, {20, 64}})
     fixture().run(DropoutArgs{x.view().rows(begin, end), part.view().rows(begin, end), mask, begin});
   EXPECT_TRUE(part.same(y));
   // Another sequence, module or seed has other numbers.
@@ -254,15 +253,17 @@ TEST(LoraActivation, ForwardAndBackwardMatchOracle) {
       for (const auto type : kFloats) {
         auto x = Matrix::random(type, kRows, in, rng), grad_y = Matrix::random(type, kRows, out, rng);
         const float scale = 1.5f / std::sqrt(static_cast<float>(in));
-        auto a = Matrix::random(DType::kFloat32, rank, in, rng, scale), b = Matrix::random(DType::kFloat32, out, rank, rng);
-        Matrix grad_a(DType::kFloat32, rank, in), grad_b(DType::kFloat32, out, rank), grad_x(DType::kFloat32, kRows, in);
+        auto a = Matrix::random(DType::kFloat32, rank, in, rng, scale),
+             b = Matrix::random(DType::kFloat32, out, rank, rng);
+        Matrix grad_a(DType::kFloat32, rank, in), grad_b(DType::kFloat32, out, rank),
+            grad_x(DType::kFloat32, kRows, in);
         for (auto* m : {&grad_a, &grad_b, &grad_x})
           for (std::int64_t i = 0; i < m->rows(); ++i)
             for (std::int64_t j = 0; j < m->width(); ++j) m->set(i, j, 0.0f);
         auto y = Matrix::random(DType::kFloat32, kRows, out, rng);
         const Matrix before = y;
-        const LoraSegment segment{kBegin, kEnd, a.floats(), b.floats(), rank, 0.7f, grad_a.floats(), grad_b.floats(),
-                                  activation};
+        const LoraSegment segment{kBegin,          kEnd,      a.floats(), b.floats(), rank, 0.7f, grad_a.floats(),
+                                  grad_b.floats(), activation};
         const LoraArgs::Member forward{y.view(), {&segment, 1}};
         fixture().run(LoraArgs{x.view(), {&forward, 1}});
         const LoraBackwardArgs::Member backward{grad_y.view(), {&segment, 1}};
@@ -292,7 +293,8 @@ TEST(LoraActivation, ForwardAndBackwardMatchOracle) {
         EXPECT_LE(worst_error(grad_x,
                               [&](auto i, auto k) {
                                 double sum = 0;
-                                for (std::int64_t r = 0; r < rank && inside(i); ++r) sum += grad_u[i * rank + r] * a(r, k);
+                                for (std::int64_t r = 0; r < rank && inside(i); ++r)
+                                  sum += grad_u[i * rank + r] * a(r, k);
                                 return 0.7f * sum;
                               }),
                   slack);

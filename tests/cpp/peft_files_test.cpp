@@ -192,8 +192,10 @@ TEST_F(PeftFiles, ReadsTheOtherMethodsThatItWrites) {
   EXPECT_EQ(std::get<IA3Config>(ia3_back.config).target_modules, (std::vector<std::string>{"down_proj", "q_proj"}));
   expect_same_tensors(ia3_back, tensors);
 
-  BottleneckConfig bottleneck{.bottleneck_size = 2, .non_linearity = "gelu", .scaling = 0.5, .use_parallel_adapter = true};
-  tensors = {tensor_of(kDown, ".adapter_down.weight", {2, 3}, 0.5f), tensor_of(kDown, ".adapter_up.weight", {7, 2}, 1.5f)};
+  BottleneckConfig bottleneck{
+      .bottleneck_size = 2, .non_linearity = "gelu", .scaling = 0.5, .use_parallel_adapter = true};
+  tensors = {tensor_of(kDown, ".adapter_down.weight", {2, 3}, 0.5f),
+             tensor_of(kDown, ".adapter_up.weight", {7, 2}, 1.5f)};
   write_peft(dir_.path("bottleneck"), bottleneck, tensors);
   const auto bottleneck_back = read_peft(dir_.path("bottleneck"));
   const auto& read = std::get<BottleneckConfig>(bottleneck_back.config);

@@ -81,7 +81,8 @@ TEST(SaveRows, CodesComeBackWithinHalfAStep) {
         for (std::int64_t j = 0; j < width; ++j) x.set(2, j, -1e-30f * (j % 7));  // tiny
         x.set(3, width - 1, 3e4f);                                                // one that is far out
         SharedVector<std::byte> store(static_cast<std::size_t>((bytes + 16) * length), std::byte{0xff});
-        const SaveSpan spans[] = {{0, 4, store.data(), length, 5}, {4, 4, nullptr, 0, 0}, {5, 6, store.data(), length, 0}};
+        const SaveSpan spans[] = {
+            {0, 4, store.data(), length, 5}, {4, 4, nullptr, 0, 0}, {5, 6, store.data(), length, 0}};
         fixture().run(SaveRowsArgs{x.view(), spans, DType::kUInt8, 16});
         const TensorView kept(store.data() + 16 * length, DType::kUInt8, {length, bytes});
         Matrix y(y_type, length, width, 3);
@@ -112,7 +113,8 @@ TEST(SaveRows, WhatIsNotFiniteStaysSo) {
   SharedVector<std::byte> store(static_cast<std::size_t>(2 * kept_row_bytes(DType::kUInt8, 70)));
   const SaveSpan span{0, 2, store.data(), 2, 0};
   fixture().run(SaveRowsArgs{x.view(), {&span, 1}, DType::kUInt8, 0});
-  fixture().run(LoadRowsArgs{TensorView(store.data(), DType::kUInt8, {2, kept_row_bytes(DType::kUInt8, 70)}), y.view()});
+  fixture().run(
+      LoadRowsArgs{TensorView(store.data(), DType::kUInt8, {2, kept_row_bytes(DType::kUInt8, 70)}), y.view()});
   for (std::int64_t j = 0; j < 64; ++j) EXPECT_TRUE(std::isnan(y(0, j)) && std::isfinite(y(1, j))) << j;
   for (std::int64_t j = 64; j < 70; ++j) EXPECT_TRUE(std::isfinite(y(0, j)) && std::isnan(y(1, j))) << j;
 }

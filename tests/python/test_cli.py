@@ -94,7 +94,7 @@ def test_other_methods(text: str, config: Any) -> None:
 
 
 def test_options_of_other_methods() -> None:
-    with pytest.raises(fc.InvalidArgument, match="--lora-r: got 4, but the method IA3 has no r"):
+    with pytest.raises(fc.InvalidArgument, match="--lora-r: got 4, but an adapter of the method IA3 has no r"):
         options.adapter_of(parse("plan", "--peft-type", "ia3", "--lora-r", "4"))
     with pytest.raises(SystemExit):
         parse("plan", "--peft-type", "loha")
@@ -228,7 +228,7 @@ def test_resume_refuses_other_options(
         "--shuffle: got False, the run has True",
         "--seed: got 3, the run has 0",
         "--lora-r: got 8, the run has 4",
-        "--lora-target-modules: got 'all-linear', the run has [",
+        "--target-modules: got 'all-linear', the run has [",
         "--use-rslora: got True, the run has False",
         "--adapter-name: got 'x', the run has 'out'",
     ):

@@ -145,19 +145,18 @@ def test_activations_in_codes(name: str, make_engine: MakeEngine, tiny_dir: Any)
     wanted, got = exact.loss_and_gradients("a", examples), coded.loss_and_gradients("a", examples)
     assert got["loss"] == wanted["loss"]  # the forward is the same
     errors = [relative(got[key], wanted[key]) for key in wanted if key != "loss"]
-    assert 1e-6 < max(errors) < 0.02, errors
+    assert 1e-6 < max(errors) < 0.05, errors
     for split in ((9, 17), (1, None)):
         again = coded.loss_and_gradients("a", examples, *split)
         assert max(relative(again[key], got[key]) for key in got if key != "loss") < 2e-5
     plans = [planned(tiny_dir(name), LORA, LENGTH, finetune_activations=kind) for kind in ("exact", "int8")]
     assert plans[1].saved_activations < 0.4 * plans[0].saved_activations  # float32 otherwise
-    coded.finetune("a", examples[:1], fc.FinetuneConfig(learning_rate=0.05))
-    run(coded)
-    assert coded.memory_peak()["saved_activations"] == plans[1].saved_activations
+    both = sum(len(example.input_ids) for example in examples)  # at once
+    assert coded.memory_peak()["saved_activations"] == plans[1].saved_activations // LENGTH * both
     choices = budgets(tiny_dir(name), LORA, LENGTH, finetune_activations="int8")
     coded.set_finetune_memory(choices[-1][0])
     least = coded.loss_and_gradients("a", examples, 9, 17)
-    assert max(relative(least[key], wanted[key]) for key in got if key != "loss") < 0.02
+    assert max(relative(least[key], wanted[key]) for key in got if key != "loss") < 0.05
 
 
 def test_codes_are_an_option_by_name(tiny_dir: Any) -> None:
@@ -181,6 +180,8 @@ def test_without_rebuilding_and_without_pruning(name: str, make_engine: MakeEngi
         results[kind] = engine.loss_and_gradients("a", examples, 9, 17)
     assert kept["all"] > kept["read"] > kept["exact"]
     for kind in ("all", "read"):
-        assert max(relative(results[kind][key], value) for key, value in results["exact"].items() if key != "loss") < 1e-6
+        assert (
+            max(relative(results[kind][key], value) for key, value in results["exact"].items() if key != "loss") < 1e-6
+        )
     with pytest.raises(fc.InvalidArgument, match='finetune_memory_bytes: 1000, wanted none with .*"all"'):
         planned(tiny_dir(name), LORA, LENGTH, finetune_activations="all", finetune_memory_bytes=1000)

@@ -1,8 +1,9 @@
+#include "backends/cpu/kernels/bypass.h"
+
 #include <algorithm>
 #include <cmath>
 
 #include "backends/cpu/families.h"
-#include "backends/cpu/kernels/bypass.h"
 #include "backends/cpu/kernels/lora.h"
 #include "ops/dora.h"
 #include "ops/dropout.h"
@@ -72,16 +73,17 @@ void scale_backward(OpContext& context, const ScaleBackwardArgs& args) {
 void dropout(OpContext& context, const DropoutArgs& args) {
   const std::int64_t width = args.x.shape(1);
   const auto threshold = static_cast<std::uint32_t>(std::lround(args.mask.p * 65536.0));
-  const DropoutRows rows{.x = in(args.x),
-                         .y = out(args.y),
-                         .width = width,
-                         .threshold = threshold,
-                         .scale = 65536.0f / static_cast<float>(65536 - std::min<std::uint32_t>(threshold, 65535)),
-                         .key = {static_cast<std::uint32_t>(args.mask.seed), static_cast<std::uint32_t>(args.mask.seed >> 32)},
-                         .position = static_cast<std::uint32_t>(args.position),
-                         .module = args.mask.module,
-                         .sequence = args.mask.sequence,
-                         .accumulate = args.mode == GradMode::kAccumulate};
+  const DropoutRows rows{
+      .x = in(args.x),
+      .y = out(args.y),
+      .width = width,
+      .threshold = threshold,
+      .scale = 65536.0f / static_cast<float>(65536 - std::min<std::uint32_t>(threshold, 65535)),
+      .key = {static_cast<std::uint32_t>(args.mask.seed), static_cast<std::uint32_t>(args.mask.seed >> 32)},
+      .position = static_cast<std::uint32_t>(args.position),
+      .module = args.mask.module,
+      .sequence = args.mask.sequence,
+      .accumulate = args.mode == GradMode::kAccumulate};
   context.threads->parallel_for(args.x.shape(0), grain(4 * width), [&](std::int64_t begin, std::int64_t end, int) {
     bypass_kernels().dropout[type_index(args.x)][type_index(args.y)](rows, begin, end);
   });

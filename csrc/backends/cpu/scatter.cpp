@@ -38,16 +38,16 @@ void quantize_rows(OpContext& context, const SaveRowsArgs& args, const SaveSpan&
   auto* codes = reinterpret_cast<std::uint8_t*>(span.store + args.offset * static_cast<std::size_t>(span.length)) +
                 span.position * stride;
   const QuantizeRows rows{{x.data(), x.stride(0)}, codes, stride, width};
-  context.threads->parallel_for(x.shape(0), std::max<std::int64_t>(1, (1 << 14) / width),
-                                [&](std::int64_t begin, std::int64_t end, int) {
-                                  groups8_kernels().quantize[type_index(x)](rows, begin, end);
-                                });
+  context.threads->parallel_for(
+      x.shape(0), std::max<std::int64_t>(1, (1 << 14) / width),
+      [&](std::int64_t begin, std::int64_t end, int) { groups8_kernels().quantize[type_index(x)](rows, begin, end); });
 }
 
 void load_rows(OpContext& context, const LoadRowsArgs& args) {
   const std::int64_t width = args.y.shape(1);
   const DequantizeRows rows{args.x.as<std::uint8_t>(), args.x.stride(0), width, {args.y.data(), args.y.stride(0)}};
-  context.threads->parallel_for(args.y.shape(0), std::max<std::int64_t>(1, (1 << 14) / std::max<std::int64_t>(1, width)),
+  context.threads->parallel_for(args.y.shape(0),
+                                std::max<std::int64_t>(1, (1 << 14) / std::max<std::int64_t>(1, width)),
                                 [&](std::int64_t begin, std::int64_t end, int) {
                                   groups8_kernels().dequantize[type_index(args.y)](rows, begin, end);
                                 });

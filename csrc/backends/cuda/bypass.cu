@@ -31,10 +31,12 @@ void scale_in_place(OpContext& context, const TensorView& x, std::span<const Sca
     runs.first_row = static_cast<int>(runs.run[0].begin);
     const auto rows = static_cast<unsigned>(runs.run[runs.count - 1].end - runs.run[0].begin);
     const std::int64_t items = packs ? width / kPackElements : width;
-    const unsigned threads = static_cast<unsigned>(std::min<std::int64_t>(256, (items + kWarpSize - 1) / kWarpSize * kWarpSize));
+    const unsigned threads =
+        static_cast<unsigned>(std::min<std::int64_t>(256, (items + kWarpSize - 1) / kWarpSize * kWarpSize));
     const dim3 grid(rows, static_cast<unsigned>((items + threads - 1) / threads));
-    packs ? launch(scale_rows_kernel<kPackElements>, grid, dim3(threads), 0, handle_of(context), rows_of(x), runs, width)
-          : launch(scale_rows_kernel<1>, grid, dim3(threads), 0, handle_of(context), rows_of(x), runs, width);
+    packs
+        ? launch(scale_rows_kernel<kPackElements>, grid, dim3(threads), 0, handle_of(context), rows_of(x), runs, width)
+        : launch(scale_rows_kernel<1>, grid, dim3(threads), 0, handle_of(context), rows_of(x), runs, width);
     runs.count = 0;
   };
   const auto aligned = [](const float* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 == 0; };
@@ -74,7 +76,8 @@ void dropout(OpContext& context, const DropoutArgs& args) {
   if (rows == 0 || width == 0) return;
   const auto threshold = static_cast<unsigned>(std::lround(args.mask.p * 65536.0));
   const std::int64_t calls = (width + 127) / 128 * 16;
-  const unsigned threads = static_cast<unsigned>(std::min<std::int64_t>(256, (calls + kWarpSize - 1) / kWarpSize * kWarpSize));
+  const unsigned threads =
+      static_cast<unsigned>(std::min<std::int64_t>(256, (calls + kWarpSize - 1) / kWarpSize * kWarpSize));
   launch(dropout_kernel, dim3(static_cast<unsigned>(rows), static_cast<unsigned>((calls + threads - 1) / threads)),
          dim3(threads), 0, handle_of(context),
          Dropout{.x = rows_of(args.x),

@@ -83,7 +83,8 @@ void register_adapters(py::module_& m) {
   Record<LoraConfig> lora(
       m, "LoraConfig",
       "A LoRA adapter (Hu et al. 2021): W x + scaling * B A x. target_modules as in PEFT: a list of names, a "
-      "regular expression, or \"all-linear\". lora_dropout acts in finetuning alone; use_dora: DoRA (Liu et al. 2024).");
+      "regular expression, or \"all-linear\". lora_dropout acts in finetuning alone; use_dora: DoRA (Liu et al. "
+      "2024).");
   lora.field("r", &LoraConfig::r).field("lora_alpha", &LoraConfig::lora_alpha);
   modules_property<&LoraConfig::target_modules, &LoraConfig::target_modules_is_regex>(lora, "target_modules");
   lora.field("use_rslora", &LoraConfig::use_rslora)
@@ -97,7 +98,7 @@ void register_adapters(py::module_& m) {
                         "among feedforward_modules read.");
   modules_property<&IA3Config::target_modules, &IA3Config::target_modules_is_regex>(ia3, "target_modules");
   modules_property<&IA3Config::feedforward_modules, &IA3Config::feedforward_modules_is_regex>(ia3,
-                                                                                             "feedforward_modules");
+                                                                                              "feedforward_modules");
   ia3.done();
   Record<BottleneckConfig> bottleneck(
       m, "BottleneckConfig",
@@ -119,9 +120,10 @@ void register_adapters(py::module_& m) {
       .field("num_layers", &PromptTuningConfig::num_layers)
       .field("num_attention_heads", &PromptTuningConfig::num_attention_heads)
       .done();
-  Record<PrefixTuningConfig>(m, "PrefixTuningConfig",
-                             "Prefix tuning (Li and Liang 2021), without a projection: trainable keys and values of every "
-                             "layer ahead of every sequence. The last three are the model's.")
+  Record<PrefixTuningConfig>(
+      m, "PrefixTuningConfig",
+      "Prefix tuning (Li and Liang 2021), without a projection: trainable keys and values of every "
+      "layer ahead of every sequence. The last three are the model's.")
       .field("num_virtual_tokens", &PrefixTuningConfig::num_virtual_tokens)
       .field("token_dim", &PrefixTuningConfig::token_dim)
       .field("num_layers", &PrefixTuningConfig::num_layers)

@@ -115,7 +115,8 @@ T convert(py::handle value, const std::string& where) {
     if (py::isinstance<PromptTuningConfig>(value)) return value.cast<PromptTuningConfig>();
     if (py::isinstance<PrefixTuningConfig>(value)) return value.cast<PrefixTuningConfig>();
     if (!py::isinstance<LoraConfig>(value))
-      refuse(where, value, "a flexcore.LoraConfig, IA3Config, BottleneckConfig, PromptTuningConfig or PrefixTuningConfig");
+      refuse(where, value,
+             "a flexcore.LoraConfig, IA3Config, BottleneckConfig, PromptTuningConfig or PrefixTuningConfig");
     return value.cast<LoraConfig>();
   } else {
     const std::string wanted = py::type::of<T>().attr("__name__").template cast<std::string>();

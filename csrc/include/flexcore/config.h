@@ -107,8 +107,8 @@ struct BottleneckConfig {
   bool target_modules_is_regex = false;
 };
 
-/// Prompt tuning (Lester et al., arXiv 2104.08691): trainable embeddings ahead of every sequence. They take positions and
-/// pages as tokens do.
+/// Prompt tuning (Lester et al., arXiv 2104.08691): trainable embeddings ahead of every sequence. They take positions
+/// and pages as tokens do.
 struct PromptTuningConfig {
   std::int64_t num_virtual_tokens = 20;
   std::vector<std::int32_t> init_token_ids = {};  // whose embeddings are the first ones, in turn; empty: random
@@ -122,8 +122,7 @@ struct PrefixTuningConfig {
   std::int64_t token_dim = 0, num_layers = 0, num_attention_heads = 0;  // of keys; 0: the model's
 };
 
-using AdapterConfig =
-    std::variant<LoraConfig, IA3Config, BottleneckConfig, PromptTuningConfig, PrefixTuningConfig>;
+using AdapterConfig = std::variant<LoraConfig, IA3Config, BottleneckConfig, PromptTuningConfig, PrefixTuningConfig>;
 
 /// One training sequence. labels[i] is the token at i if it is a target, -100 if not; the next-token shift is done
 /// inside.

@@ -170,8 +170,8 @@ class Engine {
   /// float32 [len, vocab_size] logits by the serving path, row-major.
   std::vector<float> logits(const std::vector<std::int32_t>& token_ids, const std::string& adapter = {});
   /// Loss (mean over target tokens) and gradients of every adapter tensor, without an optimizer step. `window_tokens`
-  /// and `backward_window_tokens` cut the sequences; 0: one window. With `dropout_seed` the adapter's dropout is active, and
-  /// examples are numbered from 0 (flexcore::ops::dropout).
+  /// and `backward_window_tokens` cut the sequences; 0: one window. With `dropout_seed` the adapter's dropout is
+  /// active, and examples are numbered from 0 (flexcore::ops::dropout).
   LossAndGradients loss_and_gradients(const std::string& adapter, const std::vector<Example>& examples,
                                       std::int64_t window_tokens = 0, std::int64_t backward_window_tokens = 0,
                                       std::optional<std::uint64_t> dropout_seed = {});

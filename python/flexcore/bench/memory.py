@@ -1,11 +1,13 @@
-"""Memory of finetuning: what each stage of the compiler saves, and activations against speed where still less is kept."""
+"""Memory of finetuning: what each stage of the compiler saves, and activations against speed beyond that."""
 
 from __future__ import annotations
 
 import argparse
 import copy
 import itertools
+import math
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +20,6 @@ from flexcore.bench import _measure
 from flexcore.cli import options
 from flexcore.cli.console import err, out, write_json
 from flexcore.ui import format_bytes
-
 
 # What is left out, one after the other: finetune_activations, and whether a window is the whole sequence.
 STAGES = (
@@ -35,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument("--sequence-length", type=options.positive, default=512, metavar="TOKENS")
     parser.add_argument("--points", type=options.positive, default=8, metavar="N", help="from all kept to the least")
-    parser.add_argument("--window", type=options.positive, default=64, metavar="TOKENS", help="of the token-level stages")
+    parser.add_argument(
+        "--window", type=options.positive, default=64, metavar="TOKENS", help="of the token-level stages"
+    )
     parser.add_argument("--train-steps", type=options.positive, default=3, metavar="N", help="of a sequence each")
     options.add_adapter(parser)
     options.add_engine(parser)
@@ -44,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     args.max_num_seqs = 2  # one training sequence at a time
     stages = [_stage(args, *stage) for stage in STAGES]
+    errors = _gradient_errors(args)
     args.max_model_len = max(args.max_model_len, args.sequence_length)
     engine = _measure.load_engine(args)
     lora = options.adapter_of(args)
@@ -61,12 +65,17 @@ def run(args: argparse.Namespace) -> int:
         "sequence_length": args.sequence_length,
         "unpruned_bytes": unpruned,
         "stages": stages,
+        "gradient_errors": errors,
         "choices": len(plans),
         "memory": rows,
     }
     write_json(args.json, result)
     if args.json != "-":
         out.print(_stage_table(stages))
+        out.print(
+            f"gradients, as a share of their norm: 8-bit groups are off by {errors['int8']:.2%}, "
+            f"{args.dtype} by {errors['dtype']:.2%} of float32's"
+        )
         out.print(_table(result))
     return 0
 
@@ -98,6 +107,37 @@ def _stage(args: argparse.Namespace, name: str, activations: str, whole: bool) -
         "planned": {tag: getattr(plan, tag) for tag in _OF_A_SEQUENCE},
         "measured": {tag: peak[tag] for tag in _OF_A_SEQUENCE},
     }
+
+
+def _gradient_errors(args: argparse.Namespace) -> dict[str, float]:
+    """Of a sequence and an adapter after a step: of 8-bit groups beside exact activations, of dtype beside float32."""
+    args = copy.copy(args)
+    args.max_model_len = max(args.max_model_len, args.sequence_length)
+    adapter = options.adapter_of(args)
+    gradients: dict[tuple[str, str], dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for dtype, kept in (("float32", "exact"), (args.dtype, "exact"), (args.dtype, "int8")):
+            args.dtype, args.finetune_activations = dtype, kept
+            engine = _measure.load_engine(args)
+            row = _measure.random_ids(args.sequence_length, engine.model().vocab_size, 9)
+            example = flexcore.Example(row, row)
+            if not gradients:
+                engine.create_adapter("bench", adapter)
+                engine.finetune("bench", [example], flexcore.FinetuneConfig(batch_size=1, learning_rate=1e-3))
+                while engine.has_work():
+                    engine.step()
+                engine.save_adapter("bench", directory)
+                engine.unload_adapter("bench")
+            engine.load_adapter("bench", directory)
+            gradients[dtype, kept] = engine.loss_and_gradients("bench", [example])
+
+    def error(got: dict[str, Any], wanted: dict[str, Any]) -> float:
+        names = [name for name in wanted if name != "loss"]
+        difference = sum(float(((got[name] - wanted[name]) ** 2).sum()) for name in names)
+        return math.sqrt(difference / sum(float((wanted[name] ** 2).sum()) for name in names))
+
+    exact = gradients[dtype, "exact"]
+    return {"int8": error(gradients[dtype, "int8"], exact), "dtype": error(exact, gradients["float32", "exact"])}
 
 
 def _stage_table(stages: list[dict[str, Any]]) -> Table:

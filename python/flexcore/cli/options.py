@@ -93,7 +93,9 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--block-size", type=int, default=defaults.block_size, metavar="TOKENS")
     group.add_argument("--kv-cache-memory-bytes", type=byte_count, metavar="BYTES")
     group.add_argument("--finetune-memory-bytes", type=byte_count, metavar="BYTES")
-    group.add_argument("--finetune-activations", choices=["exact", "int8", "read", "all"], default=defaults.finetune_activations)
+    group.add_argument(
+        "--finetune-activations", choices=["exact", "int8", "read", "all"], default=defaults.finetune_activations
+    )
     group.add_argument("--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     group.add_argument("--enforce-eager", action="store_true", help="on a GPU: no CUDA graphs")
     group.add_argument("--num-threads", type=int, default=defaults.num_threads, metavar="N", help="0: every core")

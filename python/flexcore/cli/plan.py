@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-finetune", action="store_true", help="serving only")
     parser.add_argument("--explain", action="store_true", help="what is kept, rebuilt and dropped, and why")
+    _add_parallel(parser)
     parser.add_argument("--json", metavar="FILE", help="- is standard output")
     options.add_adapter(parser)
     options.add_engine(parser)
@@ -44,7 +45,16 @@ def run(args: argparse.Namespace) -> int:
     with bytes_progress("converting") as progress:
         directory = resolve_model(options.model_of(args), progress)
     adapter = None if args.no_finetune else options.adapter_of(args)
-    plan = flexcore.plan(directory, options.engine_config(args), adapter, args.sequence_length)
+    rates = flexcore.ParallelRates(**{name: getattr(args, name) for name in flexcore.ParallelRates._fields})
+    plan = flexcore.plan(
+        directory,
+        options.engine_config(args),
+        adapter,
+        args.sequence_length,
+        args.tensor_parallel_size,
+        args.sequence_parallel,
+        rates,
+    )
     write_json(args.json, _as_dict(plan))
     if args.json == "-":
         return 0
@@ -55,7 +65,106 @@ def run(args: argparse.Namespace) -> int:
         out.print(f"activations kept: {format_bytes(kept)} a token and layer{share}, {plan.num_layers} layers")
     if args.explain:
         out.print(_tensors(plan))
+    if plan.parallel is not None:
+        _print_parallel(plan, plan.parallel, args.explain)
     return 0
+
+
+def _add_parallel(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several devices (planned and simulated; engines run on one)")
+    group.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="ranks (default: 1)")
+    group.add_argument("--sequence-parallel", action="store_true", help="split the residual stream over tokens")
+    defaults = flexcore.ParallelRates()
+    for name in flexcore.ParallelRates._fields:
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=float,
+            default=getattr(defaults, name),
+            metavar="X",
+            help="of a rank (default: an H100's %(default)g)"
+            if name != "collective_seconds"
+            else "(default: %(default)g)",
+        )
+
+
+def _print_parallel(plan: flexcore.MemoryPlan, parallel: flexcore.ParallelPlan, explain: bool) -> None:
+    out.print(_rank(plan, parallel))
+    out.print(
+        f"a rank sends {_wire(parallel.forward_bytes_per_token)} a token forward and "
+        f"{_wire(parallel.backward_bytes_per_token)} backward for the model's own layers"
+    )
+    if not parallel.sites:
+        return
+    out.print(_sites(parallel))
+    if not explain:
+        return
+    alike: dict[str, list[flexcore.ParallelSite]] = {}
+    for site in parallel.sites:
+        alike.setdefault(site.reason + repr(site.kept), []).append(site)
+    for sites in alike.values():
+        out.print(f"[bold]{', '.join(site.module for site in sites)}[/]: {sites[0].reason}")
+        _print_kept(sites[0])
+
+
+def _rank(plan: flexcore.MemoryPlan, parallel: flexcore.ParallelPlan) -> Table:
+    residual = ", residual stream split over tokens" if parallel.sequence_parallel else ""
+    title = f"memory of a rank, {parallel.tensor_parallel_size} ranks{residual}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("pool")
+    table.add_column("bytes", justify="right")
+    table.add_column("of one device's", justify="right", style="dim")
+    for name, _ in _POOLS:
+        whole, part = getattr(plan, name), getattr(parallel, name, None)
+        if part is not None:
+            table.add_row(name, format_bytes(part), f"{part / whole:.0%}" if whole else "-")
+    table.add_section()
+    table.add_row("total", format_bytes(parallel.total), "", style="bold")
+    return table
+
+
+def _sites(parallel: flexcore.ParallelPlan) -> Table:
+    table = Table(title="bypasses: the cheapest of all legal plans, by kind of linear", title_justify="left")
+    for name in ("linear", "W", "x", "y"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("plans", justify="right")
+    table.add_column("chosen, forward", style="green")
+    for name in ("sent a token", "back", "a step", "weights"):
+        table.add_column(name, justify="right")
+    for site in parallel.sites:
+        table.add_row(
+            f"{site.module} x{site.count}",
+            site.weight,
+            site.x,
+            site.y,
+            str(site.candidates),
+            site.plan.split(", back")[0],
+            _wire(site.forward_bytes_per_token),
+            _wire(site.backward_bytes_per_token),
+            format_bytes(site.step_bytes),
+            format_bytes(site.parameter_bytes),
+        )
+    return table
+
+
+def _print_kept(site: flexcore.ParallelSite) -> None:
+    """Lines, which a narrow terminal leaves whole."""
+    worse = site.candidates - site.equal - len(site.kept)
+    out.print(
+        f"  of {site.candidates} plans {worse} are no better than one of these anywhere, {site.equal} cost the same:"
+    )
+    widest = max(len(plan.plan) for plan in site.kept)
+    out.print(
+        f"  {'':{widest}}  us forward + back + step   sent              a rank's memory", style="dim", soft_wrap=True
+    )
+    for i, plan in enumerate(site.kept):
+        times = f"{plan.forward_us:.2f} + {plan.backward_us:.2f} + {plan.step_us:.2f}"
+        sent = f"{_wire(plan.bytes_per_token)} a token"
+        line = f"  {plan.plan:{widest}}  {times:26} {sent:17} {format_bytes(plan.memory_bytes)}"
+        out.print(line, style="green" if i == 0 else None, soft_wrap=True)
+
+
+def _wire(value: float) -> str:
+    return format_bytes(round(value))
 
 
 def _pools(plan: flexcore.MemoryPlan) -> Table:
@@ -87,6 +196,11 @@ def _tensors(plan: flexcore.MemoryPlan) -> Table:
 
 
 def _as_dict(plan: flexcore.MemoryPlan) -> dict[str, Any]:
-    values = {name: getattr(plan, name) for name in plan._fields if name != "tensors"}
-    values["tensors"] = [{name: getattr(tensor, name) for name in tensor._fields} for tensor in plan.tensors]
+    def plain(value: Any) -> Any:
+        if isinstance(value, list):
+            return [plain(item) for item in value]
+        fields = getattr(value, "_fields", None)
+        return value if fields is None else {name: plain(getattr(value, name)) for name in fields}
+
+    values: dict[str, Any] = plain(plan)
     return values

@@ -12,7 +12,7 @@ from fastapi import APIRouter, File, Form, Query, Request, UploadFile
 from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from flexcore import FinetuneConfig
+from flexcore import Error, FinetuneConfig
 from flexcore.adapters import adapter_config
 from flexcore.server.errors import ApiError, not_found
 from flexcore.server.finetuning import check_suffix
@@ -286,7 +286,10 @@ async def create_job(body: JobRequest, request: Request) -> dict[str, Any]:
         raise ApiError(400, "peft: the job has lora already, wanted one of them", "peft")
     peft = body.peft.model_dump() if body.peft is not None else None
     lora = (body.lora or Lora()).model_dump() if peft is None else None
-    adapter_config(**(peft or {"peft_type": "LORA", **(lora or {})}))  # refuses what it does not know
+    try:
+        adapter_config(**(peft or {"peft_type": "LORA", **(lora or {})}))
+    except Error as error:  # what it does not know
+        raise ApiError(400, str(error), "lora" if peft is None else "peft") from error
     FinetuneConfig(**training)
     seed = body.seed if body.seed is not None else int(time.time())
     settings = {**hyperparameters.model_dump(), "training": training, "lora": lora, "peft": peft, "seed": seed}

@@ -48,10 +48,10 @@ struct BypassKernels {
   template <class Args>
   using Kernel = ElementwiseKernels::Kernel<Args>;
 
-  Kernel<ScaleRows> scale[2][2];              // x, y; rows [begin, end)
+  Kernel<ScaleRows> scale[2][2];               // x, y; rows [begin, end)
   Kernel<ScaleGradient> scale_gradient[2][2];  // grad_y, x; columns [begin, end)
-  Kernel<DropoutRows> dropout[2][2];          // x, y; rows
-  Kernel<NormRows> norm;                      // rows
+  Kernel<DropoutRows> dropout[2][2];           // x, y; rows
+  Kernel<NormRows> norm;                       // rows
 };
 FLEXCORE_KERNEL_TABLE(BypassKernels, bypass_kernels)
 

@@ -19,7 +19,9 @@ FLEXCORE_INLINE std::uint16_t truncated(float x) {
 FLEXCORE_INLINE std::uint16_t enlarged(float x) {
   return static_cast<std::uint16_t>((__builtin_bit_cast(std::uint32_t, x) + 0xffffu) >> 16);
 }
-FLEXCORE_INLINE float widened(std::uint16_t x) { return __builtin_bit_cast(float, static_cast<std::uint32_t>(x) << 16); }
+FLEXCORE_INLINE float widened(std::uint16_t x) {
+  return __builtin_bit_cast(float, static_cast<std::uint32_t>(x) << 16);
+}
 FLEXCORE_INLINE std::uint16_t rounded_down(float x) { return x < 0.0f ? enlarged(x) : truncated(x); }
 
 FLEXCORE_INLINE Vec min(Vec a, Vec b) { return a < b ? a : b; }
@@ -44,7 +46,8 @@ FLEXCORE_INLINE void encode(const float* x, std::uint8_t* codes, std::int64_t co
     Vec scaled = (load(x + i * kLanes) - base) * inverse + 0.5f;
     scaled = scaled < 255.0f ? scaled : Vec{} + 255.0f;
     scaled = scaled > 0.0f ? scaled : Vec{};
-    *reinterpret_cast<Bytes*>(made + i * kLanes) = __builtin_convertvector(__builtin_convertvector(scaled, VecI), Bytes);
+    *reinterpret_cast<Bytes*>(made + i * kLanes) =
+        __builtin_convertvector(__builtin_convertvector(scaled, VecI), Bytes);
   }
   if (count == kGroup)
     __builtin_memcpy(codes, made, kGroup);

@@ -21,7 +21,8 @@ struct ScaleRuns {
   int first_row;  // of the grid
 };
 
-/// x = offset + scale * (x - offset), in place. Grid: (rows from the first run's first to the last one's last, columns).
+/// x = offset + scale * (x - offset), in place. Grid: (rows from the first run's first to the last one's last,
+/// columns).
 template <int N>
 __global__ void __launch_bounds__(256) scale_rows_kernel(const Rows x, const ScaleRuns runs, std::int64_t width) {
   const std::int64_t column = (static_cast<std::int64_t>(blockIdx.y) * blockDim.x + threadIdx.x) * N;
@@ -60,10 +61,9 @@ struct ScaleGradient {
 
 inline constexpr int kScaleGradientRows = 8;
 
-/// grad_scale[j] += (sum over rows of grad_y * (x - offset)) / divisor. A warp's lanes are columns, the warps of a block
-/// share the rows; sums are added in their order. Grid: columns / 32.
-__global__ void __launch_bounds__(kWarpSize* kScaleGradientRows)
-    scale_gradient_kernel(const ScaleGradient a) {
+/// grad_scale[j] += (sum over rows of grad_y * (x - offset)) / divisor. A warp's lanes are columns, the warps of a
+/// block share the rows; sums are added in their order. Grid: columns / 32.
+__global__ void __launch_bounds__(kWarpSize* kScaleGradientRows) scale_gradient_kernel(const ScaleGradient a) {
   FLEXCORE_SHARED(shared);
   auto* sums = reinterpret_cast<float*>(shared);
   const int lane = static_cast<int>(threadIdx.x), part = static_cast<int>(threadIdx.y);
@@ -95,8 +95,8 @@ struct Dropout {
   bool accumulate;
 };
 
-/// A thread has the eight features of one call of the generator (ops/dropout.h), 16 apart. Grid: (rows, features / 128 / 16
-/// in blocks of 256 threads).
+/// A thread has the eight features of one call of the generator (ops/dropout.h), 16 apart. Grid: (rows, features / 128
+/// / 16 in blocks of 256 threads).
 __global__ void __launch_bounds__(256) dropout_kernel(const Dropout a) {
   const std::int64_t call = static_cast<std::int64_t>(blockIdx.y) * blockDim.x + threadIdx.x, row = blockIdx.x;
   const std::int64_t first = call / 16 * 128 + call % 16;
