@@ -16,7 +16,7 @@ COLUMNS = {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
 ROWS = {"o_proj", "down_proj"}
 
 
-def planned(directory: Any, ranks: int, lora: fc.LoraConfig | None = LORA, **options: Any) -> fc.MemoryPlan:
+def planned(directory: Any, ranks: int, lora: Any = LORA, **options: Any) -> fc.MemoryPlan:
     return fc.plan(directory, fc.EngineConfig(**CONFIG), lora, 64, tensor_parallel_size=ranks, **options)
 
 
@@ -122,3 +122,20 @@ def test_command(tiny_dir: Any, capsys: pytest.CaptureFixture[str], monkeypatch:
     values = json.loads(capsys.readouterr().out)["parallel"]
     assert values["tensor_parallel_size"] == 2 and len(values["sites"]) == 7
     assert values["sites"][0]["kept"][0]["plan"] == values["sites"][0]["plan"]
+
+
+def test_other_methods(tiny_dir: Any) -> None:
+    """(IA)^3 and bottleneck adapters are planned as LoRA is; what has no form between two tensors is refused."""
+    for method in (fc.IA3Config(), fc.BottleneckConfig(4), fc.BottleneckConfig(4, use_parallel_adapter=True)):
+        sites = {site.module: site for site in parallel(tiny_dir("llama"), 2, lora=method).sites}
+        assert set(sites) == set(method.target_modules)
+        for site in sites.values():
+            assert site.candidates > 1 and site.plan and site.reason
+    vectors = {site.module: site for site in parallel(tiny_dir("llama"), 2, lora=fc.IA3Config()).sites}
+    assert vectors["k_proj"].plan.startswith("x|k l|")  # each rank has the vector's part of its heads
+    assert vectors["k_proj"].forward_bytes_per_token == 0
+    relu = parallel(tiny_dir("llama"), 2, lora=fc.BottleneckConfig(4, "relu")).sites[0]
+    assert "act u2" in relu.plan and "u+ act" not in relu.plan  # no activation of a sum that is still to be taken
+    for refused in (fc.LoraConfig(use_dora=True), fc.PromptTuningConfig(4), fc.PrefixTuningConfig(4)):
+        with pytest.raises(fc.Unsupported, match="not DoRA or virtual tokens"):
+            planned(tiny_dir("llama"), 2, lora=refused)
