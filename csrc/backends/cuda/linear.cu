@@ -134,6 +134,7 @@ constexpr std::int64_t kPartBytes = std::int64_t{16} << 20;
 
 // The source is the host's: parts of it pass through scratch and are converted on the device.
 void pack_weight(OpContext& context, const PackWeightArgs& args) {
+  require<Unsupported>(!args.format.quantized(), "pack_weight: no quantised weights on CUDA");
   const std::int64_t width = args.source.shape(1);
   const auto element = static_cast<std::int64_t>(dtype_size(args.source.dtype()));
   const std::int64_t rows_at_once = std::max<std::int64_t>(1, kPartBytes / (width * element));
@@ -164,6 +165,7 @@ void pack_weight(OpContext& context, const PackWeightArgs& args) {
 }
 
 void packed_weight_bytes(OpContext&, const PackedWeightBytesArgs& args) {
+  require<Unsupported>(!args.format.quantized(), "packed_weight_bytes: no quantised weights on CUDA");
   *args.bytes = static_cast<std::size_t>(args.out_features * args.in_features) * dtype_size(args.dtype);
 }
 
