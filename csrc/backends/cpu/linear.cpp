@@ -180,6 +180,7 @@ void widen_panels(GemmBlock& block, std::byte* scratch) {
                                 .out = out + panel * block.k * kPanelRows});
   block.b = out;
   block.b_panel = block.k * kPanelRows;
+  block.in_cache = true;
 }
 
 void linear(OpContext& context, const LinearArgs& args) {
@@ -239,6 +240,7 @@ void linear(OpContext& context, const LinearArgs& args) {
       block.last = begin + range >= depth;
       if (weight.format.quantized()) {
         block.b = floats.of(worker);
+        block.in_cache = true;
         block.b_panel = dequantize(weight, unit.begin, unit.end, begin, begin + block.k, floats.of(worker));
         multiply(block, as_pairs(weight));
         continue;
@@ -272,6 +274,7 @@ void linear_backward(OpContext& context, const LinearBackwardArgs& args) {
     const std::int64_t column = unit.begin * kPanelRows, columns = std::min(unit.end * kPanelRows, k) - column;
     GemmBlock block{.rows = unit.row_end - unit.row_begin,
                     .panels = unit.end - unit.begin,
+                    .in_cache = true,
                     .partial = reinterpret_cast<float*>(partial.of(worker)),
                     .y = args.grad_x.row<float>(unit.row_begin) + column,
                     .y_stride = args.grad_x.stride(0),

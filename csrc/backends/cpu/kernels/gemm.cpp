@@ -11,6 +11,7 @@ namespace {
 // Rows of a that are used panel after panel: with their range of k they should fill a part of the second-level cache.
 constexpr std::int64_t kBlockBytes = 160 << 10;
 
+template <bool kPrefetch>
 struct Float32 {
   using A = float;
   using B = float;
@@ -19,7 +20,7 @@ struct Float32 {
   template <int Rows, int Panels>
   static FLEXCORE_INLINE void multiply(const A* a, std::int64_t a_row, const B* b, std::int64_t b_panel, std::int64_t k,
                                        Vec (&acc)[Rows][Panels * kPanelVecs]) {
-    multiply_tile<Rows, Panels, true>(a, b, {a_row, 1, kPanel, b_panel}, k, acc);
+    multiply_tile<Rows, Panels, kPrefetch>(a, b, {a_row, 1, kPanel, b_panel}, k, acc);
   }
 };
 
@@ -175,6 +176,8 @@ void multiply(const GemmBlock& g) {
   }
 }
 
+void multiply_float32(const GemmBlock& g) { g.in_cache ? multiply<Float32<false>>(g) : multiply<Float32<true>>(g); }
+
 }  // namespace
 
 const GemmKernels& gemm_kernels() {
@@ -185,7 +188,7 @@ const GemmKernels& gemm_kernels() {
                                       .transpose_panels = transpose_panels,
                                       .widen_lines = widen_lines,
                                       .gather_rows = gather_weight_rows,
-                                      .multiply_float32 = multiply<Float32>,
+                                      .multiply_float32 = multiply_float32,
                                       .multiply_bfloat16 = multiply<BFloat16>,
                                       .sgemm = sgemm};
   return kTable;
