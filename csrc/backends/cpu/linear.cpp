@@ -16,6 +16,8 @@ namespace {
 constexpr std::int64_t kPanelsAtOnce = 3;
 // Length of a range of k (of n in the backward): a panel of floats is 64 KiB.
 constexpr std::int64_t kRange = 1024;
+// The same where panels are dequantised first: three of them are 24 KiB of floats.
+constexpr std::int64_t kQuantizedRange = 128;
 // Rows between two visits to the same weights; bounds the scratch for accumulators.
 constexpr std::int64_t kRowsAtOnce = 1024;
 // From so many rows on, bfloat16 panels are widened once for all of them: the tile of floats is the larger one. The
@@ -134,7 +136,9 @@ void multiply(const GemmBlock& block, bool pairs_of_b) {
 }
 
 // Ranges of about equal length that begin at multiples of 16.
-std::int64_t range_length(std::int64_t k) { return round_up(divide_up(k, divide_up(k, kRange)), kPanelRows); }
+std::int64_t range_length(std::int64_t k, std::int64_t most = kRange) {
+  return round_up(divide_up(k, divide_up(k, most)), kPanelRows);
+}
 
 // Rows of a row-major weight as panels in scratch.
 void pack_rows(const WeightView& weight, std::int64_t row, std::int64_t column, std::int64_t rows, std::int64_t columns,
@@ -202,7 +206,9 @@ void linear(OpContext& context, const LinearArgs& args) {
   }
   const Units units(std::move(panels), rows, context.threads->size());
   // A single tile of rows streams the weights once; splitting k would only cost.
-  const std::int64_t range = rows <= gemm_kernels().tile_rows && !quantized ? round_up(k, kPanelRows) : range_length(k);
+  const bool decode = quantized && rows <= quantized_kernels().tile_rows;
+  const bool whole = quantized ? decode : rows <= gemm_kernels().tile_rows;
+  const std::int64_t range = whole ? round_up(k, kPanelRows) : range_length(k, quantized ? kQuantizedRange : kRange);
   const WorkerScratch partial(context, range < k ? units.row_chunk() * units.chunk() * kPanelRows * 4 : 0);
   const WorkerScratch unpacked(context, unpacked_bytes * units.chunk());
   const bool widen = operands[1].data != nullptr && !gemm_kernels().pairs && units.row_chunk() >= kRowsToWiden;
@@ -238,6 +244,13 @@ void linear(OpContext& context, const LinearArgs& args) {
       block.k = std::min(range, depth - begin);
       block.first = begin == 0;
       block.last = begin + range >= depth;
+      if (decode) {
+        block.b = b;
+        block.b_panel = panel_bytes(weight.format, weight.dtype, k);
+        block.group = weight.format.group_size;
+        quantized_kernels().multiply(block, quantized_layout(weight.format, k).codes, is_bfloat16(weight));
+        continue;
+      }
       if (weight.format.quantized()) {
         block.b = floats.of(worker);
         block.in_cache = true;

@@ -202,8 +202,11 @@ void gather_quantized_rows(const GatherQuantizedRows& g) {
 }  // namespace
 
 const QuantizedKernels& quantized_kernels() {
-  static constexpr QuantizedKernels kTable{
-      .quantize_panels = quantize_panels, .dequantize_panels = dequantize_panels, .gather_rows = gather_quantized_rows};
+  static constexpr QuantizedKernels kTable{.tile_rows = kRowsDecoded,
+                                           .quantize_panels = quantize_panels,
+                                           .dequantize_panels = dequantize_panels,
+                                           .gather_rows = gather_quantized_rows,
+                                           .multiply = multiply_quantized};
   return kTable;
 }
 

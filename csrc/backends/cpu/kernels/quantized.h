@@ -65,9 +65,12 @@ struct GatherQuantizedRows {
 };
 
 struct QuantizedKernels {
+  int tile_rows;  // most rows of multiply
   void (*quantize_panels)(const QuantizePanels&);
   void (*dequantize_panels)(const DequantizePanels&);
   void (*gather_rows)(const GatherQuantizedRows&);
+  /// A GemmBlock whose b are quantised panels, with their bytes between them, over all of k; `rounded`: to bfloat16.
+  void (*multiply)(const GemmBlock&, Codes, bool rounded);
 };
 
 FLEXCORE_KERNEL_TABLE(QuantizedKernels, quantized_kernels)

@@ -24,6 +24,16 @@ inline constexpr float kNf4Levels[16] = {-1.0f,
                                          0.7229568362236023f,
                                          1.0f};
 
+// The register tile whose weights are decoded on the way. Parameters of groups and decoded values take registers of
+// accumulators: 16, 8 and 8 are left for those.
+#if defined(FLEXCORE_ISA_avx512)
+inline constexpr int kRowsDecoded = 8, kPanelsDecoded = 2;
+#elif defined(FLEXCORE_ISA_avx2)
+inline constexpr int kRowsDecoded = 4, kPanelsDecoded = 1;
+#else
+inline constexpr int kRowsDecoded = 2, kPanelsDecoded = 1;
+#endif
+
 /// kLanes bytes, widened.
 FLEXCORE_INLINE VecU widen_bytes(const std::uint8_t* p) {
 #if defined(FLEXCORE_ISA_avx512)
@@ -93,5 +103,8 @@ struct Decoder<Codes::kNf4> {
     odd = nf4_levels(codes >> 4) * absmax;
   }
 };
+
+// quantized_gemm.cpp
+void multiply_quantized(const GemmBlock& g, Codes codes, bool rounded);
 
 }  // namespace flexcore::cpu::FLEXCORE_ISA
