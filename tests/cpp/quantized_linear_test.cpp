@@ -16,9 +16,6 @@ const Shape kShapes[] = {{1, 1, 1},     {1, 17, 3},    {2, 16, 64},    {3, 33, 6
 
 class QuantizedLinearTest : public testing::TestWithParam<int> {
  protected:
-  void SetUp() override {
-    if (!on_cpu()) GTEST_SKIP() << "no quantised weights there yet";
-  }
   QuantizedWeight random_weight(const WeightFormat& format, DType dtype, std::int64_t n, std::int64_t k) {
     return {ops_, format, dtype, Matrix::random(DType::kFloat32, n, k, rng_)};
   }
