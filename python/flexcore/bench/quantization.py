@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
             del engine
     for row in rows.values():
         dense = rows["none"]
+        for value in ("decode_ms", "decode_16_ms", "prefill_tokens_per_s"):
+            row[value] = _measure.spread(row[value]) if row[value] else None
         saved = dense["weight_bytes"] - row["weight_bytes"]
         row["linears_ratio"] = 1 - saved / dense["linear_bytes"]
         row["weights_ratio"] = row["weight_bytes"] / dense["weight_bytes"]
@@ -210,13 +212,13 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for row in rows:
-        rates = [batch * 1e3 / statistics.median(row[key]) if row[key] else float("nan") for batch, key in _DECODED]
+        rates = [batch * 1e3 / row[key]["median"] if row[key] else float("nan") for batch, key in _DECODED]
         table.add_row(
             row["format"],
             format_bytes(row["weight_bytes"]),
             f"{row['linears_ratio']:.3f}",
             *(f"{rate:,.1f}" for rate in rates),
-            f"{statistics.median(row['prefill_tokens_per_s']):,.0f}",
+            f"{row['prefill_tokens_per_s']['median']:,.0f}",
             *(f"{row[value]:.4g} ({row[f'{value}_change']:+.1%})" for _, value in extra),
         )
     return table
