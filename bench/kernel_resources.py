@@ -46,6 +46,9 @@ SHARED = {
     "top_logprobs_kernel": "sizeof(SelectShared)",
     "sum_squares_kernel": "kWarpSize * sizeof(double)",
     "add_up_kernel": "kWarpSize * sizeof(double)",
+    "quantize_kernel": "kLevelBytes",
+    "dequantize_kernel": "kLevelBytes",
+    "quantized_rows_kernel": "kLevelBytes",
 }
 
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
@@ -111,7 +114,7 @@ def readable(names: list[str]) -> dict[str, str]:
             if c == "(" and depth == 0 and not name[i:].startswith("(int)"):
                 end = i
                 break
-        name = name[:end].replace("(int)", "").replace("(LoraMode)", "")
+        name = re.sub(r"\((int|LoraMode|Codes)\)", "", name[:end])
         result[mangled] = name.replace("(bool)1", "true").replace("(bool)0", "false")
     return result
 

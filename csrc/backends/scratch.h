@@ -13,6 +13,7 @@ struct ScratchShape {
   std::int64_t hidden_size = 0, intermediate_size = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0, vocab_size = 0;
   std::int64_t rank = 0;  // of the adapters
   std::int64_t num_threads = 1;
+  bool quantized = false;  // the linears of the layers
 
   /// Features of the widest input, and of the widest outputs that share one: q, k, v or gate, up.
   std::int64_t widest_input() const { return std::max({hidden_size, intermediate_size, num_heads * head_dim}); }

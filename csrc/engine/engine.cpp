@@ -45,16 +45,14 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
       context{&registry, sizes.device, &threads, &scratch, device->stream()},
       compiled(base_graph(model, config, sizes), attach_bypasses, row_capacity(sizes.limits),
                joins_outputs(sizes.device)),
-      weights(context, device->allocator(), ledger, sizes.compute),
+      weights(context, device->allocator(), ledger, sizes.compute, sizes.linears),
       adapters(compiled.base(), context, weights, device->allocator(), ledger),
       blocks(sizes.limits.num_blocks, sizes.limits.block_size, config.enable_prefix_caching),
       scheduler(scheduler_config(model, config, sizes, compiled), blocks, cost) {
   compiled.set_rates(operator_rates(sizes));
   const ScratchBytes scratch_sizes = scratch_bytes(model, config, sizes);
   scratch.reserve(static_cast<std::size_t>(scratch_sizes.forward));
-  std::vector<WeightSpec> specs;
-  for (const auto& param : compiled.base().params) specs.push_back({param.name, param.out_features, param.in_features});
-  weights.load(SafetensorsModel(model_path), specs);
+  weights.load(SafetensorsModel(model_path), weight_specs(compiled.base()));
   executor = std::make_unique<Executor>(context, *device, ledger, compiled, weights, model, sizes.compute, sizes.limits,
                                         scratch_sizes, !config.enforce_eager);
   slo_classes.emplace("", 0);
@@ -374,6 +372,8 @@ ModelInfo Engine::model() const {
   return {.architecture = m.architecture_name,
           .device = impl.sizes.device.kind == DeviceKind::kCpu ? "cpu" : str("cuda:", impl.sizes.device.index),
           .dtype = impl.config.dtype,
+          .quantization = impl.sizes.linears.quantized() ? *impl.config.quantization : "none",
+          .quantization_group_size = impl.sizes.linears.quantized() ? impl.sizes.linears.group_size : 0,
           .num_layers = m.num_layers,
           .hidden_size = m.hidden_size,
           .intermediate_size = m.intermediate_size,

@@ -43,6 +43,7 @@ struct RequestState {
 /// plan take them from here.
 struct EngineSizes {
   DType compute = DType::kBFloat16;
+  WeightFormat linears;  // of the layers
   Device device;
   std::int64_t max_model_len = 0;
   std::int64_t block_bytes = 0;  // of all layers
@@ -73,6 +74,8 @@ void check(const EngineConfig& config);
 void check(const SLO& slo, const std::string& name);
 /// "auto" is what FLEXCORE_DEVICE says, or a GPU if there is one, or the CPU. Throws InvalidArgument.
 Device parse_device(const std::string& name);
+/// What `graph` wants of a checkpoint.
+std::vector<WeightSpec> weight_specs(const Graph& graph);
 
 struct Engine::Impl {
   Impl(const std::string& model_path, const EngineConfig& config);

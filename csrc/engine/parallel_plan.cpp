@@ -73,6 +73,12 @@ class Planner {
     return most;
   }
 
+  double bytes_per_weight(bool quantizable) const {
+    const WeightFormat& format = sizes_.linears;
+    if (!quantizable || !format.quantized()) return static_cast<double>(dtype_size(sizes_.compute));
+    return static_cast<double>(format.bits()) / 8 + 4.0 / static_cast<double>(format.group_size);
+  }
+
   void count_backbone() {
     const Graph& graph = compiled_.base();
     for (std::size_t i = 0; i < graph.params.size(); ++i) {
@@ -81,7 +87,8 @@ class Planner {
       const auto local = vector
                              ? largest_local_shape(backbone_.params[i], 1, param.out_features, ranks_)
                              : largest_local_shape(backbone_.params[i], param.out_features, param.in_features, ranks_);
-      plan_.weights += local.size() * static_cast<std::int64_t>(vector ? sizeof(float) : dtype_size(sizes_.compute));
+      plan_.weights += static_cast<std::int64_t>(static_cast<double>(local.size()) *
+                                                 (vector ? sizeof(float) : bytes_per_weight(param.quantizable)));
     }
     plan_.kv_pages = work_.kv_pages / model_.num_kv_heads * kv_heads();
     for (const auto& moved : backbone_transitions(graph, backbone_)) {

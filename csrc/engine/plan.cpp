@@ -58,15 +58,14 @@ std::string bytes_text(std::int64_t bytes) {
   return text;
 }
 
-std::int64_t weight_bytes(const Graph& graph, DType compute, Device device) {
+std::int64_t weight_bytes(const Graph& graph, const EngineSizes& sizes) {
   MemoryLedger ledger;
   Arena scratch(host_allocator(), ledger);
   ThreadPool threads(1);
   const OpRegistry registry = make_op_registry();
-  OpContext context{&registry, device, &threads, &scratch, nullptr};
-  std::vector<WeightSpec> specs;
-  for (const auto& param : graph.params) specs.push_back({param.name, param.out_features, param.in_features});
-  return static_cast<std::int64_t>(WeightStore::planned_bytes(context, specs, compute));
+  OpContext context{&registry, sizes.device, &threads, &scratch, nullptr};
+  return static_cast<std::int64_t>(
+      WeightStore::planned_bytes(context, weight_specs(graph), sizes.compute, sizes.linears));
 }
 
 // One decoder layer stands for all: not the lowest, which keeps less, nor the last, whose output goes to the loss head.
@@ -103,7 +102,7 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   MemoryPlan plan;
   plan.num_layers = model.num_layers;
   plan.sequence_length = sequence_length;
-  plan.weights = weight_bytes(compiled.base(), sizes.compute, sizes.device);
+  plan.weights = weight_bytes(compiled.base(), sizes);
   plan.kv_pages = sizes.block_bytes * sizes.limits.num_blocks;
   const std::int64_t rotary = sizes.limits.max_positions * model.head_dim * static_cast<std::int64_t>(sizeof(float));
   const bool two_lanes = sizes.device.kind != DeviceKind::kCpu;

@@ -26,6 +26,18 @@ std::optional<KeepMode> keep_mode(const EngineConfig& config) {
   return {};
 }
 
+WeightFormat weight_format(const EngineConfig& c) {
+  require(c.quantization_group_size >= kGroupMultiple && c.quantization_group_size <= kMostGroupSize &&
+              c.quantization_group_size % kGroupMultiple == 0,
+          "quantization_group_size: ", c.quantization_group_size, ", wanted a multiple of ", kGroupMultiple, " up to ",
+          kMostGroupSize);
+  if (!c.quantization || *c.quantization == "none") return {};
+  using enum WeightFormat::Kind;
+  for (const auto& [name, kind] : {std::pair("int8", kInt8), std::pair("int4", kInt4), std::pair("nf4", kNf4)})
+    if (*c.quantization == name) return {kind, c.quantization_group_size};
+  throw InvalidArgument(str("quantization: \"", *c.quantization, "\", wanted \"none\", \"int8\", \"int4\" or \"nf4\""));
+}
+
 }  // namespace
 
 void check(const SLO& slo, const std::string& name) {
@@ -63,7 +75,15 @@ void check(const EngineConfig& c) {
   make_policy(c.policy);
   if (c.kv_cache_memory_bytes) positive(*c.kv_cache_memory_bytes, "kv_cache_memory_bytes");
   if (c.finetune_memory_bytes) positive(*c.finetune_memory_bytes, "finetune_memory_bytes");
+  weight_format(c);
   parse_device(c.device);
+}
+
+std::vector<WeightSpec> weight_specs(const Graph& graph) {
+  std::vector<WeightSpec> specs;
+  for (const auto& param : graph.params)
+    specs.push_back({param.name, param.out_features, param.in_features, param.quantizable});
+  return specs;
 }
 
 Device parse_device(const std::string& name) {
@@ -85,6 +105,7 @@ EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config) {
   EngineSizes sizes;
   sizes.device = parse_device(config.device);
   sizes.compute = config.dtype == "float32" ? DType::kFloat32 : DType::kBFloat16;
+  sizes.linears = weight_format(config);
   sizes.max_model_len = std::min(config.max_model_len, model.max_position_embeddings);
   const double page = 2.0 * static_cast<double>(model.num_layers) * static_cast<double>(model.num_kv_heads) *
                       static_cast<double>(model.head_dim) * static_cast<double>(config.block_size) *
@@ -175,7 +196,8 @@ ScratchBytes scratch_bytes(const ModelConfig& model, const EngineConfig& config,
                                       .head_dim = model.head_dim,
                                       .vocab_size = model.vocab_size,
                                       .rank = LoraMatcher::kMaxRank,
-                                      .num_threads = ThreadPool::size_for(config.num_threads)});
+                                      .num_threads = ThreadPool::size_for(config.num_threads),
+                                      .quantized = sizes.linears.quantized()});
 }
 
 RowCounts row_capacity(const ExecutorLimits& limits) {

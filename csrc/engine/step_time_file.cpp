@@ -33,8 +33,9 @@ std::uint64_t hash(std::string_view text) {
 StepTimeFile::StepTimeFile(const ModelConfig& m, const EngineConfig& config, const std::string& device, int num_threads)
     : key_(str(FLEXCORE_VERSION, " ", m.architecture_name, " ", m.num_layers, "x", m.hidden_size, "x",
                m.intermediate_size, " ", m.num_heads, "/", m.num_kv_heads, "x", m.head_dim, " ", m.vocab_size, " ",
-               config.dtype, " ", config.max_num_batched_tokens, config.enforce_eager ? " eager" : "", " on ", device,
-               ", ", num_threads, " threads")) {
+               config.dtype, " ", config.max_num_batched_tokens, config.enforce_eager ? " eager" : "",
+               config.quantization ? str(" ", *config.quantization, "/", config.quantization_group_size) : "", " on ",
+               device, ", ", num_threads, " threads")) {
   if (const std::string directory = cache_directory(); !directory.empty()) {
     std::ostringstream name;
     name << directory << "/step_time/" << std::hex << hash(key_) << ".json";

@@ -20,23 +20,25 @@ void GraphBuilder::begin_phase(Phase phase) {
   phase_ = phase;
 }
 
-ParamId GraphBuilder::param(const std::string& name, std::int64_t out_features, std::int64_t in_features) {
+ParamId GraphBuilder::param(const std::string& name, std::int64_t out_features, std::int64_t in_features,
+                            bool quantizable) {
   const auto same =
       std::find_if(graph_.params.begin(), graph_.params.end(), [&](const GraphParam& p) { return p.name == name; });
   if (same != graph_.params.end()) {
     require<Error>(same->out_features == out_features && same->in_features == in_features, "parameter ", name,
                    " used with two shapes");
+    same->quantizable = same->quantizable && quantizable;
     return static_cast<ParamId>(same - graph_.params.begin());
   }
-  graph_.params.push_back({name, out_features, in_features});
+  graph_.params.push_back({name, out_features, in_features, quantizable});
   return static_cast<ParamId>(graph_.params.size()) - 1;
 }
 
 ParamId GraphBuilder::matrix(const std::string& name, std::int64_t out_features, std::int64_t in_features) {
-  return param(name, out_features, in_features);
+  return param(name, out_features, in_features, false);
 }
 
-ParamId GraphBuilder::vector(const std::string& name, std::int64_t size) { return param(name, size, 0); }
+ParamId GraphBuilder::vector(const std::string& name, std::int64_t size) { return param(name, size, 0, false); }
 
 TensorId GraphBuilder::tensor(const std::string& name, std::int64_t width, DType dtype, RowSet rows) {
   return graph_.add_tensor({name, width, dtype, rows, layer_, kNoNode, dtype, false});
@@ -67,7 +69,7 @@ TensorId GraphBuilder::rms_norm(const std::string& name, TensorId x, ParamId wei
 TensorId GraphBuilder::linear_node(TensorId x, TensorId residual, const LinearSpec& spec) {
   const std::int64_t in_features = graph_.tensor(x).width;
   const RowSet rows = graph_.tensor(x).rows;
-  const ParamId weight = matrix(spec.path + ".weight", spec.out_features, in_features);
+  const ParamId weight = param(spec.path + ".weight", spec.out_features, in_features, true);
   const ParamId bias = spec.bias ? vector(spec.path + ".bias", spec.out_features) : kNoParam;
   const bool add = residual != kNoTensor;
   const TensorId y = tensor(spec.name, spec.out_features, add ? DType::kFloat32 : compute_, rows);

@@ -48,7 +48,7 @@ class GraphBuilder {
  private:
   TensorId tensor(const std::string& name, std::int64_t width, DType dtype, RowSet rows);
   void node(std::shared_ptr<const Operator> op, std::vector<TensorId> inputs, std::vector<TensorId> outputs);
-  ParamId param(const std::string& name, std::int64_t out_features, std::int64_t in_features);
+  ParamId param(const std::string& name, std::int64_t out_features, std::int64_t in_features, bool quantizable);
   TensorId linear_node(TensorId x, TensorId residual, const LinearSpec& spec);
 
   Graph graph_;

@@ -27,6 +27,7 @@ struct GraphParam {
   std::string name;  // as in the checkpoint
   std::int64_t out_features = 0;
   std::int64_t in_features = 0;  // 0: a vector of out_features
+  bool quantizable = false;      // read by linears of decoder layers alone
 };
 
 /// A linear that a bypass can be attached to.

@@ -40,18 +40,21 @@ const SafetensorsModel::Entry* find_source(const SafetensorsModel& model, const 
 
 }  // namespace
 
-WeightStore::WeightStore(OpContext& context, Allocator& allocator, MemoryLedger& ledger, DType dtype)
-    : context_(context), allocator_(allocator), ledger_(ledger), dtype_(dtype) {}
+WeightStore::WeightStore(OpContext& context, Allocator& allocator, MemoryLedger& ledger, DType dtype,
+                         WeightFormat format)
+    : context_(context), allocator_(allocator), ledger_(ledger), dtype_(dtype), format_(format) {}
 
-WeightStore::Table WeightStore::make_table(OpContext& context, std::span<const WeightSpec> specs, DType dtype) {
+WeightStore::Table WeightStore::make_table(OpContext& context, std::span<const WeightSpec> specs, DType dtype,
+                                           WeightFormat format) {
   Table table;
   table.entries.reserve(specs.size());  // the names' addresses are keys
   for (const auto& spec : specs) {
     const auto twin = table.by_name.find(spec.name);
     if (twin != table.by_name.end()) {
-      const auto& other = table.entries[twin->second].spec;
+      auto& other = table.entries[twin->second].spec;
       require(shape_of(other) == shape_of(spec), "weights: ", spec.name, ": asked for as ", shape_text(shape_of(other)),
               " and as ", shape_text(shape_of(spec)));
+      other.quantizable = other.quantizable && spec.quantizable;
       continue;
     }
     table.entries.push_back({spec, Tier::kDevice, 0});
@@ -63,19 +66,22 @@ WeightStore::Table WeightStore::make_table(OpContext& context, std::span<const W
       const WeightSpec& spec = entry.spec;
       if ((spec.in_features > 0) != matrices) continue;
       std::size_t bytes = static_cast<std::size_t>(spec.out_features) * sizeof(float);
-      if (matrices) run(context, PackedWeightBytesArgs{spec.out_features, spec.in_features, dtype, &bytes});
+      if (matrices)
+        run(context, PackedWeightBytesArgs{spec.out_features, spec.in_features, dtype, &bytes,
+                                           spec.quantizable ? format : WeightFormat{}});
       entry.offset = table.bytes;
       table.bytes += (bytes + kAlignment - 1) / kAlignment * kAlignment;
     }
   return table;
 }
 
-std::size_t WeightStore::planned_bytes(OpContext& context, std::span<const WeightSpec> specs, DType dtype) {
-  return make_table(context, specs, dtype).bytes;
+std::size_t WeightStore::planned_bytes(OpContext& context, std::span<const WeightSpec> specs, DType dtype,
+                                       WeightFormat format) {
+  return make_table(context, specs, dtype, format).bytes;
 }
 
 void WeightStore::load(const SafetensorsModel& model, std::span<const WeightSpec> specs) {
-  Table table = make_table(context_, specs, dtype_);
+  Table table = make_table(context_, specs, dtype_, format_);
   // In the order of the file, so that a disk reads ahead.
   std::vector<std::pair<const SafetensorsModel::Entry*, const Entry*>> work;
   for (const auto& entry : table.entries) work.emplace_back(find_source(model, entry.spec), &entry);
@@ -85,7 +91,7 @@ void WeightStore::load(const SafetensorsModel& model, std::span<const WeightSpec
   for (std::size_t i = 0; i < work.size(); ++i) {
     const auto& [source, entry] = work[i];
     if (i + 1 < work.size()) model.prefetch(*work[i + 1].first);
-    check_finite(model, *source);
+    check_finite(model, *source, entry->spec);
     fill(model, *source, *entry, buffer.data() + entry->offset);
     model.release(*source);
   }
@@ -93,10 +99,12 @@ void WeightStore::load(const SafetensorsModel& model, std::span<const WeightSpec
   buffer_ = std::move(buffer);
 }
 
-void WeightStore::check_finite(const SafetensorsModel& model, const SafetensorsModel::Entry& source) const {
+void WeightStore::check_finite(const SafetensorsModel& model, const SafetensorsModel::Entry& source,
+                               const WeightSpec& spec) const {
   constexpr std::int64_t kGrain = 1 << 16;
   const TensorView view = model.tensor(source.name);
-  const DType target = source.shape.size() == 2 ? dtype_ : DType::kFloat32;
+  // Parameters of groups are bfloat16.
+  const DType target = format_of(spec).quantized() ? DType::kBFloat16 : spec.in_features > 0 ? dtype_ : DType::kFloat32;
   std::atomic<bool> finite{true};
   context_.threads->parallel_for(view.size(), kGrain, [&](std::int64_t begin, std::int64_t end, int) {
     if (!all_finite(view, begin, end, target)) finite.store(false, std::memory_order_relaxed);
@@ -121,7 +129,7 @@ void WeightStore::fill(const SafetensorsModel& model, const SafetensorsModel::En
     std::memcpy(aligned.data(), view.data(), view.bytes());
     view = TensorView(aligned.data(), view.dtype(), {entry.spec.out_features, entry.spec.in_features});
   }
-  run(context_, PackWeightArgs{view, dtype_, out});
+  run(context_, PackWeightArgs{view, dtype_, out, format_of(entry.spec)});
 }
 
 const WeightStore::Entry& WeightStore::find(std::string_view name, bool matrix) const {
@@ -135,7 +143,8 @@ const WeightStore::Entry& WeightStore::find(std::string_view name, bool matrix) 
 
 WeightView WeightStore::matrix(std::string_view name) const {
   const Entry& entry = find(name, true);
-  return {buffer_.data() + entry.offset, dtype_, entry.spec.out_features, entry.spec.in_features, true};
+  return {buffer_.data() + entry.offset, dtype_, entry.spec.out_features,
+          entry.spec.in_features,        true,   format_of(entry.spec)};
 }
 
 TensorView WeightStore::vector(std::string_view name) const {

@@ -7,6 +7,7 @@ namespace flexcore {
 void check(const LinearCrossEntropyArgs& args) {
   constexpr auto op = LinearCrossEntropyArgs::kName;
   require_weight(op, "weight", args.weight);
+  require(!args.weight.format.quantized(), op, ": weight is quantised, wanted a dense one");
   const auto rows = args.hidden.ndim() == 2 ? args.hidden.shape(0) : 0;
   require_matrix(op, "hidden", args.hidden, rows, args.weight.in_features);
   require_vector(op, "labels", args.labels, rows, DType::kInt32);

@@ -7,7 +7,8 @@
 namespace flexcore {
 
 /// y = x W^T + bias, for every member; all members read the same x in one pass.
-/// A row's result does not depend on which other rows are in the batch (same bits).
+/// A row's result does not depend on which other rows are in the batch (same bits); on CUDA, of quantised weights, only
+/// on whether there are more than a few of them.
 struct LinearArgs {
   static constexpr std::string_view kName = "linear";
   struct Member {

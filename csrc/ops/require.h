@@ -73,6 +73,7 @@ inline void require_weight(std::string_view op, std::string_view name, const Wei
           ", wanted float32 or bfloat16");
   require(w.out_features > 0 && w.in_features > 0 && w.data != nullptr, op, ": ", name, " is [", w.out_features, ", ",
           w.in_features, "]", w.data == nullptr ? " without memory" : ", wanted at least one element");
+  require(w.packed || !w.format.quantized(), op, ": ", name, " is quantised and not packed, wanted a packed one");
 }
 
 }  // namespace flexcore

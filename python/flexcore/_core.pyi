@@ -46,6 +46,8 @@ class EngineConfig:
     slo_classes: dict[str, SLO]
     policy: str
     min_finetune_share: float
+    quantization: str | None
+    quantization_group_size: int
     def __init__(
         self,
         device: str = "auto",
@@ -65,6 +67,8 @@ class EngineConfig:
         slo_classes: Mapping[str, SLO] = ...,
         policy: str = "hybrid",
         min_finetune_share: float = 0.02,
+        quantization: str | None = None,
+        quantization_group_size: int = 64,
     ) -> None: ...
 
 class SamplingParams:
@@ -353,6 +357,10 @@ class ModelInfo:
     def device(self) -> str: ...
     @property
     def dtype(self) -> str: ...
+    @property
+    def quantization(self) -> str: ...
+    @property
+    def quantization_group_size(self) -> int: ...
     @property
     def num_layers(self) -> int: ...
     @property

@@ -128,6 +128,19 @@ TEST_F(WeightStoreTest, StoresATensorOnce) {
   EXPECT_HAS(refusal<InvalidArgument>(twice), "a: asked for as [5, 7] and as [35]");
 }
 
+TEST_F(WeightStoreTest, QuantisesWhatMayBe) {
+  write(tensors());
+  const WeightFormat format{WeightFormat::Kind::kInt4, 16};
+  WeightStore store(context_, host_allocator(), ledger_, DType::kFloat32, format);
+  const std::vector<WeightSpec> specs = {{"b", 33, 3, true}, {"norm", 7, 0}, {"a", 5, 7, true}, {"a", 5, 7}};
+  store.load(SafetensorsModel(dir_.path()), specs);
+  EXPECT_EQ(store.bytes(), WeightStore::planned_bytes(context_, specs, DType::kFloat32, format));
+  EXPECT_LT(store.bytes(), WeightStore::planned_bytes(context_, specs, DType::kFloat32));
+  EXPECT_EQ(store.matrix("b").format, format);
+  EXPECT_FALSE(store.matrix("a").format.quantized());  // somebody wants it dense
+  EXPECT_EQ(unpack(store.matrix("a")), matrix_);
+}
+
 TEST_F(WeightStoreTest, NamesTensorsThatAreMissingOrOfAnotherShape) {
   write(tensors());
   EXPECT_HAS(refusal({{"c", 5, 7}}), "no tensor c, wanted [5, 7]");

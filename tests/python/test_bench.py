@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import write_byte_tokenizer
 
 import flexcore as fc
 from flexcore import cli
 from flexcore.bench import _floors, _measure, coserve
 from flexcore.bench._sharing import Engines, Finetuning, Run
 from flexcore.bench._simulated import Profile, Simulated
+from flexcore.tiny import write_tiny_model
 
 SMALL = ["--max-model-len", "128", "--max-num-seqs", "16", "--num-threads", "1", "--dtype", "float32"]
 
@@ -50,6 +52,30 @@ def test_memory(numpy_model: Path, tmp_path: Path) -> None:
     kept = [row["measured_bytes"] for row in rows]
     assert kept == sorted(kept, reverse=True) and kept[-1] < kept[0] / 3
     assert not rows[0]["recomputed"] and "gate" in rows[-1]["recomputed"] and rows[-1]["kept"] == ["hidden"]
+
+
+def test_quantization(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_byte_tokenizer(write_tiny_model(tmp_path / "model", vocab_size=272))
+    text, data = tmp_path / "text.jsonl", tmp_path / "data.jsonl"
+    text.write_text("".join(json.dumps({"text": f"{n} green bottles on the wall"}) + "\n" for n in range(9)))
+    data.write_text("".join(json.dumps({"prompt": f"{n}?", "completion": f" {n}!"}) + "\n" for n in range(12)))
+    sizes = ["--formats", "int8", "int4/16", "nf4/32", "--output-len", "3", "--window", "20", "--text-tokens", "100"]
+    work = ["--text", str(text), "--data", str(data), "--train-steps", "4", "--held-out", "3", "--repeat", "1"]
+    rows = bench(path, tmp_path, "quantization", *sizes, *work)["quantization"]
+    assert [row["format"] for row in rows] == ["none", "int8", "int4/16", "nf4/32"]
+    assert rows[0]["linears_ratio"] == 1 and rows[0]["perplexity_change"] == 0
+    for row in rows:
+        assert row["scored_tokens"] == rows[0]["scored_tokens"] > 80 and len(row["losses"]) == 4
+        assert row["held_out_loss"] > 0 and row["final_loss"] > 0 and row["decode_ms"]["median"] > 0
+    ratios = [row["linears_ratio"] for row in rows]
+    assert ratios[0] > ratios[1] > ratios[2] >= ratios[3]
+    # 4 bits are further away than 8.
+    assert abs(rows[1]["perplexity_change"]) < abs(rows[2]["perplexity_change"])
+    model = ["--model", str(path), *SMALL]
+    assert cli.main(["bench", "quantization", "--formats", "int4/8", *model]) == 1
+    assert "quantization_group_size: 8" in capsys.readouterr().err
+    assert cli.main(["bench", "quantization", "--data", str(data), "--train-steps", "99", *model]) == 1
+    assert "wanted 230" in capsys.readouterr().err
 
 
 def test_the_plan_of_kernels(numpy_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

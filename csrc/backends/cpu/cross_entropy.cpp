@@ -107,7 +107,7 @@ void linear_cross_entropy(OpContext& context, const LinearCrossEntropyArgs& args
 std::int64_t cross_entropy_scratch(const ScratchShape& s) {
   const std::int64_t rows = std::min(s.rows, kRowBlock), columns = std::min(s.vocab_size, kVocabChunk);
   const std::int64_t block = rows * (s.hidden_size * 4 + static_cast<std::int64_t>(sizeof(SoftmaxState)) + 4);
-  const std::int64_t chunk = rows * columns * 8 + linear_scratch(rows, s.hidden_size, columns, s.num_threads);
+  const std::int64_t chunk = rows * columns * 8 + linear_scratch(rows, s.hidden_size, columns, s.num_threads, false);
   return block + std::max(chunk, rows * s.hidden_size * 4) + 1024;
 }
 

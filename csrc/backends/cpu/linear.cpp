@@ -16,6 +16,8 @@ namespace {
 constexpr std::int64_t kPanelsAtOnce = 3;
 // Length of a range of k (of n in the backward): a panel of floats is 64 KiB.
 constexpr std::int64_t kRange = 1024;
+// The same where panels are dequantised first: three of them are 24 KiB of floats.
+constexpr std::int64_t kQuantizedRange = 128;
 // Rows between two visits to the same weights; bounds the scratch for accumulators.
 constexpr std::int64_t kRowsAtOnce = 1024;
 // From so many rows on, bfloat16 panels are widened once for all of them: the tile of floats is the larger one. The
@@ -134,7 +136,9 @@ void multiply(const GemmBlock& block, bool pairs_of_b) {
 }
 
 // Ranges of about equal length that begin at multiples of 16.
-std::int64_t range_length(std::int64_t k) { return round_up(divide_up(k, divide_up(k, kRange)), kPanelRows); }
+std::int64_t range_length(std::int64_t k, std::int64_t most = kRange) {
+  return round_up(divide_up(k, divide_up(k, most)), kPanelRows);
+}
 
 // Rows of a row-major weight as panels in scratch.
 void pack_rows(const WeightView& weight, std::int64_t row, std::int64_t column, std::int64_t rows, std::int64_t columns,
@@ -152,6 +156,25 @@ void pack_rows(const WeightView& weight, std::int64_t row, std::int64_t column, 
        .packed = packed});
 }
 
+// Quantised panels [begin, end) over a range of k, as the dense ones that they stand for, side by side in `out`:
+// floats, or pairs where the GEMM multiplies those. Elements from a panel to the next.
+std::int64_t dequantize(const WeightView& weight, std::int64_t begin, std::int64_t end, std::int64_t k_begin,
+                        std::int64_t k_end, void* out) {
+  const QuantizedLayout layout = quantized_layout(weight.format, weight.in_features);
+  const std::int64_t out_panel = round_up(k_end - k_begin, 2) * kPanelRows;
+  quantized_kernels().dequantize_panels(
+      {.layout = layout,
+       .packed = static_cast<const std::uint8_t*>(weight.data) + begin * layout.panel_bytes(),
+       .panels = end - begin,
+       .begin = k_begin,
+       .end = k_end,
+       .rounded = is_bfloat16(weight),
+       .pairs = as_pairs(weight),
+       .out = out,
+       .out_panel = out_panel});
+  return out_panel;
+}
+
 // Puts floats in the place of the block's bfloat16 panels.
 void widen_panels(GemmBlock& block, std::byte* scratch) {
   auto* out = reinterpret_cast<float*>(scratch);
@@ -161,6 +184,7 @@ void widen_panels(GemmBlock& block, std::byte* scratch) {
                                 .out = out + panel * block.k * kPanelRows});
   block.b = out;
   block.b_panel = block.k * kPanelRows;
+  block.in_cache = true;
 }
 
 void linear(OpContext& context, const LinearArgs& args) {
@@ -170,7 +194,9 @@ void linear(OpContext& context, const LinearArgs& args) {
   std::array<Operand, 2> operands;  // for float32 and for bfloat16 weights
   std::vector<std::int64_t> panels;
   std::int64_t unpacked_bytes = 0;
+  bool quantized = false;
   for (const auto& member : args.members) {
+    quantized |= member.weight.format.quantized();
     panels.push_back(divide_up(member.weight.out_features, kPanelRows));
     auto& operand = operands[is_bfloat16(member.weight)];
     if (operand.data == nullptr) operand = make_operand(context, args.x, member.weight);
@@ -180,11 +206,13 @@ void linear(OpContext& context, const LinearArgs& args) {
   }
   const Units units(std::move(panels), rows, context.threads->size());
   // A single tile of rows streams the weights once; splitting k would only cost.
-  const std::int64_t range = rows <= gemm_kernels().tile_rows ? round_up(k, kPanelRows) : range_length(k);
+  const bool decode = quantized && rows <= quantized_kernels().tile_rows;
+  const bool whole = quantized ? decode : rows <= gemm_kernels().tile_rows;
+  const std::int64_t range = whole ? round_up(k, kPanelRows) : range_length(k, quantized ? kQuantizedRange : kRange);
   const WorkerScratch partial(context, range < k ? units.row_chunk() * units.chunk() * kPanelRows * 4 : 0);
   const WorkerScratch unpacked(context, unpacked_bytes * units.chunk());
   const bool widen = operands[1].data != nullptr && !gemm_kernels().pairs && units.row_chunk() >= kRowsToWiden;
-  const WorkerScratch widened(context, widen ? units.chunk() * kPanelRows * round_up(range, 2) * 4 : 0);
+  const WorkerScratch floats(context, widen || quantized ? units.chunk() * kPanelRows * round_up(range, 2) * 4 : 0);
 
   units.run(*context.threads, [&](const Unit& unit, int worker) {
     const auto& member = args.members[unit.member];
@@ -192,7 +220,8 @@ void linear(OpContext& context, const LinearArgs& args) {
     const std::int64_t depth = packed_depth(weight.dtype, k),
                        element_bytes = static_cast<std::int64_t>(dtype_size(weight.dtype));
     const std::int64_t column = unit.begin * kPanelRows;
-    const std::byte* b = static_cast<const std::byte*>(weight.data) + column * depth * element_bytes;
+    const std::byte* b =
+        static_cast<const std::byte*>(weight.data) + unit.begin * panel_bytes(weight.format, weight.dtype, k);
     if (!weight.packed) {
       b = unpacked.of(worker);
       pack_rows(weight, column, 0, std::min(unit.end * kPanelRows, weight.out_features) - column, k,
@@ -212,12 +241,26 @@ void linear(OpContext& context, const LinearArgs& args) {
                     .accumulate = member.mode == GradMode::kAccumulate};
     for (std::int64_t begin = 0; begin < depth; begin += range) {
       block.a = a.at(unit.row_begin, begin);
-      block.b = b + begin * kPanelRows * element_bytes;
-      block.b_panel = depth * kPanelRows;
       block.k = std::min(range, depth - begin);
       block.first = begin == 0;
       block.last = begin + range >= depth;
-      if (widen && is_bfloat16(weight)) widen_panels(block, widened.of(worker));
+      if (decode) {
+        block.b = b;
+        block.b_panel = panel_bytes(weight.format, weight.dtype, k);
+        block.group = weight.format.group_size;
+        quantized_kernels().multiply(block, quantized_layout(weight.format, k).codes, is_bfloat16(weight));
+        continue;
+      }
+      if (weight.format.quantized()) {
+        block.b = floats.of(worker);
+        block.in_cache = true;
+        block.b_panel = dequantize(weight, unit.begin, unit.end, begin, begin + block.k, floats.of(worker));
+        multiply(block, as_pairs(weight));
+        continue;
+      }
+      block.b = b + begin * kPanelRows * element_bytes;
+      block.b_panel = depth * kPanelRows;
+      if (widen && is_bfloat16(weight)) widen_panels(block, floats.of(worker));
       multiply(block, is_bfloat16(weight) && !widen);
     }
   });
@@ -233,7 +276,7 @@ void linear_backward(OpContext& context, const LinearBackwardArgs& args) {
   for (const auto& member : args.members) {
     operands.push_back(make_operand(context, member.grad_y, member.weight));
     longest = std::max(longest, range_length(member.weight.out_features));
-    if (!member.weight.packed) unpacked_bytes = kPanelRows * 4;
+    if (!member.weight.packed || member.weight.format.quantized()) unpacked_bytes = kPanelRows * 4;
   }
   const Units units({divide_up(k, kPanelRows)}, rows, context.threads->size());
   const WorkerScratch partial(context, units.row_chunk() * units.chunk() * kPanelRows * 4);
@@ -244,6 +287,7 @@ void linear_backward(OpContext& context, const LinearBackwardArgs& args) {
     const std::int64_t column = unit.begin * kPanelRows, columns = std::min(unit.end * kPanelRows, k) - column;
     GemmBlock block{.rows = unit.row_end - unit.row_begin,
                     .panels = unit.end - unit.begin,
+                    .in_cache = true,
                     .partial = reinterpret_cast<float*>(partial.of(worker)),
                     .y = args.grad_x.row<float>(unit.row_begin) + column,
                     .y_stride = args.grad_x.stride(0),
@@ -262,10 +306,17 @@ void linear_backward(OpContext& context, const LinearBackwardArgs& args) {
                                   .k_begin = unit.begin,
                                   .k_end = unit.end,
                                   .out = transposed.of(worker)};
-        if (!weight.packed) {
-          pack_rows(weight, begin, column, end - begin, columns, unpacked.of(worker));
-          transpose.packed = unpacked.of(worker);
+        if (!weight.packed || weight.format.quantized()) {
           transpose.k = columns;
+          if (weight.format.quantized()) {
+            transpose.k = dequantize(weight, begin / kPanelRows, divide_up(end, kPanelRows), column, column + columns,
+                                     unpacked.of(worker)) /
+                          kPanelRows;
+            if (!as_pairs(weight)) transpose.weight = Element::kFloat32;
+          } else {
+            pack_rows(weight, begin, column, end - begin, columns, unpacked.of(worker));
+          }
+          transpose.packed = unpacked.of(worker);
           transpose.n_begin = 0;
           transpose.n_end = padded;
           transpose.k_begin = 0;
@@ -287,14 +338,14 @@ void linear_backward(OpContext& context, const LinearBackwardArgs& args) {
 
 }  // namespace
 
-std::int64_t linear_scratch(std::int64_t rows, std::int64_t in_features, std::int64_t outputs,
-                            std::int64_t num_threads) {
+std::int64_t linear_scratch(std::int64_t rows, std::int64_t in_features, std::int64_t outputs, std::int64_t num_threads,
+                            bool quantized) {
   // A converted copy of x, or of every grad_y; no more than so many columns pad a row.
   constexpr std::int64_t kMembers = 3, kPadding = 34;
   const std::int64_t operands = rows * std::max(in_features + kPadding, outputs + kMembers * kPadding) * 4;
-  // Accumulators, and a range of widened or transposed panels.
+  // Accumulators, and a range of widened, dequantised or transposed panels; dequantised before they are transposed.
   const std::int64_t row_chunk = std::min<std::int64_t>(rows, kRowsAtOnce + gemm_kernels().tile_rows);
-  const std::int64_t worker = kPanelsAtOnce * kPanelRows * (row_chunk + kRange) * 4;
+  const std::int64_t worker = kPanelsAtOnce * kPanelRows * (row_chunk + (quantized ? 2 : 1) * kRange) * 4;
   return operands + num_threads * (worker + 256) + 1024;
 }
 

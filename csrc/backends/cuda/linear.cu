@@ -4,6 +4,7 @@
 #include "backends/cuda/gemm.h"
 #include "backends/cuda/kernels/elementwise.cuh"
 #include "backends/cuda/kernels/pack.cuh"
+#include "backends/cuda/quantized.h"
 #include "backends/cuda/scratch.h"
 #include "backends/cuda/views.h"
 #include "ops/linear.h"
@@ -36,8 +37,9 @@ bool follows(const TensorView& a, const TensorView& b) {
          b.data() == a.as<std::byte>() + a.shape(1) * element_size(a.dtype());
 }
 bool follows(const WeightView& a, const WeightView& b) {
-  return a.dtype == b.dtype && a.in_features == b.in_features &&
-         b.data == static_cast<const std::byte*>(a.data) + a.out_features * a.in_features * element_size(a.dtype);
+  return a.dtype == b.dtype && a.format == b.format && a.in_features == b.in_features &&
+         b.data == static_cast<const std::byte*>(a.data) +
+                       a.out_features * packed_row_bytes(a.format, a.dtype, a.in_features);
 }
 
 /// Neighbours that one product computes, as a member of their own.
@@ -46,10 +48,45 @@ TensorView joined(TensorView first, std::int64_t width) {
   all.set_stride(0, first.stride(0));
   return all;
 }
-// "Packed" is row-major in the computing dtype: what the GEMM library wants for both directions, and what look-up
+// Rows [begin, end) of neighbours.
+WeightView joined(const WeightView& first, std::int64_t begin, std::int64_t end) {
+  WeightView all = first;
+  all.data = static_cast<const std::byte*>(first.data) +
+             begin * packed_row_bytes(first.format, first.dtype, first.in_features);
+  all.out_features = end - begin;
+  return all;
+}
+// Dense "packed" is row-major in the computing dtype: what the GEMM library wants for both directions, and what look-up
 // reads.
-TensorView joined(const WeightView& first, std::int64_t out_features) {
-  return TensorView(const_cast<void*>(first.data), first.dtype, {out_features, first.in_features});
+TensorView dense(const WeightView& weight) {
+  return TensorView(const_cast<void*>(weight.data), weight.dtype, {weight.out_features, weight.in_features});
+}
+
+// Outputs whose quantised weights are made dense at once: a product of so many is a good one, and the scratch is small
+// beside what the codes save.
+constexpr std::int64_t kDenseBytes = std::int64_t{64} << 20, kOutputsMultiple = 128;
+std::int64_t outputs_at_once(std::int64_t in_features, std::int64_t element) {
+  return std::max(kOutputsMultiple, kDenseBytes / (in_features * element) / kOutputsMultiple * kOutputsMultiple);
+}
+
+// visit(dense matrix, first output, one beyond the last) for parts of neighbours, until all outputs were there.
+template <class Visit>
+void for_dense(OpContext& context, const WeightView& first, std::int64_t width, Visit&& visit) {
+  if (!first.format.quantized()) return visit(dense(joined(first, 0, width)), 0, width);
+  const std::int64_t at_once = outputs_at_once(first.in_features, element_size(first.dtype));
+  for (std::int64_t begin = 0; begin < width; begin += at_once) {
+    const std::int64_t end = std::min(begin + at_once, width);
+    const Arena::Scope scope(*context.scratch);
+    const TensorView matrix = context.scratch->tensor(first.dtype, {end - begin, first.in_features});
+    dequantize(context, joined(first, begin, end), matrix);
+    visit(matrix, begin, end);
+  }
+}
+
+TensorView columns(const TensorView& t, std::int64_t begin, std::int64_t end) {
+  TensorView part(t.as<std::byte>() + begin * element_size(t.dtype()), t.dtype(), {t.shape(0), end - begin});
+  part.set_stride(0, t.stride(0));
+  return part;
 }
 
 // visit(first member, one beyond the last, features of all of them) for members that follow each other.
@@ -95,12 +132,20 @@ void linear(OpContext& context, const LinearArgs& args) {
     const auto& first = members[0];
     TensorView& x = converted[first.weight.dtype == DType::kBFloat16];
     if (!x) x = in_dtype(context, args.x, first.weight.dtype, "linear");
-    gemm(context, {.a = x,
-                   .b = joined(first.weight, width),
-                   .c = joined(first.y, width),
-                   .bias = joined_bias(context, members, width),
-                   .transpose_b = true,
-                   .accumulate = first.mode == GradMode::kAccumulate});
+    const TensorView y = joined(first.y, width), bias = joined_bias(context, members, width);
+    const bool accumulate = first.mode == GradMode::kAccumulate;
+    if (first.weight.format.quantized() && x.shape(0) <= kFewRows)
+      return quantized_product(context, x, joined(first.weight, 0, width), y, bias, accumulate);
+    for_dense(context, first.weight, width, [&](const TensorView& weight, std::int64_t begin, std::int64_t end) {
+      gemm(context, {.a = x,
+                     .b = weight,
+                     .c = columns(y, begin, end),
+                     .bias = bias ? TensorView(bias.as<std::byte>() + begin * element_size(bias.dtype()), bias.dtype(),
+                                               {end - begin})
+                                  : TensorView(),
+                     .transpose_b = true,
+                     .accumulate = accumulate});
+    });
   };
   for_neighbours(
       args.members, [](const auto& m) { return m.y; },
@@ -122,11 +167,11 @@ void linear_backward(OpContext& context, const LinearBackwardArgs& args) {
       args.members, [](const auto& m) { return m.grad_y; },
       [&](std::size_t begin, std::size_t, std::int64_t width) {
         const auto& first = args.members[begin];
-        gemm(context, {.a = in_dtype(context, joined(first.grad_y, width), first.weight.dtype, "linear_backward"),
-                       .b = joined(first.weight, width),
-                       .c = args.grad_x,
-                       .accumulate = accumulate});
-        accumulate = true;
+        const TensorView grad_y = in_dtype(context, joined(first.grad_y, width), first.weight.dtype, "linear_backward");
+        for_dense(context, first.weight, width, [&](const TensorView& weight, std::int64_t begin, std::int64_t end) {
+          gemm(context, {.a = columns(grad_y, begin, end), .b = weight, .c = args.grad_x, .accumulate = accumulate});
+          accumulate = true;
+        });
       });
 }
 
@@ -137,7 +182,7 @@ void pack_weight(OpContext& context, const PackWeightArgs& args) {
   const std::int64_t width = args.source.shape(1);
   const auto element = static_cast<std::int64_t>(dtype_size(args.source.dtype()));
   const std::int64_t rows_at_once = std::max<std::int64_t>(1, kPartBytes / (width * element));
-  const TensorView packed(args.packed, args.dtype, {args.source.shape(0), width});
+  const WeightView packed{args.packed, args.dtype, args.source.shape(0), width, true, args.format};
   for (std::int64_t begin = 0; begin < args.source.shape(0); begin += rows_at_once) {
     const std::int64_t end = std::min(begin + rows_at_once, args.source.shape(0));
     const Arena::Scope scope(*context.scratch);
@@ -152,7 +197,12 @@ void pack_weight(OpContext& context, const PackWeightArgs& args) {
                                         args.source.as<std::byte>() + row * args.source.stride(0) * element,
                                         static_cast<std::size_t>(width * element));
     }
-    const TensorView out = packed.rows(begin, end);
+    const WeightView rows = joined(packed, begin, end);
+    if (args.format.quantized()) {
+      quantize(context, part, args.format, const_cast<void*>(rows.data));
+      continue;
+    }
+    const TensorView out = dense(rows);
     if (part.dtype() == DType::kFloat16) {
       map_rows(FromHalf{part.as<const std::uint16_t>(), width, rows_of(out)}, end - begin, width, all_packs(width, out),
                handle_of(context));
@@ -164,11 +214,14 @@ void pack_weight(OpContext& context, const PackWeightArgs& args) {
 }
 
 void packed_weight_bytes(OpContext&, const PackedWeightBytesArgs& args) {
-  *args.bytes = static_cast<std::size_t>(args.out_features * args.in_features) * dtype_size(args.dtype);
+  *args.bytes =
+      static_cast<std::size_t>(args.out_features * packed_row_bytes(args.format, args.dtype, args.in_features));
 }
 
 void embedding(OpContext& context, const EmbeddingArgs& args) {
-  const TensorView weight = joined(args.weight, args.weight.out_features);
+  if (args.weight.format.quantized())
+    return dequantize(context, args.weight, args.y, args.token_ids.as<const std::int32_t>());
+  const TensorView weight = dense(args.weight);
   const std::int64_t width = weight.shape(1);
   map_rows(CopyRows{rows_of(weight), rows_of(args.y), args.token_ids.as<const std::int32_t>(), weight.shape(0), false},
            args.y.shape(0), width, all_packs(width, weight, args.y), handle_of(context));
@@ -180,7 +233,10 @@ void embedding(OpContext& context, const EmbeddingArgs& args) {
 std::int64_t linear_scratch(const ScratchShape& s) {
   const std::int64_t converted = s.rows * (s.widest_input() + s.widest_outputs()) + s.widest_outputs();
   const std::int64_t packing = kPartBytes + 4 * s.widest_input();
-  return std::max(kGemmWorkspaceBytes + converted * static_cast<std::int64_t>(sizeof(float)), packing);
+  const std::int64_t largest = s.hidden_size * std::max(s.widest_input(), s.widest_outputs()) * 4,
+                     at_once = std::max(kDenseBytes, kOutputsMultiple * s.widest_input() * 4);
+  const std::int64_t dequantized = s.quantized ? std::min(largest, at_once) + 64 : 0;
+  return std::max(kGemmWorkspaceBytes + converted * static_cast<std::int64_t>(sizeof(float)) + dequantized, packing);
 }
 
 void register_linear(OpRegistry& registry) {

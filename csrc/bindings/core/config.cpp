@@ -34,7 +34,8 @@ void register_engine_config(py::module_& m) {
       .field("attainment", &SLO::attainment)
       .done();
   Record<EngineConfig>(m, "EngineConfig",
-                       "How an engine runs. dtype \"float32\" is the exact mode; num_threads 0 takes every core.")
+                       "How an engine runs. dtype \"float32\" is the exact mode; num_threads 0 takes every core; "
+                       "quantization stores the layers' linears as \"int8\", \"int4\" or \"nf4\".")
       .field("device", &EngineConfig::device)
       .field("dtype", &EngineConfig::dtype)
       .field("max_model_len", &EngineConfig::max_model_len)
@@ -52,6 +53,8 @@ void register_engine_config(py::module_& m) {
       .field("slo_classes", &EngineConfig::slo_classes)
       .field("policy", &EngineConfig::policy)
       .field("min_finetune_share", &EngineConfig::min_finetune_share)
+      .field("quantization", &EngineConfig::quantization)
+      .field("quantization_group_size", &EngineConfig::quantization_group_size)
       .done();
 }
 

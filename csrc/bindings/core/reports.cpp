@@ -95,6 +95,8 @@ void register_reports(py::module_& m) {
       .field("architecture", &ModelInfo::architecture)
       .field("device", &ModelInfo::device)
       .field("dtype", &ModelInfo::dtype)
+      .field("quantization", &ModelInfo::quantization)
+      .field("quantization_group_size", &ModelInfo::quantization_group_size)
       .field("num_layers", &ModelInfo::num_layers)
       .field("hidden_size", &ModelInfo::hidden_size)
       .field("intermediate_size", &ModelInfo::intermediate_size)

@@ -44,6 +44,10 @@ struct EngineConfig {
   /// after N inference steps), "dynamic-temporal", "token-cap:N", "inference-only", "finetune-only".
   std::string policy = "hybrid";
   double min_finetune_share = 0.02;  // of the time, even when objectives leave none
+  /// Frozen linears of the layers as codes, for serving and finetuning alike: "int8", "int4" (a minimum and a scale for
+  /// each group of inputs), "nf4" (QLoRA's). Embedding, output layer, norms, biases and adapters keep their dtype.
+  std::optional<std::string> quantization = std::nullopt;  // default, and "none": none
+  std::int64_t quantization_group_size = 64;               // a multiple of 16; the last group of a row may be short
 };
 
 /// How tokens are chosen. Applied in this order: logit_bias, penalties, temperature, top_k, top_p, min_p.

@@ -96,6 +96,8 @@ struct LossAndGradients {
 struct ModelInfo {
   std::string architecture;  // config.json's architectures[0]
   std::string device, dtype;
+  std::string quantization;                  // of the layers' linears: "none", "int8", "int4", "nf4"
+  std::int64_t quantization_group_size = 0;  // 0 with "none"
   std::int64_t num_layers = 0, hidden_size = 0, intermediate_size = 0, num_heads = 0, num_kv_heads = 0, head_dim = 0;
   std::int64_t vocab_size = 0, max_position_embeddings = 0, num_parameters = 0;
   std::vector<std::int32_t> eos_token_ids;

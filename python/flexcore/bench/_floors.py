@@ -91,7 +91,8 @@ def _bandwidths(threads: int, part: int = 64 << 20) -> tuple[float, float]:
 
 
 class ModelWork:
-    """Bytes and FLOPs of steps of a decoder with `size` bytes a weight; `rank` of LoRA on every linear."""
+    """Bytes and FLOPs of steps of a decoder with `size` bytes a weight, fewer a quantised one; `rank` of LoRA on every
+    linear."""
 
     def __init__(self, model: ModelInfo, size: int = 2, rank: int = 16) -> None:
         heads, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
@@ -99,6 +100,8 @@ class ModelWork:
         linears = [(heads, hidden), (kv, hidden), (kv, hidden), (hidden, heads)]
         linears += [(wide, hidden), (wide, hidden), (hidden, wide)]
         self.size = size
+        codes = {"int8": 1.0, "int4": 0.5, "nf4": 0.5}.get(model.quantization)
+        self._linear_size = size if codes is None else codes + 4 / model.quantization_group_size
         self.trunk = model.num_layers * sum(out * inputs for out, inputs in linears)
         self.head = model.vocab_size * hidden
         self.lora = model.num_layers * rank * sum(out + inputs for out, inputs in linears)
@@ -106,8 +109,8 @@ class ModelWork:
         self._pair_flops = 2 * model.num_layers * heads  # of one product over a (row, position) pair
 
     @property
-    def weight_bytes(self) -> int:
-        return self.size * (self.trunk + self.head)
+    def weight_bytes(self) -> float:
+        return self._linear_size * self.trunk + self.size * self.head
 
     def decode(self, batch: int, context: float) -> Work:
         """One token for each of `batch` sequences that are `context` long."""

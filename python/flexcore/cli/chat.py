@@ -37,8 +37,9 @@ def run(args: argparse.Namespace) -> int:
     interactive = sys.stdin.isatty()
     if interactive:
         model = llm.engine.model()
+        weights = model.dtype if model.quantization == "none" else f"{model.dtype}, {model.quantization} linears"
         name = Text(llm.engine.model_directory.name, style="bold")
-        err.print(name, f"on {model.device}, {model.dtype}. {_HELP}.", style="dim")
+        err.print(name, f"on {model.device}, {weights}. {_HELP}.", style="dim")
     while True:
         try:
             line = input("\n> " if interactive else "")

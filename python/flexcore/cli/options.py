@@ -87,6 +87,18 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default=defaults.device, help="auto, cpu, cuda, cuda:1 (default: %(default)s)")
     group.add_argument("--dtype", default=defaults.dtype, help="bfloat16, or float32, the exact mode")
+    group.add_argument(
+        "--quantization",
+        choices=["none", "int8", "int4", "nf4"],
+        help="of the layers' linears, for serving and finetuning (default: none)",
+    )
+    group.add_argument(
+        "--quantization-group-size",
+        type=int,
+        default=defaults.quantization_group_size,
+        metavar="N",
+        help="inputs that share a scale (default: %(default)s)",
+    )
     group.add_argument("--max-model-len", type=int, default=defaults.max_model_len, metavar="TOKENS")
     group.add_argument("--max-num-seqs", type=int, default=defaults.max_num_seqs, metavar="N")
     group.add_argument("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, metavar="N")

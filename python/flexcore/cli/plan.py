@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     write_json(args.json, _as_dict(plan))
     if args.json == "-":
         return 0
-    out.print(_pools(plan))
+    out.print(_pools(plan, args))
     if adapter is not None:
         kept, unpruned = plan.saved_bytes_per_token_per_layer, plan.unpruned_bytes_per_token_per_layer
         share = f" ({kept / unpruned:.0%} of {format_bytes(unpruned)} without pruning)" if unpruned else ""
@@ -167,7 +167,7 @@ def _wire(value: float) -> str:
     return format_bytes(round(value))
 
 
-def _pools(plan: flexcore.MemoryPlan) -> Table:
+def _pools(plan: flexcore.MemoryPlan, args: argparse.Namespace) -> Table:
     title = "memory"
     if plan.tokens_in_flight:
         title += f", finetuning on sequences of {plan.sequence_length} tokens, {plan.tokens_in_flight} tokens in flight"
@@ -176,6 +176,8 @@ def _pools(plan: flexcore.MemoryPlan) -> Table:
     table.add_column("bytes", justify="right")
     table.add_column("what for", style="dim")
     for name, purpose in _POOLS:
+        if name == "weights" and args.quantization not in (None, "none"):
+            purpose += f", linears in {args.quantization}, groups of {args.quantization_group_size}"
         table.add_row(name, format_bytes(getattr(plan, name)), purpose)
     table.add_section()
     table.add_row("total", format_bytes(plan.total), style="bold")

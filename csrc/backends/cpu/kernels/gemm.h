@@ -77,6 +77,8 @@ struct GemmBlock {
   std::int64_t b_panel = 0;  // elements from a panel to the next
   std::int64_t panels = 0;
   std::int64_t k = 0;        // even for pairs
+  bool in_cache = false;     // b was just written: behind it is nothing to fetch, perhaps not even memory
+  std::int64_t group = 0;    // k that share parameters, where the panels are quantised
   float* partial = nullptr;  // [rows, panels * 16]: the accumulators between two ranges; unused when first and last
   bool first = true, last = true;
   void* y = nullptr;  // [rows, columns]; the fields from here on matter to the last range

@@ -6,17 +6,6 @@ namespace flexcore::cpu::FLEXCORE_ISA {
 
 namespace {
 
-struct Float16 {
-  std::uint16_t bits;
-};
-
-FLEXCORE_INLINE float to_float(Float16 x) {
-  const std::uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
-  // 2^112 moves the exponent's bias from 15 to 127, subnormals included; infinity and NaN get the exponent of all ones.
-  const float scaled = __builtin_bit_cast(float, magnitude << 13) * 0x1p112f;
-  const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, scaled) | (magnitude >= 0x7c00u ? 0x7f800000u : 0u);
-  return __builtin_bit_cast(float, bits | sign);
-}
 using flexcore::to_float;
 
 // out[k][16][step]: `step` neighbours in k lie together.
@@ -139,7 +128,7 @@ void pack_panels(const PackPanels& g) {
   else if (g.from == Element::kBFloat16)
     pack_from<bfloat16>(g);
   else
-    pack_from<Float16>(g);
+    pack_from<float16>(g);
 }
 
 void convert_rows(const ConvertRows& g) {
