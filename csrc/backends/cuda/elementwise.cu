@@ -1,4 +1,5 @@
 #include "backends/cuda/families.h"
+#include "backends/cuda/kernels/codes.cuh"
 #include "backends/cuda/kernels/elementwise.cuh"
 #include "backends/cuda/tables.h"
 #include "backends/cuda/views.h"
