@@ -49,6 +49,8 @@ SHARED = {
     "quantize_kernel": "kLevelBytes",
     "dequantize_kernel": "kLevelBytes",
     "quantized_rows_kernel": "kLevelBytes",
+    "scale_gradient_kernel": "kScaleGradientRows * kWarpSize * sizeof(float)",
+    "dora_norm_kernel": "by ranks",
 }
 
 ENTRY = re.compile(r"Compiling entry function '(\w+)' for 'sm_(\w+)'")
