@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "compile/passes.h"
+#include "graph/bypass_ops.h"
 #include "graph/linear_op.h"
 
 namespace flexcore {

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "core/check.h"
+#include "graph/bypass_ops.h"
 #include "graph/linear_op.h"
 
 namespace flexcore {

@@ -4,7 +4,6 @@
 #include <bit>
 #include <functional>
 #include <numeric>
-#include <optional>
 #include <utility>
 
 #include "core/check.h"
@@ -16,22 +15,7 @@ namespace flexcore {
 
 namespace {
 
-constexpr std::size_t kAlignment = 64;
-std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
 std::uint64_t adapter_key(const Adapter* adapter) { return adapter == nullptr ? 0 : adapter->cache_key(); }
-
-// Names the batch for as long as its spans stay.
-class BatchIdentity {
- public:
-  BatchIdentity(OpContext& context, std::uint64_t batch) : context_(context) { context_.batch = batch; }
-  ~BatchIdentity() { context_.batch = 0; }
-  BatchIdentity(const BatchIdentity&) = delete;
-  BatchIdentity& operator=(const BatchIdentity&) = delete;
-
- private:
-  OpContext& context_;
-};
 
 // Copies the rows of finetune windows to their sequences' stores as the forward makes them.
 class Saver final : public ProgramObserver {
@@ -66,14 +50,6 @@ class Savers final : public ProgramObserver {
 };
 
 constexpr std::size_t kMostFixedSpans = 256, kMostFixedWindows = 64;
-
-/// Rows [begin, ...) of a batch are `count` tokens of a sequence from `position` on: those of them that are virtual.
-std::optional<VirtualRows> virtual_rows(const Adapter* adapter, std::int64_t position, std::int64_t count,
-                                        std::int64_t begin, float* gradients) {
-  const std::int64_t all = adapter == nullptr ? 0 : adapter->layout.num_virtual_tokens;
-  if (position >= all) return {};
-  return adapter->virtual_rows(position, std::min(count, all - position), begin, gradients);
-}
 
 // Few sizes, so that few are recorded; close to the rows that there are, as those behind them cost their GEMMs' time.
 std::int64_t round_rows(std::int64_t rows) {
@@ -147,15 +123,15 @@ Executor::Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledg
 }
 
 std::size_t Executor::losses_bytes(const ExecutorLimits& limits) {
-  return aligned(static_cast<std::size_t>(limits.max_rows) * sizeof(float));
+  return Lane::aligned(static_cast<std::size_t>(limits.max_rows) * sizeof(float));
 }
 
 Executor::LaneBytes Executor::lane_bytes(const CompiledModel& model, const TrainingProgram& program,
                                          std::int64_t max_rows) {
-  const std::size_t gathered =
-      program.gather_bytes_per_token * static_cast<std::size_t>(max_rows) + kAlignment * (program.saved.size() + 1);
+  const std::size_t gathered = program.gather_bytes_per_token * static_cast<std::size_t>(max_rows) +
+                               Lane::kAlignment * (program.saved.size() + 1);
   return {std::max(model.workspace_bytes(), model.trunk().workspace_bytes() + program.loss_head.workspace_bytes()),
-          aligned(program.workspace_bytes) + gathered};
+          Lane::aligned(program.workspace_bytes) + gathered};
 }
 
 std::size_t Executor::workspace_bytes(const CompiledModel& model, const TrainingProgram& program, std::int64_t max_rows,
@@ -220,10 +196,7 @@ Executor::Layout Executor::lay_out(std::span<const RowGroup> groups) {
     forward_.clear_segments();
     for (const auto& s : segments) add_segment(forward_, s, nullptr);
     for (std::size_t g = 0; g < groups.size(); ++g)
-      if (const auto rows =
-              virtual_rows(groups[g].adapter, groups[g].position, static_cast<std::int64_t>(groups[g].tokens.size()),
-                           layout.row_begin[g], nullptr))
-        forward_.add_virtual_rows(*rows);
+      forward_.add_virtual_rows(groups[g].adapter, groups[g].position, layout.row_begin[g], layout.row_end(g), nullptr);
   }
   // Virtual tokens have no embedding of their own; that of the first token is replaced, or of no use.
   for (auto& token : tokens) token = std::max(token, 0);
@@ -444,93 +417,5 @@ void Executor::finish_forward() {
   }
   outcomes_.clear();
 }
-
-void Executor::backward(int layer, std::span<const BackwardRows> unsorted) {
-  std::vector<BackwardRows> all(unsorted.begin(), unsorted.end());
-  std::stable_sort(all.begin(), all.end(), [](const BackwardRows& a, const BackwardRows& b) {
-    return a.train->adapter->cache_key() < b.train->adapter->cache_key();
-  });
-  TrainingProgram& program = *all.front().train->program;
-  const auto& unit = program.layers[static_cast<std::size_t>(layer)];
-  std::int64_t total = 0;
-  for (const auto& rows : all) total += rows.end - rows.begin;
-  require<Error>(total <= limits_.max_rows, "backward: ", total, " rows, wanted at most ", limits_.max_rows);
-
-  const BatchIdentity batch(backward_.context(), ++num_batches_);
-  backward_.clear_segments();
-  std::vector<std::int32_t> tokens, positions;
-  std::vector<AttentionBackwardSpan> spans;
-  std::vector<AttentionSpan> forward_spans;  // for attention that is recomputed
-  std::int64_t row = 0, segment_begin = 0;
-  for (std::size_t i = 0; i < all.size(); ++i) {
-    TrainState& train = *all[i].train;
-    const auto [begin, end] = std::pair(all[i].begin, all[i].end);
-    if (end == train.length()) run(backward_.context(), ZeroArgs{train.kv_gradients()});
-    for (std::int64_t t = begin; t < end; ++t) tokens.push_back(std::max(train.tokens[static_cast<std::size_t>(t)], 0));
-    if (const auto virtual_part = virtual_rows(train.adapter.get(), begin, end - begin, row, train.gradients))
-      backward_.add_virtual_rows(*virtual_part);
-    for (std::int64_t i = begin; i < end; ++i) positions.push_back(static_cast<std::int32_t>(i));
-    spans.push_back({{row, row + end - begin, begin, train.block_table->data()}, train.grad_k(), train.grad_v()});
-    row += end - begin;
-    const bool drops = train.dropout.p > 0.0;
-    if (i + 1 == all.size() || all[i + 1].train->adapter != train.adapter || drops) {
-      add_segment(backward_, {train.adapter.get(), segment_begin, row, drops ? &train : nullptr, begin},
-                  train.gradients);
-      segment_begin = row;
-    }
-  }
-  backward_.batch.token_ids = backward_.staged(IndexArray::kTokens, DType::kInt32, tokens);
-  backward_.batch.positions = backward_.staged(IndexArray::kPositions, DType::kInt32, positions);
-  for (const auto& span : spans) forward_spans.push_back(span.span);
-  backward_.batch.backward_spans = spans;
-  backward_.batch.spans = forward_spans;
-
-  // One window is read and written where it is stored; several are brought together, and codes made numbers again.
-  std::vector<TensorView> inputs;
-  const bool single = all.size() == 1;
-  std::byte* gathered = backward_.workspace() + aligned(program.workspace_bytes);
-  for (std::size_t i = 0; i < unit.saved.size() + 1; ++i) {
-    const auto view = [&](const BackwardRows& rows) {
-      return i == 0 ? rows.train->grad_hidden(rows.begin, rows.end)
-                    : rows.train->saved(static_cast<std::size_t>(unit.saved[i - 1]), rows.begin, rows.end);
-    };
-    const TensorView first = view(all.front());
-    const bool codes = first.dtype() == DType::kUInt8;
-    if (single && !codes) {
-      inputs.push_back(first);
-      continue;
-    }
-    const SavedTensor* saved = i == 0 ? nullptr : &program.saved[static_cast<std::size_t>(unit.saved[i - 1])];
-    inputs.emplace_back(gathered, codes ? saved->read_dtype : first.dtype(),
-                        std::initializer_list<std::int64_t>{total, codes ? saved->width : first.shape(1)});
-    gathered += aligned(inputs.back().bytes());
-    std::int64_t at = 0;
-    for (const auto& rows : all) {
-      const TensorView part = inputs.back().rows(at, at + rows.end - rows.begin);
-      codes ? run(backward_.context(), LoadRowsArgs{view(rows), part})
-            : run(backward_.context(), CopyArgs{view(rows), part});
-      at += rows.end - rows.begin;
-    }
-  }
-  const RowCounts counts = {total, 0, 0};
-  unit.program.run(state(backward_), counts, backward_.workspace(), inputs);
-  if (unit.grad_out == kNoTensor) return;
-  const TensorView out = unit.program.value(unit.grad_out, counts, backward_.workspace(), inputs);
-  std::int64_t at = 0;
-  for (const auto& rows : all) {
-    const TensorView store = rows.train->grad_hidden(rows.begin, rows.end);
-    const TensorView part = out.rows(at, at + rows.end - rows.begin);
-    if (part.data() != store.data()) run(backward_.context(), CopyArgs{part, store});
-    // The gradient of the first layer's input is that of the embeddings.
-    if (const auto v = layer > 0 ? std::nullopt
-                                 : virtual_rows(rows.train->adapter.get(), rows.begin, rows.end - rows.begin, 0,
-                                                rows.train->gradients);
-        v && v->prompt)
-      run(backward_.context(), CopyArgs{store.rows(v->begin, v->end), v->grad, GradMode::kAccumulate});
-    at += rows.end - rows.begin;
-  }
-}
-
-void Executor::finish_backward() { device_.synchronize(backward_.context().stream); }
 
 }  // namespace flexcore

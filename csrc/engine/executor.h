@@ -74,7 +74,8 @@ class Executor {
   const TrainShape& shape() const { return shape_; }
 
  private:
-  struct Layout;  // of one forward batch
+  struct Layout;          // of one forward batch
+  struct BackwardLayout;  // of one backward unit
   using IndexArray = Lane::IndexArray;
 
   struct LaneBytes {
@@ -99,6 +100,10 @@ class Executor {
     auto operator<=>(const RecordedKey&) const = default;
   };
   Layout lay_out(std::span<const RowGroup> groups);
+  BackwardLayout lay_out_backward(std::span<const BackwardRows> rows);
+  std::vector<TensorView> gather(const BackwardLayout& layout, const TrainingProgram& program,
+                                 const TrainingProgram::Layer& unit);
+  void store_gradients(const BackwardLayout& layout, const TensorView& out, bool of_embeddings);
   void list_windows(const Layout& layout);
   bool fix(Layout& layout, std::span<const Segment> segments, std::vector<std::int32_t>& tokens,
            std::vector<std::int32_t>& positions);

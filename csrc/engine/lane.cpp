@@ -6,12 +6,6 @@
 
 namespace flexcore {
 
-namespace {
-
-constexpr std::size_t kAlignment = 64;
-
-}  // namespace
-
 Lane::Lane(OpContext& context, Allocator& allocator, MemoryLedger& ledger, const ExecutorLimits& limits,
            std::size_t num_sites)
     : context_(&context),
@@ -35,7 +29,7 @@ Lane::Lane(const OpContext& like, void* stream, Allocator& allocator, MemoryLedg
 
 std::size_t Lane::indices_bytes(const ExecutorLimits& limits) {
   const auto bytes = static_cast<std::size_t>(std::max(limits.max_rows, limits.max_sampled_rows)) * 4;
-  return kNumIndexArrays * ((bytes + kAlignment - 1) / kAlignment * kAlignment);
+  return kNumIndexArrays * aligned(bytes);
 }
 
 void Lane::reserve_workspace(std::size_t bytes) {
@@ -71,6 +65,13 @@ void Lane::add_segments(const Adapter& adapter, std::int64_t begin, std::int64_t
     if (segments.empty()) sites_in_use_.push_back(module.bypass.site);
     adapter.add_rows(module, begin, end, gradients, dropout, segments);
   }
+}
+
+void Lane::add_virtual_rows(const Adapter* adapter, std::int64_t position, std::int64_t begin, std::int64_t end,
+                            float* gradients) {
+  if (adapter == nullptr) return;
+  if (const auto rows = adapter->virtual_rows(position, begin, end, gradients)) virtual_rows_.push_back(*rows);
+  batch.virtual_rows = virtual_rows_;
 }
 
 void Lane::begin_fixed_segments(std::size_t count, std::int64_t num_rows) {

@@ -20,6 +20,18 @@ struct ExecutorLimits {
   std::int64_t num_blocks = 0, block_size = 0;
 };
 
+/// Names the batch for as long as its spans stay.
+class BatchIdentity {
+ public:
+  BatchIdentity(OpContext& context, std::uint64_t batch) : context_(context) { context_.batch = batch; }
+  ~BatchIdentity() { context_.batch = 0; }
+  BatchIdentity(const BatchIdentity&) = delete;
+  BatchIdentity& operator=(const BatchIdentity&) = delete;
+
+ private:
+  OpContext& context_;
+};
+
 /// What programs on one stream run with: index tables, workspace, scratch, and the batch as operators see it.
 class Lane {
  public:
@@ -40,6 +52,9 @@ class Lane {
   void reserve_workspace(std::size_t bytes);
   std::size_t workspace_bytes() const { return workspace_.bytes(); }
   static std::size_t indices_bytes(const ExecutorLimits& limits);
+  /// Parts of a workspace begin at multiples of this.
+  static constexpr std::size_t kAlignment = 64;
+  static std::size_t aligned(std::size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
 
   TensorView index_array(IndexArray which, DType dtype, std::int64_t size) const;
   /// The array on the device, with what is in the host's table.
@@ -52,10 +67,9 @@ class Lane {
   }
 
   void clear_segments();
-  void add_virtual_rows(const VirtualRows& rows) {
-    virtual_rows_.push_back(rows);
-    batch.virtual_rows = virtual_rows_;
-  }
+  /// Rows [begin, end) are tokens of a sequence from `position` on; `adapter` null: none of them is virtual.
+  void add_virtual_rows(const Adapter* adapter, std::int64_t position, std::int64_t begin, std::int64_t end,
+                        float* gradients);
   /// `dropout`: of the rows' sequence; null: none.
   void add_segments(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients,
                     const SegmentDropout* dropout);

@@ -34,7 +34,8 @@ StepTimeFile::StepTimeFile(const ModelConfig& m, const EngineConfig& config, con
     : key_(str(FLEXCORE_VERSION, " ", m.architecture_name, " ", m.num_layers, "x", m.hidden_size, "x",
                m.intermediate_size, " ", m.num_heads, "/", m.num_kv_heads, "x", m.head_dim, " ", m.vocab_size, " ",
                config.dtype, " ", config.max_num_batched_tokens, config.enforce_eager ? " eager" : "",
-               config.quantization ? str(" ", *config.quantization, "/", config.quantization_group_size) : "", " on ",
+               config.quantization ? str(" ", *config.quantization, "/", config.quantization_group_size) : "",
+               config.finetune_activations == "exact" ? "" : " activations " + config.finetune_activations, " on ",
                device, ", ", num_threads, " threads")) {
   if (const std::string directory = cache_directory(); !directory.empty()) {
     std::ostringstream name;

@@ -1,9 +1,10 @@
+#include "graph/bypass_ops.h"
+
 #include <algorithm>
 
 #include "graph/backward_builder.h"
 #include "graph/graph.h"
 #include "graph/layer_ops.h"
-#include "graph/linear_op.h"
 #include "ops/scatter.h"
 
 namespace flexcore {

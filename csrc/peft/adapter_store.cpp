@@ -76,11 +76,14 @@ void Adapter::add_rows(const AdapterModule& module, std::int64_t begin, std::int
   }
 }
 
-VirtualRows Adapter::virtual_rows(std::int64_t first, std::int64_t count, std::int64_t begin, float* gradients) const {
+std::optional<VirtualRows> Adapter::virtual_rows(std::int64_t position, std::int64_t begin, std::int64_t end,
+                                                 float* gradients) const {
+  if (position >= layout.num_virtual_tokens) return {};
+  const std::int64_t count = std::min(end - begin, layout.num_virtual_tokens - position);
   const AdapterArray& array = layout.arrays.front();
   const auto rows = [&](float* values) {
     return TensorView(values + array.offset, DType::kFloat32, {array.shape[0], array.shape[1]})
-        .rows(first, first + count);
+        .rows(position, position + count);
   };
   VirtualRows result{.begin = begin, .end = begin + count};
   const bool is_prompt = layout.modules.front().bypass.kind == BypassKind::kPrompt;
@@ -197,7 +200,6 @@ std::shared_ptr<Adapter> AdapterStore::read(const std::string& name, const std::
     return "[" + text + "]";
   };
   std::vector<float> parameters(static_cast<std::size_t>(adapter->layout.num_parameters));
-  std::size_t found = 0;
   for (const auto& array : adapter->layout.arrays) {
     const AdapterTensor* tensor = file.find(array.module, array.suffix);
     require(tensor != nullptr, directory, ": no tensor ", peft_key(array),
@@ -207,13 +209,11 @@ std::shared_ptr<Adapter> AdapterStore::read(const std::string& name, const std::
             shape_text(tensor->array.shape), ", wanted ", shape_text(array.shape),
             "; is the adapter for another base model?");
     std::copy(tensor->values.begin(), tensor->values.end(), parameters.begin() + array.offset);
-    ++found;
   }
-  for (const auto& tensor : file.tensors)
-    require(found == file.tensors.size() ||
-                std::any_of(adapter->layout.modules.begin(), adapter->layout.modules.end(),
-                            [&](const AdapterModule& module) { return module.path == tensor.array.module; }),
-            directory, ": module ", tensor.array.module,
+  for (const auto& [array, values] : file.tensors)
+    require(std::any_of(adapter->layout.arrays.begin(), adapter->layout.arrays.end(),
+                        [&](const AdapterArray& known) { return known.module == array.module; }),
+            directory, ": module ", array.module,
             " is not a linear of this model; is the adapter for another base model?");
   allocator_.upload(adapter->parameters(), parameters.data(), adapter->bytes());
   return adapter;

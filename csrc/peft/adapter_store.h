@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -37,8 +38,10 @@ class Adapter {
   /// `dropout` null: none.
   void add_rows(const AdapterModule& module, std::int64_t begin, std::int64_t end, float* gradients,
                 const SegmentDropout* dropout, SiteSegments& site) const;
-  /// Rows [begin, begin + count) of a batch that are the virtual tokens from `first` on; gradients as above.
-  VirtualRows virtual_rows(std::int64_t first, std::int64_t count, std::int64_t begin, float* gradients) const;
+  /// Those of a batch's rows [begin, end), which are at `position` and behind it in a sequence, that are virtual
+  /// tokens, if some are; gradients as above.
+  std::optional<VirtualRows> virtual_rows(std::int64_t position, std::int64_t begin, std::int64_t end,
+                                          float* gradients) const;
   LoraSegment lora_segment(const AdapterModule& module, std::int64_t begin, std::int64_t end,
                            float* gradients = nullptr) const;
 

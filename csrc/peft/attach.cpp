@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "graph/bypass_ops.h"
 #include "graph/layer_ops.h"
 #include "graph/linear_op.h"
 

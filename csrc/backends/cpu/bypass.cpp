@@ -5,6 +5,7 @@
 
 #include "backends/cpu/families.h"
 #include "backends/cpu/kernels/lora.h"
+#include "backends/cpu/rows.h"
 #include "ops/dora.h"
 #include "ops/dropout.h"
 #include "ops/rows.h"
@@ -13,16 +14,6 @@
 namespace flexcore::cpu {
 
 namespace {
-
-// A parallel region costs about as much as this many elements.
-constexpr std::int64_t kElementsPerPart = 16384;
-
-int type_index(const TensorView& t) { return t.dtype() == DType::kBFloat16 ? 1 : 0; }
-ConstRows in(const TensorView& t) { return {t.data(), t.stride(0)}; }
-Rows out(const TensorView& t) { return {t.data(), t.stride(0)}; }
-std::int64_t grain(std::int64_t width) {
-  return std::max<std::int64_t>(kElementsPerPart / std::max<std::int64_t>(width, 1), 1);
-}
 
 // y = x in the rows [begin, end).
 void copy_rows(OpContext& context, const TensorView& x, const TensorView& y, std::int64_t begin, std::int64_t end) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "backends/cpu/families.h"
+#include "backends/cpu/rows.h"
 #include "ops/norm.h"
 #include "ops/rotary.h"
 #include "ops/rows.h"
@@ -12,19 +13,11 @@ namespace flexcore::cpu {
 
 namespace {
 
-// A parallel region costs about as much as this many elements.
-constexpr std::int64_t kElementsPerPart = 16384;
-
-int type_index(const TensorView& t) { return t.dtype() == DType::kBFloat16 ? 1 : 0; }
-ConstRows in(const TensorView& t) { return {t.data(), t.stride(0)}; }
-Rows out(const TensorView& t) { return {t.data(), t.stride(0)}; }
-
 template <class Args>
 void over_rows(OpContext& context, std::int64_t rows, std::int64_t width, ElementwiseKernels::Kernel<Args> kernel,
                const Args& args) {
   if (rows == 0 || width == 0) return;
-  const std::int64_t grain = std::max<std::int64_t>(kElementsPerPart / width, 1);
-  context.threads->parallel_for(rows, grain,
+  context.threads->parallel_for(rows, grain(width),
                                 [&](std::int64_t begin, std::int64_t end, int) { kernel(args, begin, end); });
 }
 

@@ -7,6 +7,8 @@ namespace flexcore::cpu {
 
 namespace {
 
+static_assert(kMostGroup == kMostGroupSize);
+
 std::int64_t panel_count(std::int64_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
 void packed_weight_bytes(OpContext&, const PackedWeightBytesArgs& args) {

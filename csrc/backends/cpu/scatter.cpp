@@ -1,15 +1,17 @@
 #include "ops/scatter.h"
 
-#include <algorithm>
 #include <cstring>
 
 #include "backends/cpu/families.h"
 #include "backends/cpu/kernels/groups8.h"
+#include "backends/cpu/rows.h"
 #include "ops/rows.h"
 
 namespace flexcore::cpu {
 
 namespace {
+
+static_assert(kCodeGroup == kGroupWidth);
 
 void zero(OpContext& context, const ZeroArgs& args) {
   constexpr std::int64_t kGrain = 1 << 16;  // bytes
@@ -29,28 +31,24 @@ void scatter_rows(OpContext&, const ScatterRowsArgs& args) {
   }
 }
 
-int type_index(const TensorView& t) { return t.dtype() == DType::kBFloat16 ? 1 : 0; }
-
 // As codes in groups.
 void quantize_rows(OpContext& context, const SaveRowsArgs& args, const SaveSpan& span) {
   const std::int64_t width = args.x.shape(1), stride = kept_row_bytes(DType::kUInt8, width);
   const TensorView x = args.x.rows(span.row_begin, span.row_end);
   auto* codes = reinterpret_cast<std::uint8_t*>(span.store + args.offset * static_cast<std::size_t>(span.length)) +
                 span.position * stride;
-  const QuantizeRows rows{{x.data(), x.stride(0)}, codes, stride, width};
-  context.threads->parallel_for(
-      x.shape(0), std::max<std::int64_t>(1, (1 << 14) / width),
-      [&](std::int64_t begin, std::int64_t end, int) { groups8_kernels().quantize[type_index(x)](rows, begin, end); });
+  const QuantizeRows rows{in(x), codes, stride, width};
+  context.threads->parallel_for(x.shape(0), grain(width), [&](std::int64_t begin, std::int64_t end, int) {
+    groups8_kernels().quantize[type_index(x)](rows, begin, end);
+  });
 }
 
 void load_rows(OpContext& context, const LoadRowsArgs& args) {
   const std::int64_t width = args.y.shape(1);
-  const DequantizeRows rows{args.x.as<std::uint8_t>(), args.x.stride(0), width, {args.y.data(), args.y.stride(0)}};
-  context.threads->parallel_for(args.y.shape(0),
-                                std::max<std::int64_t>(1, (1 << 14) / std::max<std::int64_t>(1, width)),
-                                [&](std::int64_t begin, std::int64_t end, int) {
-                                  groups8_kernels().dequantize[type_index(args.y)](rows, begin, end);
-                                });
+  const DequantizeRows rows{args.x.as<std::uint8_t>(), args.x.stride(0), width, out(args.y)};
+  context.threads->parallel_for(args.y.shape(0), grain(width), [&](std::int64_t begin, std::int64_t end, int) {
+    groups8_kernels().dequantize[type_index(args.y)](rows, begin, end);
+  });
 }
 
 void save_rows(OpContext& context, const SaveRowsArgs& args) {

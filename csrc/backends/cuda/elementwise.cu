@@ -108,6 +108,8 @@ RowStorePlan plan_stores(std::span<const SaveSpan> spans, std::int64_t num_rows)
   return plan;
 }
 
+static_assert(kCodeGroup == kGroupWidth);
+
 void save_rows(OpContext& context, const SaveRowsArgs& args) {
   const CallScope scope(context);
   const std::int64_t num_rows = args.x.shape(0), width = args.x.shape(1);

@@ -108,8 +108,8 @@ void register_plan(py::module_& m) {
       py::arg("model"), py::arg("config") = py::none(), py::arg("lora") = py::none(), py::arg("sequence_length") = 1024,
       py::arg("tensor_parallel_size") = 1, py::arg("sequence_parallel") = false, py::arg("rates") = py::none(),
       "The memory table of an engine on `model`, finetuning with `lora`, the configuration of an adapter of any "
-      "method, without loading weights; with a "
-      "tensor_parallel_size, also what every rank of such a group would have and send.");
+      "method, without loading weights; with a tensor_parallel_size, also what every rank of such a group would have "
+      "and send.");
 }
 
 }  // namespace flexcore::python

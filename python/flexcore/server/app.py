@@ -23,6 +23,7 @@ from flexcore.llm import LLM
 from flexcore.server import generation
 from flexcore.server import resources as resource_routes
 from flexcore.server.errors import ApiError, of_engine
+from flexcore.server.evaluations import BACKGROUND
 from flexcore.server.finetuning import JobManager
 from flexcore.server.metrics import Engine as EngineState
 from flexcore.server.metrics import Metrics
@@ -30,7 +31,6 @@ from flexcore.server.models import Models
 from flexcore.server.runner import EngineRunner
 from flexcore.server.state import ServerConfig, ServerState
 from flexcore.server.store import Store, identity
-from flexcore.server.training import BACKGROUND
 
 log = logging.getLogger("flexcore.server")
 _LAG_INTERVAL = 0.05  # seconds

@@ -13,10 +13,10 @@ from fastapi.responses import FileResponse, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from flexcore import Error, FinetuneConfig
-from flexcore.adapters import adapter_config
 from flexcore.server.errors import ApiError, not_found
 from flexcore.server.finetuning import check_suffix
 from flexcore.server.protocol import Body, LoadAdapterRequest, UnloadAdapterRequest
+from flexcore.server.settings import adapter_of
 from flexcore.server.state import ServerState, state_of
 from flexcore.server.store import Row, Store
 from flexcore.server.training import ACTIVE
@@ -286,14 +286,14 @@ async def create_job(body: JobRequest, request: Request) -> dict[str, Any]:
         raise ApiError(400, "peft: the job has lora already, wanted one of them", "peft")
     peft = body.peft.model_dump() if body.peft is not None else None
     lora = (body.lora or Lora()).model_dump() if peft is None else None
-    try:
-        adapter_config(**(peft or {"peft_type": "LORA", **(lora or {})}))
-    except Error as error:  # what it does not know
-        raise ApiError(400, str(error), "lora" if peft is None else "peft") from error
-    FinetuneConfig(**training)
     seed = body.seed if body.seed is not None else int(time.time())
     settings = {**hyperparameters.model_dump(), "training": training, "lora": lora, "peft": peft, "seed": seed}
     settings["max_length"] = body.max_length
+    try:
+        adapter_of(settings)
+    except Error as error:  # what it does not know
+        raise ApiError(400, str(error), "lora" if peft is None else "peft") from error
+    FinetuneConfig(**training)
     row = state.jobs.create(body.model_dump(exclude_none=True), settings, body.metadata)
     return _job(state, row)
 

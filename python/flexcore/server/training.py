@@ -20,41 +20,22 @@ from flexcore._core import (
     Example,
     FinetuneConfig,
     FinetuneEvent,
-    SamplingParams,
     StepReport,
     TokenEvent,
 )
-from flexcore.adapters import adapter_config
 from flexcore.server.errors import ApiError
+from flexcore.server.evaluations import Evaluations, unload
 from flexcore.server.runner import EngineRunner
+from flexcore.server.settings import adapter_of, model_name, resolved
 from flexcore.server.store import Row, Store, new_id
 
 log = logging.getLogger("flexcore.server")
 
 ACTIVE = ("validating_files", "queued", "running")
-LEARNING_RATE = 2e-4  # times learning_rate_multiplier
-BACKGROUND = "flexcore-background"  # the class of requests that nobody waits for
 # The state that a restart goes on from is saved when that takes a twentieth of the job's time, or, so that no end costs
 # more than a small share of the job, half of it.
 SAVE_OVERHEAD, MOST_SAVE_OVERHEAD = 0.05, 0.5
 MOST_LOST = 1 / 400  # of a job's steps
-PATIENCE = 5.0  # seconds that an evaluation waits for a step in which nobody is served
-
-
-@dataclass
-class Evaluation:
-    """The validation file under a checkpoint, one example after the other in the serving path, when nobody else is
-    served."""
-
-    model: str  # the adapter's name
-    directory: str
-    checkpoint: str
-    step: int
-    next: int = 0
-    request: int = -1  # that runs
-    waits_since: float = field(default_factory=time.monotonic)
-    log_likelihood: float = 0.0
-    targets: int = 0
 
 
 @dataclass
@@ -65,7 +46,7 @@ class Training:
     engine_job: int
     model: str  # the adapter's name
     steps_per_epoch: int
-    validation: list[Example]
+    evaluations: Evaluations
     started: float = field(default_factory=time.monotonic)
     first_step: int = 0
     loss: float | None = None
@@ -75,7 +56,6 @@ class Training:
     save_failed: bool = False
     saving: bool = False  # its state is being written
     writing: int = 0  # files of it
-    evaluations: list[Evaluation] = field(default_factory=list)
     trained: bool = False  # what is left is to evaluate
     finishing: bool = False  # the finished model is being written
 
@@ -130,15 +110,16 @@ class Trainer:
             engine_job = self._engine.resume_finetune(resume, examples)
         else:
             model = model_name(self._served_name, row["suffix"], job)
-            adapter = adapter_config(**(settings.get("peft") or {"peft_type": "LORA", **settings["lora"]}))
-            self._engine.create_adapter(model, adapter, settings["seed"])
+            self._engine.create_adapter(model, adapter_of(settings), settings["seed"])
             try:
                 engine_job = self._engine.finetune(model, examples, config)
             except BaseException:
                 self._engine.unload_adapter(model)
                 raise
         info = self._engine.job(engine_job)
-        training = Training(job, engine_job, info.adapter, math.ceil(len(examples) / config.batch_size), validation)
+        steps_per_epoch = math.ceil(len(examples) / config.batch_size)
+        evaluations = Evaluations(self._engine, self._store, job, validation, self._max_length)
+        training = Training(job, engine_job, info.adapter, steps_per_epoch, evaluations)
         training.first_step = training.saved_step = info.step
         self._training[engine_job] = training
         with self._store.transaction():
@@ -146,10 +127,9 @@ class Trainer:
             self._store.update("jobs", job, status="running", total_steps=info.total_steps, step=info.step)
             message = f"Going on after step {info.step}" if info.step else "Fine-tuning job started"
             self._store.add_event(job, message)
-        if validation:
-            for checkpoint in self._store.select("SELECT * FROM checkpoints WHERE job = ? ORDER BY number", job):
-                if "full_valid_loss" not in checkpoint["metrics"]:
-                    self._queue_evaluation(training, checkpoint["model"], checkpoint["id"], checkpoint["step"])
+        for checkpoint in self._store.select("SELECT * FROM checkpoints WHERE job = ? ORDER BY number", job):
+            if "full_valid_loss" not in checkpoint["metrics"]:
+                evaluations.add(checkpoint["model"], checkpoint["id"], checkpoint["step"])
 
     def cancel(self, job: str) -> None:
         row = self._active(job, "cancelled")
@@ -207,7 +187,7 @@ class Trainer:
         nobody = report.num_decode_tokens + report.num_prefill_tokens == 0
         for training in self.all():
             for answer in report.outputs:
-                if training.evaluations and answer.request_id == training.evaluations[0].request:
+                if training.evaluations.asked(answer.request_id):
                     self._guarded(training, self._evaluated, answer)
             self._guarded(training, self._evaluate, nobody)
 
@@ -352,8 +332,7 @@ class Trainer:
         def written(training: Training, error: Exception | None) -> None:
             if error is not None:
                 raise error
-            if training.validation:
-                self._queue_evaluation(training, name, row["id"], event.step)
+            training.evaluations.add(name, row["id"], event.step)
 
         self._write(training, write, written)
 
@@ -361,61 +340,16 @@ class Trainer:
         row = self._store.get("jobs", job)
         return row is not None and row["status"] in ACTIVE
 
-    def _queue_evaluation(self, training: Training, name: str, checkpoint: str, step: int) -> None:
-        directory = str(self._store.adapter_directory(training.id, step))
-        training.evaluations.append(Evaluation(f"{name} (evaluation)", directory, checkpoint, step))
-
     def _evaluate(self, training: Training, nobody: bool) -> None:
-        """The next example, when nobody is served or that was so for too long."""
-        if not training.evaluations or training.evaluations[0].request >= 0:
-            return
-        evaluation = training.evaluations[0]
-        if not nobody and time.monotonic() - evaluation.waits_since < PATIENCE:
-            return
-        if evaluation.next == 0:
-            self._engine.load_adapter(evaluation.model, evaluation.directory)
-        ids = training.validation[evaluation.next].input_ids
-        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True)
-        evaluation.request = self._engine.submit(ids[: self._max_length - 1], sampling, evaluation.model, BACKGROUND)
+        training.evaluations.go_on(nobody)
 
     def _evaluated(self, training: Training, answer: TokenEvent) -> None:
-        evaluation = training.evaluations[0]
-        evaluation.request, evaluation.waits_since = -1, time.monotonic()
-        if answer.finish_reason in ("error", "cancelled"):
-            message = f"Step {evaluation.step}: the validation loss can't be computed: {answer.error}"
-            self._store.add_event(training.id, message, level="warn", step=evaluation.step)
-            self._end_evaluation(training)
-            return
-        labels = training.validation[evaluation.next].labels[1:]
-        for logprob, label in zip(answer.prompt_logprobs, labels, strict=False):
-            if label != -100:
-                evaluation.log_likelihood += logprob
-                evaluation.targets += 1
-        evaluation.next += 1
-        if evaluation.next < len(training.validation):
-            return
-        loss = -evaluation.log_likelihood / max(1, evaluation.targets)
-        row = self._store.get("checkpoints", evaluation.checkpoint)
-        data = {"step": evaluation.step, "full_valid_loss": loss}
-        with self._store.transaction():
-            if row is not None:
-                metrics = {**row["metrics"], "full_valid_loss": loss, "valid_loss": loss}
-                self._store.update("checkpoints", evaluation.checkpoint, metrics=metrics)
-            message = f"Step {evaluation.step}: validation loss={loss:.4f}"
-            self._store.add_event(training.id, message, type="metrics", data=data, step=evaluation.step)
-        self._end_evaluation(training)
-
-    def _end_evaluation(self, training: Training) -> None:
-        self._unload(training.evaluations.pop(0).model)
+        training.evaluations.take(answer)
         self._finish_if_done(training)
 
     def _finish_if_done(self, training: Training, _: None = None) -> None:
         if training.trained and not (training.finishing or training.writing or training.evaluations):
             self._finish(training)
-
-    def _unload(self, name: str) -> None:
-        if any(adapter.name == name for adapter in self._engine.adapters()):
-            self._engine.unload_adapter(name)
 
     def _add_model(self, name: str, training: Training, directory: Path) -> None:
         now = int(time.time())
@@ -473,12 +407,8 @@ class Trainer:
         self._released()
         if self._engine.job(training.engine_job).status in ("queued", "running", "paused"):
             self._engine.cancel_job(training.engine_job)
-        for evaluation in training.evaluations:
-            if evaluation.request >= 0:
-                self._engine.cancel(evaluation.request)
-            self._unload(evaluation.model)
         training.evaluations.clear()
-        self._unload(training.model)
+        unload(self._engine, training.model)
 
     def hold(self, job: str, why: str) -> None:
         """Paused by what went wrong outside of it, with what was trained kept. Any thread may call it."""
@@ -501,23 +431,3 @@ class Trainer:
     def _remove_state(self, job: str) -> None:
         """After what is being written now."""
         self._writer.submit(shutil.rmtree, self._store.resume_directory(job).parent, ignore_errors=True)
-
-
-def model_name(base: str, suffix: str | None, job: str) -> str:
-    return f"ft:{base}:{suffix or ''}:{job.removeprefix('ftjob-')[:12]}"
-
-
-def resolved(settings: dict[str, Any], num_examples: int) -> dict[str, Any]:
-    """FinetuneConfig fields, with a number in the place of each "auto"."""
-    auto = {
-        "n_epochs": min(10, max(1, math.ceil(100 / num_examples))) if num_examples < 100 else 3,
-        "batch_size": min(8, max(1, num_examples // 16)),
-        "learning_rate_multiplier": 1.0,
-    }
-    chosen = {name: auto[name] if settings[name] == "auto" else settings[name] for name in auto}
-    return {
-        "num_epochs": chosen["n_epochs"],
-        "batch_size": chosen["batch_size"],
-        "learning_rate": LEARNING_RATE * chosen["learning_rate_multiplier"],
-        **settings["training"],
-    }

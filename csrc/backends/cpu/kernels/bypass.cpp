@@ -1,19 +1,10 @@
 #include "backends/cpu/kernels/bypass.h"
 
-#include "backends/cpu/kernels/lanes.h"
+#include "backends/cpu/kernels/row_lanes.h"
 
 namespace flexcore::cpu::FLEXCORE_ISA {
 
 namespace {
-
-template <class T>
-FLEXCORE_INLINE const T* row(ConstRows m, std::int64_t i) {
-  return static_cast<const T*>(m.data) + i * m.stride;
-}
-template <class T>
-FLEXCORE_INLINE T* row(Rows m, std::int64_t i) {
-  return static_cast<T*>(m.data) + i * m.stride;
-}
 
 template <class X, class Y>
 void scale(const ScaleRows& t, std::int64_t begin, std::int64_t end) {

@@ -1,20 +1,11 @@
 #include "backends/cpu/kernels/elementwise.h"
 
-#include "backends/cpu/kernels/lanes.h"
+#include "backends/cpu/kernels/row_lanes.h"
 #include "backends/cpu/kernels/vec_math.h"
 
 namespace flexcore::cpu::FLEXCORE_ISA {
 
 namespace {
-
-template <class T>
-FLEXCORE_INLINE const T* row(ConstRows m, std::int64_t i) {
-  return static_cast<const T*>(m.data) + i * m.stride;
-}
-template <class T>
-FLEXCORE_INLINE T* row(Rows m, std::int64_t i) {
-  return static_cast<T*>(m.data) + i * m.stride;
-}
 
 // Sum over a row of f(block), in four chains: one would wait for its own additions.
 template <class F>

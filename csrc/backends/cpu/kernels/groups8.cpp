@@ -1,13 +1,12 @@
 #include "backends/cpu/kernels/groups8.h"
 
-#include "backends/cpu/kernels/lanes.h"
+#include "backends/cpu/kernels/row_lanes.h"
 
 namespace flexcore::cpu::FLEXCORE_ISA {
 
 namespace {
 
-constexpr std::int64_t kGroup = 64;
-constexpr std::int64_t kVecs = kGroup / kLanes;
+constexpr std::int64_t kVecs = kCodeGroup / kLanes;
 
 typedef std::uint8_t Bytes __attribute__((vector_size(kLanes)));
 typedef std::uint8_t LooseBytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
@@ -40,7 +39,7 @@ FLEXCORE_INLINE void encode(const float* x, std::uint8_t* codes, std::int64_t co
   const float base = widened(minimum);
   const std::uint16_t step = zero == zero ? enlarged((reduce_max(high) - base) * (1.0f / 255.0f)) : 0x7fc0;
   const float size = widened(step), inverse = size > 0.0f ? 1.0f / size : 0.0f;
-  alignas(64) std::uint8_t made[kGroup];
+  alignas(64) std::uint8_t made[kCodeGroup];
 #pragma GCC unroll 16
   for (std::int64_t i = 0; i < kVecs; ++i) {
     Vec scaled = (load(x + i * kLanes) - base) * inverse + 0.5f;
@@ -49,8 +48,8 @@ FLEXCORE_INLINE void encode(const float* x, std::uint8_t* codes, std::int64_t co
     *reinterpret_cast<Bytes*>(made + i * kLanes) =
         __builtin_convertvector(__builtin_convertvector(scaled, VecI), Bytes);
   }
-  if (count == kGroup)
-    __builtin_memcpy(codes, made, kGroup);
+  if (count == kCodeGroup)
+    __builtin_memcpy(codes, made, kCodeGroup);
   else
     for (std::int64_t i = 0; i < count; ++i) codes[i] = made[i];
   __builtin_memcpy(pair, &minimum, 2);
@@ -59,14 +58,14 @@ FLEXCORE_INLINE void encode(const float* x, std::uint8_t* codes, std::int64_t co
 
 template <class X>
 void quantize(const QuantizeRows& t, std::int64_t begin, std::int64_t end) {
-  alignas(64) float group[kGroup];
+  alignas(64) float group[kCodeGroup];
   for (std::int64_t i = begin; i < end; ++i) {
-    const X* x = static_cast<const X*>(t.x.data) + i * t.x.stride;
+    const X* x = row<X>(t.x, i);
     std::uint8_t *codes = t.codes + i * t.stride, *pair = codes + t.width;
-    for (std::int64_t column = 0; column < t.width; column += kGroup, pair += 4) {
-      const std::int64_t count = t.width - column < kGroup ? t.width - column : kGroup;
+    for (std::int64_t column = 0; column < t.width; column += kCodeGroup, pair += 4) {
+      const std::int64_t count = t.width - column < kCodeGroup ? t.width - column : kCodeGroup;
       sweep(column, column + count, [&](auto block) { store(group + (block.i - column), block.get(x)); });
-      for (std::int64_t j = count; j < kGroup; ++j) group[j] = group[0];
+      for (std::int64_t j = count; j < kCodeGroup; ++j) group[j] = group[0];
       encode(group, codes + column, count, pair);
     }
   }
@@ -74,18 +73,18 @@ void quantize(const QuantizeRows& t, std::int64_t begin, std::int64_t end) {
 
 template <class Y>
 void dequantize(const DequantizeRows& t, std::int64_t begin, std::int64_t end) {
-  alignas(64) std::uint8_t group[kGroup];
+  alignas(64) std::uint8_t group[kCodeGroup];
   for (std::int64_t i = begin; i < end; ++i) {
     const std::uint8_t *codes = t.codes + i * t.stride, *pair = codes + t.width;
-    Y* y = static_cast<Y*>(t.y.data) + i * t.y.stride;
-    for (std::int64_t column = 0; column < t.width; column += kGroup, pair += 4) {
-      const std::int64_t count = t.width - column < kGroup ? t.width - column : kGroup;
+    Y* y = row<Y>(t.y, i);
+    for (std::int64_t column = 0; column < t.width; column += kCodeGroup, pair += 4) {
+      const std::int64_t count = t.width - column < kCodeGroup ? t.width - column : kCodeGroup;
       std::uint16_t minimum, step;
       __builtin_memcpy(&minimum, pair, 2);
       __builtin_memcpy(&step, pair + 2, 2);
       const float base = widened(minimum), size = widened(step);
       const std::uint8_t* from = codes + column;
-      if (count < kGroup) {
+      if (count < kCodeGroup) {
         for (std::int64_t j = 0; j < count; ++j) group[j] = from[j];
         from = group;
       }

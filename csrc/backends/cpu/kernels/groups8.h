@@ -6,6 +6,9 @@
 
 namespace flexcore::cpu {
 
+/// Elements that share a minimum and a step: ops/scatter.h's kGroupWidth.
+inline constexpr std::int64_t kCodeGroup = 64;
+
 /// Rows of floats and rows of codes (ops/scatter.h), `stride` bytes apart.
 struct QuantizeRows {
   ConstRows x;

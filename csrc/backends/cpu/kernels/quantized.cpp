@@ -7,8 +7,7 @@ namespace flexcore::cpu::FLEXCORE_ISA {
 
 namespace {
 
-constexpr float kRound = 12582912.0f;          // 1.5 * 2^23: what is added to it is rounded to an integer
-constexpr std::int64_t kMostGroupSize = 4096;  // ops/weight.h; bounds the buffers of a group
+constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to an integer
 
 constexpr float kLargest = 3.3895314e38f;  // of bfloat16
 
@@ -56,8 +55,8 @@ template <class From>
 void quantize_panel(const QuantizePanels& g, std::int64_t panel, std::uint8_t* out) {
   const QuantizedLayout& layout = g.layout;
   const std::int64_t left = g.rows - panel * kPanel, rows = left < kPanel ? left : kPanel;
-  float values[kMostGroupSize];
-  std::uint8_t codes[kMostGroupSize];
+  float values[kMostGroup];
+  std::uint8_t codes[kMostGroup];
   for (std::int64_t i = 0; i < layout.panel_bytes(); ++i) out[i] = 0;
   for (std::int64_t j = 0; j < rows; ++j) {
     const auto* row = static_cast<const From*>(g.source) + (panel * kPanel + j) * g.stride;

@@ -6,6 +6,9 @@
 
 namespace flexcore::cpu {
 
+/// Most k that share parameters, ops/weight.h's kMostGroupSize: bounds the buffers of a group.
+inline constexpr std::int64_t kMostGroup = 4096;
+
 /// What a code stands for: min + code * scale, or a level of nf4 times absmax.
 enum class Codes : std::uint8_t { kInt8, kInt4, kNf4 };
 
