@@ -8,13 +8,17 @@ namespace flexcore {
 
 namespace {
 
-std::vector<bool> find_needs_grad(const Graph& graph) {
+bool contains(const std::vector<TensorId>& tensors, TensorId tensor) {
+  return std::find(tensors.begin(), tensors.end(), tensor) != tensors.end();
+}
+
+std::vector<bool> find_needs_grad(const Graph& graph, bool trains_output) {
   std::vector<bool> needs(graph.tensors.size(), false);
   for (const auto& node : graph.nodes) {
     const bool any = node.op->trainable() || std::any_of(node.inputs.begin(), node.inputs.end(), [&](TensorId input) {
                        return needs[static_cast<std::size_t>(input)];
                      });
-    if (any)
+    if (any || (trains_output && contains(node.outputs, graph.hidden)))
       for (const auto output : node.outputs) needs[static_cast<std::size_t>(output)] = true;
   }
   return needs;
@@ -40,12 +44,12 @@ void remove_dead(Graph& graph, std::size_t first, const std::vector<TensorId>& w
 
 }  // namespace
 
-BackwardGraph derive_backward(Graph& graph) {
+BackwardGraph derive_backward(Graph& graph, bool trains_output) {
   const std::size_t num_forward = graph.nodes.size();
   BackwardGraph result;
   result.layer_grad.assign(static_cast<std::size_t>(graph.num_layers) + 1, kNoTensor);
   result.first_layer = graph.num_layers;
-  const auto needs = find_needs_grad(graph);
+  const auto needs = find_needs_grad(graph, trains_output);
   if (!needs[static_cast<std::size_t>(graph.hidden)]) return result;
 
   BackwardBuilder builder(graph, needs);
@@ -86,6 +90,8 @@ BackwardGraph derive_backward(Graph& graph) {
     run_vjp(i);
     if (graph.nodes.size() > before) result.first_layer = std::min(result.first_layer, node_layer);
   }
+  // An adapter of the output layer alone: the last layer's unit has nothing to do.
+  result.first_layer = std::min(result.first_layer, graph.num_layers - 1);
   for (int l = result.first_layer; l < graph.num_layers; ++l) {
     const TensorId input = layer_input[static_cast<std::size_t>(l)];
     if (builder.needs(input)) result.layer_grad[static_cast<std::size_t>(l)] = builder.grad(input);

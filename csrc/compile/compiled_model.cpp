@@ -53,7 +53,8 @@ CompiledModel::CompiledModel(Graph base, AttachBypasses attach, const RowCounts&
 
 BypassSet CompiledModel::lora_everywhere() const {
   BypassSet bypasses;
-  for (std::size_t i = 0; i < base_.sites.size(); ++i) bypasses.insert({static_cast<SiteId>(i), BypassKind::kLora});
+  for (std::size_t i = 0; i < base_.layer_sites().size(); ++i)
+    bypasses.insert({static_cast<SiteId>(i), BypassKind::kLora});
   return bypasses;
 }
 
@@ -63,7 +64,10 @@ CompiledModel::Draft CompiledModel::draft(const BypassSet& bypasses) const {
   attach_(*draft.graph, &bypasses);
   fuse_shared_inputs(*draft.graph);
   draft.num_forward = draft.graph->nodes.size();
-  draft.backward = derive_backward(*draft.graph);
+  const SiteId output = base_.site_at(LinearSite::Place::kOutput);
+  draft.backward = derive_backward(
+      *draft.graph,
+      std::any_of(bypasses.begin(), bypasses.end(), [&](const Bypass& bypass) { return bypass.site == output; }));
   require(draft.backward.target_grad != kNoTensor, "training program: no linear has a trainable bypass");
   return draft;
 }

@@ -77,7 +77,7 @@ class CompiledModel {
   TensorId hidden() const { return trunk_.graph().hidden; }
   TensorId logits() const { return trunk_.graph().logits; }
   const Graph& base() const { return base_; }
-  /// LoRA at every linear.
+  /// LoRA at every linear of the layers.
   BypassSet lora_everywhere() const;
 
   /// What choosing what to keep goes by; before the first choice is asked for. Sizes do not depend on it.

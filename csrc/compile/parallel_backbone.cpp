@@ -272,19 +272,19 @@ SiteStates bypass_states(const Graph& graph, const ParallelBackbone& backbone, T
 }
 
 SiteStates site_states(const Graph& graph, const ParallelBackbone& backbone, SiteId site) {
-  const std::string weight = graph.sites.at(static_cast<std::size_t>(site)).path + ".weight";
+  const LinearSite& wanted = graph.sites.at(static_cast<std::size_t>(site));
   for (const auto& node : graph.nodes) {
     const auto* linear = dynamic_cast<const LinearOp*>(node.op.get());
     if (linear == nullptr) continue;
     for (std::size_t i = 0; i < node.outputs.size(); ++i) {
       const auto id = static_cast<std::size_t>(linear->members()[i].weight);
-      if (graph.params[id].name != weight) continue;
+      if (linear->members()[i].weight != wanted.weight) continue;
       SiteStates states = bypass_states(graph, backbone, node.inputs[0], node.outputs[i]);
       states.weight = backbone.params[id];
       return states;
     }
   }
-  throw Error(str("tensor parallel: no linear has ", weight));
+  throw Error(str("tensor parallel: no linear has the weight of ", wanted.path));
 }
 
 }  // namespace flexcore

@@ -20,8 +20,9 @@ struct BackwardGraph {
 };
 
 /// Derives the backward: gradients only where they lead to a trainable operator; frozen parameters get none (FlexLLM
-/// section 5). Then removes, to a fixed point, nodes whose results nobody reads.
-BackwardGraph derive_backward(Graph& graph);
+/// section 5). Then removes, to a fixed point, nodes whose results nobody reads. `trains_output`: the loss head adds to
+/// an adapter of the output layer, so it runs even where no layer needs a gradient.
+BackwardGraph derive_backward(Graph& graph, bool trains_output = false);
 
 /// What the backward of one layer does with a forward tensor that it reads: rebuilt by cheap operators, recomputed by a
 /// GEMM or attention.

@@ -81,11 +81,11 @@ Executor::Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledg
       limits_(limits),
       device_(device),
       ledger_(ledger),
-      forward_(context, device.allocator(), ledger, limits, model.base().sites.size()),
+      forward_(context, device.allocator(), ledger, limits, model.base()),
       beside_(device.second_stream() == nullptr
                   ? nullptr
                   : std::make_unique<Lane>(context, device.second_stream(), device.allocator(), ledger, limits,
-                                           model.base().sites.size(), static_cast<std::size_t>(scratch.backward))),
+                                           model.base(), static_cast<std::size_t>(scratch.backward))),
       backward_(beside_ != nullptr ? *beside_ : forward_),
       record_(record && device.records()) {
   Allocator& allocator = device.allocator();
@@ -319,6 +319,12 @@ TensorView Executor::run_sample(const Layout& layout, const TensorView& hidden) 
   for (std::size_t g = 0; g < layout.groups.size(); ++g)
     for (std::int64_t i = layout.groups[g].sampled; i > 0; --i)
       sampled.push_back(static_cast<std::int32_t>(layout.row_end(g) - i));
+  forward_.begin_output_rows();
+  std::int64_t row = 0;
+  for (const auto& group : layout.groups) {
+    const std::int64_t begin = std::exchange(row, row + group.sampled);
+    if (group.adapter != nullptr) forward_.add_output_rows(*group.adapter, begin, row, nullptr, nullptr);
+  }
   forward_.batch.sampled_rows = forward_.staged(IndexArray::kRows, DType::kInt32, sampled);
   const RowCounts rows = {layout.num_rows, layout.num_sampled, 0};
   model_.sample_head().run(state(forward_), rows, head_workspace(), {&hidden, 1});
@@ -333,10 +339,12 @@ void Executor::run_loss(const Layout& layout, const TensorView& hidden) {
   std::vector<float> scale;
   std::vector<std::pair<std::size_t, std::int64_t>> windows;  // group, targets
   const TrainingProgram* program = nullptr;
+  forward_.begin_output_rows();
   for (std::size_t g = 0; g < layout.groups.size(); ++g) {
     const auto& group = layout.groups[g];
     if (group.train == nullptr) continue;
     program = group.train->program;
+    const auto first = static_cast<std::int64_t>(offsets.size());
     const auto& all = group.train->labels;
     std::int64_t count = 0;
     for (std::size_t i = 0; i < group.tokens.size(); ++i) {
@@ -349,6 +357,8 @@ void Executor::run_loss(const Layout& layout, const TensorView& hidden) {
       ++count;
     }
     windows.emplace_back(g, count);
+    add_output_targets(*group.train, group.position, std::span(offsets).subspan(static_cast<std::size_t>(first)),
+                       first);
   }
   if (windows.empty()) return;
   const auto total = static_cast<std::int64_t>(offsets.size());
@@ -377,14 +387,38 @@ void Executor::run_loss(const Layout& layout, const TensorView& hidden) {
   }
 }
 
+// A row's gradient is added once: those of a forward that was restarted are there already. Dropout goes by position,
+// and rows without a target lie between.
+void Executor::add_output_targets(TrainState& train, std::int64_t position, std::span<const std::int32_t> offsets,
+                                  std::int64_t first_row) {
+  const auto at = [&](std::size_t i) { return position + offsets[i]; };
+  const bool drops = train.dropout.p > 0.0;
+  for (std::size_t begin = 0, end = 0; begin < offsets.size(); begin = end) {
+    const bool added = at(begin) < train.output_gradients_end;
+    for (end = begin + 1; end < offsets.size(); ++end)
+      if ((at(end) < train.output_gradients_end) != added || (drops && at(end) != at(end - 1) + 1)) break;
+    const SegmentDropout dropout{train.dropout, at(begin)};
+    forward_.add_output_rows(*train.adapter, first_row + static_cast<std::int64_t>(begin),
+                             first_row + static_cast<std::int64_t>(end), added ? nullptr : train.gradients,
+                             drops ? &dropout : nullptr);
+  }
+  if (!offsets.empty()) train.output_gradients_end = std::max(train.output_gradients_end, at(offsets.size() - 1) + 1);
+}
+
 void Executor::run_score(const Layout& layout, const TensorView& hidden) {
   std::vector<std::int32_t> rows, labels;
-  for (std::size_t g = 0; g < layout.groups.size(); ++g)
+  forward_.begin_output_rows();
+  for (std::size_t g = 0; g < layout.groups.size(); ++g) {
+    const auto first = static_cast<std::int64_t>(rows.size());
     for (std::size_t i = 0; i < layout.groups[g].score_labels.size(); ++i) {
       rows.push_back(
           static_cast<std::int32_t>(layout.row_begin[g] + layout.groups[g].score_from + static_cast<std::int64_t>(i)));
       labels.push_back(layout.groups[g].score_labels[i]);
     }
+    if (layout.groups[g].adapter != nullptr)
+      forward_.add_output_rows(*layout.groups[g].adapter, first, static_cast<std::int64_t>(rows.size()), nullptr,
+                               nullptr);
+  }
   if (rows.empty()) return;
   const auto total = static_cast<std::int64_t>(rows.size());
   forward_.batch.target_rows = forward_.staged(IndexArray::kRows, DType::kInt32, rows);

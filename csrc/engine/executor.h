@@ -109,6 +109,8 @@ class Executor {
            std::vector<std::int32_t>& positions);
   void run_recorded(const RecordedKey& key, const std::function<void()>& work);
   void forget_old_recordings();
+  void add_output_targets(TrainState& train, std::int64_t position, std::span<const std::int32_t> offsets,
+                          std::int64_t first_row);
   void run_loss(const Layout& layout, const TensorView& hidden);
   void run_score(const Layout& layout, const TensorView& hidden);
   TensorView run_sample(const Layout& layout, const TensorView& hidden);

@@ -3,6 +3,7 @@
 
 #include "core/check.h"
 #include "engine/executor.h"
+#include "graph/embedding_bypass.h"
 #include "ops/rows.h"
 
 namespace flexcore {
@@ -82,6 +83,9 @@ std::vector<TensorView> Executor::gather(const BackwardLayout& layout, const Tra
 }
 
 void Executor::store_gradients(const BackwardLayout& layout, const TensorView& out, bool of_embeddings) {
+  if (of_embeddings)
+    add_embedding_gradients(backward_.context(), backward_.batch, model_.base().site_at(LinearSite::Place::kEmbedding),
+                            out);
   std::int64_t at = 0;
   for (const auto& rows : layout.parts) {
     const std::int64_t count = rows.end - rows.begin;

@@ -7,19 +7,24 @@
 namespace flexcore {
 
 Lane::Lane(OpContext& context, Allocator& allocator, MemoryLedger& ledger, const ExecutorLimits& limits,
-           std::size_t num_sites)
+           const Graph& base)
     : context_(&context),
       allocator_(allocator),
       ledger_(ledger),
       indices_(allocator, ledger, MemoryTag::kWorkspace, indices_bytes(limits)),
-      segments_(num_sites),
-      fixed_segments_(num_sites) {
+      segments_(base.sites.size()),
+      fixed_segments_(base.sites.size()),
+      output_segments_(base.sites.size()),
+      output_site_(base.site_at(LinearSite::Place::kOutput)) {
+  const auto embedding = static_cast<std::size_t>(base.site_at(LinearSite::Place::kEmbedding));
+  for (auto* sites : {&segments_, &fixed_segments_})
+    (*sites)[embedding].num_tokens = base.sites[embedding].out_features;
   batch.sites = segments_;
 }
 
 Lane::Lane(const OpContext& like, void* stream, Allocator& allocator, MemoryLedger& ledger,
-           const ExecutorLimits& limits, std::size_t num_sites, std::size_t scratch_bytes)
-    : Lane(own_context_, allocator, ledger, limits, num_sites) {
+           const ExecutorLimits& limits, const Graph& base, std::size_t scratch_bytes)
+    : Lane(own_context_, allocator, ledger, limits, base) {
   own_scratch_.emplace(allocator, ledger);
   own_scratch_->reserve(scratch_bytes);
   own_context_ = like;
@@ -72,6 +77,31 @@ void Lane::add_virtual_rows(const Adapter* adapter, std::int64_t position, std::
   if (adapter == nullptr) return;
   if (const auto rows = adapter->virtual_rows(position, begin, end, gradients)) virtual_rows_.push_back(*rows);
   batch.virtual_rows = virtual_rows_;
+}
+
+void Lane::begin_output_rows() {
+  output_segments_[static_cast<std::size_t>(output_site_)].clear();
+  batch.sites = output_segments_;
+  last_output_ = nullptr;
+}
+
+void Lane::add_output_rows(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients,
+                           const SegmentDropout* dropout) {
+  const AdapterModule* module = adapter.layout.find(output_site_);
+  if (module == nullptr || begin == end) return;
+  // Neighbours of one adapter are one segment, unless every sequence drops elements of its own.
+  SiteSegments& site = output_segments_[static_cast<std::size_t>(output_site_)];
+  const auto extends = [&](const auto& segments, const auto* gradient) {
+    return dropout == nullptr && &adapter == last_output_ && !segments.empty() && segments.back().end == begin &&
+           (gradient == nullptr) == (gradients == nullptr);
+  };
+  if (!site.lora.empty() && extends(site.lora, site.lora.back().grad_a))
+    site.lora.back().end = end;
+  else if (!site.own.empty() && extends(site.own, site.own.back().grad_weight))
+    site.own.back().end = end;
+  else
+    adapter.add_rows(*module, begin, end, gradients, dropout, site);
+  last_output_ = dropout == nullptr ? &adapter : nullptr;
 }
 
 void Lane::begin_fixed_segments(std::size_t count, std::int64_t num_rows) {

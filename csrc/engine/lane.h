@@ -38,11 +38,10 @@ class Lane {
   enum class IndexArray : std::size_t { kTokens, kPositions, kRows, kLabels, kScale, kOffsets, kLoss };
 
   /// On the engine's context.
-  Lane(OpContext& context, Allocator& allocator, MemoryLedger& ledger, const ExecutorLimits& limits,
-       std::size_t num_sites);
+  Lane(OpContext& context, Allocator& allocator, MemoryLedger& ledger, const ExecutorLimits& limits, const Graph& base);
   /// On a stream of its own, with scratch of its own.
   Lane(const OpContext& like, void* stream, Allocator& allocator, MemoryLedger& ledger, const ExecutorLimits& limits,
-       std::size_t num_sites, std::size_t scratch_bytes);
+       const Graph& base, std::size_t scratch_bytes);
   Lane(const Lane&) = delete;
   Lane& operator=(const Lane&) = delete;
 
@@ -73,6 +72,10 @@ class Lane {
   /// `dropout`: of the rows' sequence; null: none.
   void add_segments(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients,
                     const SegmentDropout* dropout);
+  /// What the output layer's programs have instead: rows of a head, sampled or with a target, in their order.
+  void begin_output_rows();
+  void add_output_rows(const Adapter& adapter, std::int64_t begin, std::int64_t end, float* gradients,
+                       const SegmentDropout* dropout);
   /// Segments for a batch that is recorded: every site has `count`, at addresses that stay. Adapters come by position
   /// in the batch, and are plain LoRA; what a site lacks has no rows.
   static constexpr std::size_t kMostFixedSegments = 64;
@@ -90,8 +93,11 @@ class Lane {
   Allocator& allocator_;
   MemoryLedger& ledger_;
   Buffer indices_, workspace_;
-  std::vector<SiteSegments> segments_;        // by site
-  std::vector<SiteSegments> fixed_segments_;  // by site; `lora` is never moved
+  std::vector<SiteSegments> segments_;         // by site
+  std::vector<SiteSegments> fixed_segments_;   // by site; `lora` is never moved
+  std::vector<SiteSegments> output_segments_;  // by site; all but the output layer's are empty
+  SiteId output_site_;
+  const Adapter* last_output_ = nullptr;  // whose rows may be extended
   std::vector<SiteId> sites_in_use_;
   std::vector<VirtualRows> virtual_rows_;
 };

@@ -58,14 +58,15 @@ std::string bytes_text(std::int64_t bytes) {
   return text;
 }
 
-std::int64_t weight_bytes(const Graph& graph, const EngineSizes& sizes) {
+/// Asks the device's ops for sizes, without the device.
+template <class Ask>
+std::int64_t ask_sizes(const EngineSizes& sizes, Ask&& ask) {
   MemoryLedger ledger;
   Arena scratch(host_allocator(), ledger);
   ThreadPool threads(1);
   const OpRegistry registry = make_op_registry();
   OpContext context{&registry, sizes.device, &threads, &scratch, nullptr};
-  return static_cast<std::int64_t>(
-      WeightStore::planned_bytes(context, weight_specs(graph), sizes.compute, sizes.linears));
+  return static_cast<std::int64_t>(ask(context));
 }
 
 // One decoder layer stands for all: not the lowest, which keeps less, nor the last, whose output goes to the loss head.
@@ -102,7 +103,9 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   MemoryPlan plan;
   plan.num_layers = model.num_layers;
   plan.sequence_length = sequence_length;
-  plan.weights = weight_bytes(compiled.base(), sizes);
+  plan.weights = ask_sizes(sizes, [&](OpContext& context) {
+    return WeightStore::planned_bytes(context, weight_specs(compiled.base()), sizes.compute, sizes.linears);
+  });
   plan.kv_pages = sizes.block_bytes * sizes.limits.num_blocks;
   const std::int64_t rotary = sizes.limits.max_positions * model.head_dim * static_cast<std::int64_t>(sizeof(float));
   const bool two_lanes = sizes.device.kind != DeviceKind::kCpu;
@@ -135,7 +138,9 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   plan.tokens_in_flight = tokens;
   const std::int64_t parameter_bytes = layout.num_parameters * static_cast<std::int64_t>(sizeof(float));
   plan.saved_activations = static_cast<std::int64_t>(TrainState::saved_bytes(program, tokens));
-  plan.adapters = 2 * (parameter_bytes + layout.num_derived * static_cast<std::int64_t>(sizeof(float)));
+  const std::int64_t own =
+      ask_sizes(sizes, [&](OpContext& context) { return own_module_bytes(context, layout, sizes.compute); });
+  plan.adapters = 2 * (parameter_bytes + own + layout.num_derived * static_cast<std::int64_t>(sizeof(float)));
   plan.optimizer = 2 * parameter_bytes;
   plan.gradients = parameter_bytes + finetune_bytes(model, program, tokens) - plan.saved_activations;
   explain(plan, program, model.num_layers);

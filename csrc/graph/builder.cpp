@@ -55,6 +55,7 @@ TensorId GraphBuilder::embedding(const std::string& name, ParamId weight) {
   graph_.tensors[static_cast<std::size_t>(y)].keep_dtype = compute_;
   node(embedding_op(weight), {}, {y});
   graph_.embedding = y;
+  embedding_weight_ = weight;
   return y;
 }
 
@@ -77,7 +78,7 @@ TensorId GraphBuilder::linear_node(TensorId x, TensorId residual, const LinearSp
   std::vector<TensorId> inputs = {x};
   if (add) inputs.push_back(residual);
   node(std::make_shared<LinearOp>(std::vector<LinearOp::Member>{{weight, bias}}, add), std::move(inputs), {y});
-  graph_.sites.push_back({spec.path, layer_, spec.out_features, in_features, spec.bias, add});
+  graph_.sites.push_back({spec.path, layer_, spec.out_features, in_features, spec.bias, add, false, weight});
   site_input_.push_back(x);
   return y;
 }
@@ -116,6 +117,13 @@ TensorId GraphBuilder::silu_mul(const std::string& name, TensorId gate, TensorId
 
 void GraphBuilder::heads(TensorId hidden, ParamId norm, float eps, ParamId head) {
   graph_.hidden = hidden;
+  using Place = LinearSite::Place;
+  const auto add_site = [&](const char* path, ParamId weight, Place place) {
+    const auto& p = graph_.params[static_cast<std::size_t>(weight)];
+    graph_.sites.push_back({path, kNoLayer, p.out_features, p.in_features, false, false, false, weight, place});
+  };
+  add_site("model.embed_tokens", embedding_weight_, Place::kEmbedding);
+  add_site("lm_head", head, Place::kOutput);
   const std::int64_t hidden_size = graph_.tensor(hidden).width;
   const std::int64_t vocab_size = graph_.params[static_cast<std::size_t>(head)].out_features;
   const auto normed_rows = [&](RowSet rows, const std::string& prefix) {
@@ -130,14 +138,14 @@ void GraphBuilder::heads(TensorId hidden, ParamId norm, float eps, ParamId head)
   begin_phase(Phase::kLossHead);
   const TensorId targets = normed_rows(RowSet::kTargets, "target");
   const TensorId grad = tensor("target.grad", hidden_size, DType::kFloat32, RowSet::kTargets);
-  node(cross_entropy_op(head), {targets}, {grad});
+  node(cross_entropy_op(head, graph_.site_at(Place::kOutput)), {targets}, {grad});
 }
 
 Graph GraphBuilder::take() {
   std::map<TensorId, int> readers;
   for (const auto& node : graph_.nodes)
     for (const auto input : node.inputs) ++readers[input];
-  for (std::size_t i = 0; i < graph_.sites.size(); ++i) graph_.sites[i].sole_reader = readers.at(site_input_[i]) == 1;
+  for (std::size_t i = 0; i < site_input_.size(); ++i) graph_.sites[i].sole_reader = readers.at(site_input_[i]) == 1;
   return std::move(graph_);
 }
 

@@ -53,6 +53,7 @@ class GraphBuilder {
 
   Graph graph_;
   std::vector<TensorId> site_input_;  // by LinearSite
+  ParamId embedding_weight_ = kNoParam;
   DType compute_;
   int layer_ = kNoLayer;
   Phase phase_ = Phase::kTrunk;

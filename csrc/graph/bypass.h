@@ -8,6 +8,7 @@
 #include "ops/dropout.h"
 #include "ops/lora.h"
 #include "ops/scale.h"
+#include "ops/weight.h"
 
 namespace flexcore {
 
@@ -21,6 +22,7 @@ enum class BypassKind : std::uint8_t {
   kOutputScale,  // product *= scale: (IA)^3
   kInputScale,   // x *= scale: (IA)^3 of feedforward modules
   kSeries,       // product += scaling * act(product A^T) B^T: a bottleneck adapter
+  kOwnWeight,    // y = x W'^T, or W'[token] at the embedding: a module of its own (modules_to_save)
   // And, elsewhere, of virtual tokens:
   kPrompt,  // their embeddings
   kPrefix,  // their keys and values in one layer
@@ -48,7 +50,14 @@ struct VirtualRows {
   TensorView grad;  // like the one that there is; backward only, += always
 };
 
-/// The rows of a batch that have a bypass at one linear, by what it does; each list in ascending disjoint rows.
+/// Rows of a batch that take a weight of their adapter's own in place of the base model's.
+struct OwnWeightSegment {
+  std::int64_t begin = 0, end = 0;
+  WeightView weight;             // [out_features, in_features]
+  float* grad_weight = nullptr;  // the same, backward only; += always; null: not wanted
+};
+
+/// The rows of a batch that have a bypass at one site, by what it does; each list in ascending disjoint rows.
 struct SiteSegments {
   std::vector<LoraSegment> lora;           // added to y
   std::vector<SegmentDropout> dropout;     // of those, or empty
@@ -56,11 +65,13 @@ struct SiteSegments {
   std::vector<ScaleSegment> output_scale;  // of the product, after product_lora
   std::vector<LoraSegment> series;         // of the product, after the scale
   std::vector<ScaleSegment> input_scale;   // of x
+  std::vector<OwnWeightSegment> own;       // instead of y
+  std::int64_t num_tokens = 0;             // of the embedding's table: its in_features
 
-  bool empty() const { return lora.empty() && input_scale.empty() && !separated(); }
+  bool empty() const { return lora.empty() && input_scale.empty() && own.empty() && !separated(); }
   void clear() {
     lora.clear(), dropout.clear(), product_lora.clear();
-    output_scale.clear(), series.clear(), input_scale.clear();
+    output_scale.clear(), series.clear(), input_scale.clear(), own.clear();
   }
   /// Something is done to the product, so that it has to be made before the residual is added.
   bool separated() const { return !product_lora.empty() || !output_scale.empty() || !series.empty(); }

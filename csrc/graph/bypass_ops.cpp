@@ -56,12 +56,6 @@ void for_dropout_rows(const Segments& segments, Visit&& visit) {
   }
 }
 
-TensorView dropped(OpContext& context, const TensorView& x, const SegmentDropout& dropout) {
-  const TensorView copy = context.scratch->tensor(x.dtype(), {x.shape(0), x.shape(1)});
-  flexcore::run(context, DropoutArgs{x, copy, dropout.mask, dropout.position});
-  return copy;
-}
-
 void add_lora(OpContext& context, const TensorView& x, const TensorView& y, const Segments& segments) {
   for_dropout_rows(segments,
                    [&](std::int64_t begin, std::int64_t end, const LoraSegment& segment, const auto& dropout) {
@@ -177,6 +171,12 @@ class ScaleOp final : public Operator {
 };
 
 }  // namespace
+
+TensorView dropped(OpContext& context, const TensorView& x, const SegmentDropout& dropout) {
+  const TensorView copy = context.scratch->tensor(x.dtype(), {x.shape(0), x.shape(1)});
+  flexcore::run(context, DropoutArgs{x, copy, dropout.mask, dropout.position});
+  return copy;
+}
 
 std::shared_ptr<const Operator> scale_op(SiteId site, BypassKind kind) { return std::make_shared<ScaleOp>(site, kind); }
 

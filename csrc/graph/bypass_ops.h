@@ -32,6 +32,9 @@ class LoraOp final : public Operator {
   BypassKind kind_;
 };
 
+/// A copy of x on the scratch, without what is dropped.
+TensorView dropped(OpContext& context, const TensorView& x, const SegmentDropout& dropout);
+
 /// in: x; out: x with the columns of the segments' rows scaled, in place. kOutputScale or kInputScale.
 std::shared_ptr<const Operator> scale_op(SiteId site, BypassKind kind);
 

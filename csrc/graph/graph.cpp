@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "core/check.h"
 #include "ops/scatter.h"
 
 namespace flexcore {
@@ -31,6 +32,18 @@ std::int64_t Graph::num_parameters() const {
   std::int64_t count = 0;
   for (const auto& param : params) count += param.out_features * std::max<std::int64_t>(param.in_features, 1);
   return count;
+}
+
+std::span<const LinearSite> Graph::layer_sites() const {
+  const auto behind = std::find_if(sites.begin(), sites.end(),
+                                   [](const LinearSite& site) { return site.place != LinearSite::Place::kLayer; });
+  return {sites.begin(), behind};
+}
+
+SiteId Graph::site_at(LinearSite::Place place) const {
+  const auto site = std::find_if(sites.begin(), sites.end(), [&](const LinearSite& s) { return s.place == place; });
+  require<Error>(site != sites.end(), "graph: no such site");
+  return static_cast<SiteId>(site - sites.begin());
 }
 
 TensorId Graph::find(int layer, std::string_view name) const {

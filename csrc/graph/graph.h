@@ -1,6 +1,7 @@
 #pragma once
 
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -30,14 +31,18 @@ struct GraphParam {
   bool quantizable = false;      // read by linears of decoder layers alone
 };
 
-/// A linear that a bypass can be attached to.
+/// A linear that a bypass can be attached to: those of the layers first, then the embedding (the linear of a one-hot
+/// row, so to say) and the output layer.
 struct LinearSite {
+  enum class Place : std::uint8_t { kLayer, kEmbedding, kOutput };
   std::string path;  // module path, for example "model.layers.0.self_attn.q_proj"
   int layer = kNoLayer;
   std::int64_t out_features = 0, in_features = 0;
   bool bias = false;
   bool residual = false;     // added to the residual stream
   bool sole_reader = false;  // of its input: that may be changed in place
+  ParamId weight = kNoParam;
+  Place place = Place::kLayer;
 };
 
 /// What is kept for a backward: everything that the layers' forward makes; of it, what the backward reads; of that,
@@ -77,6 +82,9 @@ class Graph {
   DType kept_dtype(const GraphTensor& tensor) const;
   std::size_t kept_bytes(const GraphTensor& tensor) const;
   std::int64_t num_parameters() const;
+  std::span<const LinearSite> layer_sites() const;
+  /// Of the one site of that place.
+  SiteId site_at(LinearSite::Place place) const;
   /// The last tensor of that name in a layer: after every in-place update.
   TensorId find(int layer, std::string_view name) const;
 };

@@ -31,6 +31,7 @@ std::shared_ptr<const Operator> silu_mul_op();
 /// in: x [kTokens]; out: its rows of the row set (sampled rows, or rows with a target).
 std::shared_ptr<const Operator> gather_op(RowSet rows);
 /// in: hidden [kTargets]; out: gradient of hidden, already scaled. Writes the batch's loss.
-std::shared_ptr<const Operator> cross_entropy_op(ParamId weight);
+/// `site`: of the output layer.
+std::shared_ptr<const Operator> cross_entropy_op(ParamId weight, SiteId site);
 
 }  // namespace flexcore

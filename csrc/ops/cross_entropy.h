@@ -19,4 +19,20 @@ struct LinearCrossEntropyArgs {
 };
 void check(const LinearCrossEntropyArgs& args);
 
+/// The same of logits that are there, where an adapter changes the output layer: the product with W is not fused.
+///   logits[i] = grad_scale[i] * (softmax(logits[i]) - onehot(labels[i])), in place
+struct CrossEntropyArgs {
+  static constexpr std::string_view kName = "cross_entropy";
+  TensorView logits;      // [rows, vocab_size] float32
+  TensorView labels;      // [rows] int32, in [0, vocab_size)
+  TensorView loss;        // [rows] float32
+  TensorView grad_scale;  // [rows] float32; empty: loss only, and the logits are lost
+};
+void check(const CrossEntropyArgs& args);
+
+/// Rows whose logits are there at once: a few MiB of them on the CPU, enough for its GEMMs on CUDA.
+/// Tokens whose part of an adapter's output layer is differentiated at once.
+inline constexpr std::int64_t kVocabularyChunk = 2048;
+std::int64_t logit_rows(DeviceKind device, std::int64_t vocab_size);
+
 }  // namespace flexcore

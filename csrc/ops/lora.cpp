@@ -23,8 +23,8 @@ void require_segments(std::string_view op, std::size_t member, std::span<const L
             ", wanted 1 to ", kMaxRank);
     require(s.lora_a != nullptr && s.lora_b != nullptr, op, ": member ", member, " segment ", i,
             " has no lora_a or no lora_b");
-    require(!gradients || (s.grad_a != nullptr && s.grad_b != nullptr), op, ": member ", member, " segment ", i,
-            " has no grad_a or no grad_b");
+    require(!gradients || (s.grad_a != nullptr) == (s.grad_b != nullptr), op, ": member ", member, " segment ", i,
+            " has only one of grad_a and grad_b");
   }
 }
 

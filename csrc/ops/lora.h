@@ -17,7 +17,7 @@ struct LoraSegment {
   const float* lora_b = nullptr;    // [out_features, rank]
   std::int64_t rank = 0;            // 1..256
   float scaling = 1.0f;             // alpha / rank, or alpha / sqrt(rank)
-  float* grad_a = nullptr;          // [rank, in_features], backward only; += always
+  float* grad_a = nullptr;          // [rank, in_features], backward only; += always; null: neither is wanted
   float* grad_b = nullptr;          // [out_features, rank], backward only; += always
   Activation activation = Activation::kNone;
 };
@@ -40,8 +40,8 @@ void check(const LoraArgs& args);
 struct LoraBackwardArgs {
   static constexpr std::string_view kName = "lora_backward";
   struct Member {
-    TensorView grad_y;                      // [num_tokens, out_features] float32 or bfloat16
-    std::span<const LoraSegment> segments;  // grad_a, grad_b set
+    TensorView grad_y;  // [num_tokens, out_features] float32 or bfloat16
+    std::span<const LoraSegment> segments;
   };
   TensorView x;  // [num_tokens, in_features] float32 or bfloat16
   std::span<const Member> members;

@@ -1,6 +1,7 @@
 #include "peft/adapter_store.h"
 
 #include <algorithm>
+#include <numeric>
 #include <utility>
 
 #include "core/check.h"
@@ -8,6 +9,10 @@
 #include "ops/rows.h"
 
 namespace flexcore {
+
+namespace {
+constexpr std::size_t kPackedAlignment = 64;
+}  // namespace
 
 std::vector<float> Adapter::download() const {
   std::vector<float> host(static_cast<std::size_t>(layout.num_parameters));
@@ -42,7 +47,14 @@ void Adapter::add_rows(const AdapterModule& module, std::int64_t begin, std::int
                         .grad_scale = gradients == nullptr ? nullptr : gradients + module.scale_offset};
   };
   switch (module.bypass.kind) {
+    case BypassKind::kOwnWeight:
+      site.own.push_back({.begin = begin,
+                          .end = end,
+                          .weight = own_weights_[static_cast<std::size_t>(&module - layout.modules.data())],
+                          .grad_weight = gradients == nullptr ? nullptr : gradients + module.weight_offset});
+      return;
     case BypassKind::kLora:
+      if (module.place == LinearSite::Place::kEmbedding) dropout = nullptr;  // as in PEFT
       site.lora.push_back(lora_segment(module, begin, end, gradients));
       if (dropout == nullptr && site.dropout.empty()) return;
       site.dropout.resize(site.lora.size());
@@ -112,6 +124,21 @@ void AdapterStore::allocate(Adapter& adapter) const {
   adapter.params_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters, bytes(adapter.layout.num_parameters));
   if (adapter.layout.num_derived > 0)
     adapter.derived_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters, bytes(adapter.layout.num_derived));
+  const bool any = std::any_of(adapter.layout.modules.begin(), adapter.layout.modules.end(),
+                               [](const auto& m) { return m.bypass.kind == BypassKind::kOwnWeight; });
+  if (!any) return;
+  const DType dtype = weights_.matrix(base_.params.front().name).dtype;
+  adapter.own_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters, own_module_bytes(context_, adapter.layout, dtype));
+  adapter.own_weights_.assign(adapter.layout.modules.size(), {});
+  std::size_t at = 0;
+  for (std::size_t i = 0; i < adapter.layout.modules.size(); ++i) {
+    const AdapterModule& m = adapter.layout.modules[i];
+    if (m.bypass.kind != BypassKind::kOwnWeight) continue;
+    std::size_t packed = 0;
+    run(context_, PackedWeightBytesArgs{m.out_features, m.in_features, dtype, &packed});
+    adapter.own_weights_[i] = {adapter.own_.data() + at, dtype, m.out_features, m.in_features, true};
+    at += (packed + kPackedAlignment - 1) / kPackedAlignment * kPackedAlignment;
+  }
 }
 
 std::shared_ptr<Adapter> AdapterStore::place(const std::string& name, const AdapterConfig& config,
@@ -126,12 +153,65 @@ std::shared_ptr<Adapter> AdapterStore::place(const std::string& name, const Adap
                                      base_.sites[static_cast<std::size_t>(module.bypass.site)].bias
                                  ? weights_.vector(module.path + ".bias").as<float>()
                                  : nullptr);
-    adapter->plain_lora_ =
-        adapter->plain_lora_ && module.bypass.kind == BypassKind::kLora && module.activation == Activation::kNone;
+    adapter->plain_lora_ = adapter->plain_lora_ && module.bypass.kind == BypassKind::kLora &&
+                           module.activation == Activation::kNone && module.place != LinearSite::Place::kEmbedding;
   }
   allocate(*adapter);
   adapter->uid = next_uid_++;
   return adapter;
+}
+
+// Rows of a matrix of the base model, as numbers on the device.
+void AdapterStore::look_up(const std::vector<std::int32_t>& ids, const WeightView& table, float* rows) const {
+  const Arena::Scope scope(*context_.scratch);
+  const auto count = static_cast<std::int64_t>(ids.size());
+  const TensorView on_device = context_.scratch->tensor(DType::kInt32, {count});
+  allocator_.upload(on_device.data(), ids.data(), on_device.bytes());
+  run(context_, EmbeddingArgs{on_device, table, TensorView(rows, DType::kFloat32, {count, table.in_features})});
+}
+
+// What modules of their own begin as.
+void AdapterStore::copy_modules(Adapter& adapter) const {
+  constexpr std::int64_t kRows = 4096;
+  for (const auto& m : adapter.layout.modules) {
+    if (m.bypass.kind != BypassKind::kOwnWeight) continue;
+    const WeightView weight = base_weight(m);
+    std::vector<std::int32_t> ids;
+    for (std::int64_t first = 0; first < m.out_features; first += kRows) {
+      ids.resize(static_cast<std::size_t>(std::min(kRows, m.out_features - first)));
+      std::iota(ids.begin(), ids.end(), static_cast<std::int32_t>(first));
+      look_up(ids, weight, adapter.parameters() + m.weight_offset + first * m.in_features);
+    }
+  }
+}
+
+WeightView AdapterStore::base_weight(const AdapterModule& module) const {
+  const LinearSite& site = base_.sites[static_cast<std::size_t>(module.bypass.site)];
+  return weights_.matrix(base_.params[static_cast<std::size_t>(site.weight)].name);
+}
+
+// The newest parameters, as products read them.
+void AdapterStore::pack_modules(Adapter& adapter) const {
+  for (std::size_t i = 0; i < adapter.own_weights_.size(); ++i) {
+    const WeightView& weight = adapter.own_weights_[i];
+    if (weight.data == nullptr) continue;
+    const AdapterModule& m = adapter.layout.modules[i];
+    std::vector<float> values(static_cast<std::size_t>(m.out_features * m.in_features));
+    allocator_.download(values.data(), adapter.parameters() + m.weight_offset, values.size() * sizeof(float));
+    run(context_, PackWeightArgs{TensorView(values.data(), DType::kFloat32, {m.out_features, m.in_features}),
+                                 weight.dtype, const_cast<void*>(weight.data)});
+  }
+}
+
+std::size_t own_module_bytes(OpContext& context, const AdapterLayout& layout, DType dtype) {
+  std::size_t total = 0;
+  for (const auto& m : layout.modules) {
+    if (m.bypass.kind != BypassKind::kOwnWeight) continue;
+    std::size_t bytes = 0;
+    run(context, PackedWeightBytesArgs{m.out_features, m.in_features, dtype, &bytes});
+    total += (bytes + kPackedAlignment - 1) / kPackedAlignment * kPackedAlignment;
+  }
+  return total;
 }
 
 // Virtual tokens begin as these, in turn.
@@ -144,15 +224,12 @@ void AdapterStore::embed(Adapter& adapter, const std::vector<std::int32_t>& toke
   const std::int64_t count = adapter.layout.num_virtual_tokens;
   std::vector<std::int32_t> ids(static_cast<std::size_t>(count));
   for (std::size_t i = 0; i < ids.size(); ++i) ids[i] = token_ids[i % token_ids.size()];
-  const Arena::Scope scope(*context_.scratch);
-  const TensorView on_device = context_.scratch->tensor(DType::kInt32, {count});
-  allocator_.upload(on_device.data(), ids.data(), on_device.bytes());
-  run(context_, EmbeddingArgs{on_device, weights_.matrix(table.name),
-                              TensorView(adapter.parameters(), DType::kFloat32, {count, table.in_features})});
+  look_up(ids, weights_.matrix(table.name), adapter.parameters());
 }
 
-// Norms and scales of DoRA's rows.
+// Modules of their own, packed; norms and scales of DoRA's rows.
 void AdapterStore::derive(Adapter& adapter, bool magnitudes_are_norms) const {
+  pack_modules(adapter);
   for (const auto& m : adapter.layout.modules) {
     if (m.bypass.kind != BypassKind::kDora) continue;
     float* norm = adapter.derived() + m.derived_offset;
@@ -179,6 +256,7 @@ std::shared_ptr<Adapter> AdapterStore::create(const std::string& name, const Ada
   std::visit([&](const auto& method) { initialize(method, adapter->layout, seed, parameters.data()); }, config);
   allocator_.upload(adapter->parameters(), parameters.data(), adapter->bytes());
   if (const auto* prompt = std::get_if<PromptTuningConfig>(&config)) embed(*adapter, prompt->init_token_ids);
+  copy_modules(*adapter);
   derive(*adapter, true);
   newest_[name] = adapter;
   return adapter;

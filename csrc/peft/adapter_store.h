@@ -49,7 +49,9 @@ class Adapter {
   friend class AdapterStore;
   float* derived() const { return reinterpret_cast<float*>(derived_.data()); }
   Buffer params_, derived_;
-  std::vector<const float*> bias_;  // by module: of a DoRA linear; null: none
+  std::vector<WeightView> own_weights_;  // by module: kOwnWeight's, packed; of others empty
+  Buffer own_;                           // these
+  std::vector<const float*> bias_;       // by module: of a DoRA linear; null: none
   bool plain_lora_ = true;
 };
 
@@ -84,6 +86,10 @@ class AdapterStore {
   void require_free(const std::string& name) const;
   std::shared_ptr<Adapter> place(const std::string& name, const AdapterConfig& config, AdapterLayout layout);
   void allocate(Adapter& adapter) const;
+  void look_up(const std::vector<std::int32_t>& ids, const WeightView& table, float* rows) const;
+  WeightView base_weight(const AdapterModule& module) const;
+  void copy_modules(Adapter& adapter) const;
+  void pack_modules(Adapter& adapter) const;
   void embed(Adapter& adapter, const std::vector<std::int32_t>& token_ids) const;
   void derive(Adapter& adapter, bool magnitudes_are_norms) const;
 
@@ -95,6 +101,9 @@ class AdapterStore {
   std::map<std::string, std::shared_ptr<Adapter>> newest_;
   std::uint64_t next_uid_ = 1;
 };
+
+/// Bytes of an adapter's modules of their own as products read them, beside its parameters.
+std::size_t own_module_bytes(OpContext& context, const AdapterLayout& layout, DType dtype);
 
 /// Values laid out as the adapter's parameters, as PEFT's files hold them.
 std::vector<AdapterTensor> adapter_tensors(const Adapter& adapter, const float* values);

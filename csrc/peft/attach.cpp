@@ -6,6 +6,7 @@
 
 #include "core/check.h"
 #include "graph/bypass_ops.h"
+#include "graph/embedding_bypass.h"
 #include "graph/layer_ops.h"
 #include "graph/linear_op.h"
 
@@ -20,7 +21,7 @@ class Attacher {
       : graph_(graph), bypasses_(bypasses), current_(graph.tensors.size()) {
     for (std::size_t i = 0; i < current_.size(); ++i) current_[i] = static_cast<TensorId>(i);
     for (std::size_t i = 0; i < graph.sites.size(); ++i)
-      site_of_weight_[graph.sites[i].path + ".weight"] = static_cast<SiteId>(i);
+      if (graph.sites[i].place != Place::kEmbedding) site_of_weight_[graph.sites[i].weight] = static_cast<SiteId>(i);
   }
 
   void run() {
@@ -29,26 +30,30 @@ class Attacher {
       attach_prefix(node);
       for (auto& input : node.inputs) input = newest(input);
       const auto linear = std::dynamic_pointer_cast<const LinearOp>(node.op);
-      const auto site =
-          linear == nullptr || linear->members().size() != 1
-              ? site_of_weight_.end()
-              : site_of_weight_.find(graph_.params[static_cast<std::size_t>(linear->members()[0].weight)].name);
+      const auto site = linear == nullptr || linear->members().size() != 1
+                            ? site_of_weight_.end()
+                            : site_of_weight_.find(linear->members()[0].weight);
       if (site == site_of_weight_.end())
         graph_.add_node(std::move(node));
       else
         attach(site->second, *linear, std::move(node));
-      attach_prompt();
+      attach_to_embedding();
     }
     graph_.hidden = newest(graph_.hidden);
     graph_.logits = newest(graph_.logits);
   }
 
  private:
+  using Place = LinearSite::Place;
+
   bool serving() const { return bypasses_ == nullptr; }
   bool has(BypassKind kind) const { return has(kind, site_); }
   bool has(BypassKind kind, SiteId site) const {
     if (!serving()) return bypasses_->contains({site, kind});
-    return kind != BypassKind::kInputScale || graph_.sites[static_cast<std::size_t>(site)].sole_reader;
+    const LinearSite& linear = graph_.sites[static_cast<std::size_t>(site)];
+    if (kind == BypassKind::kOwnWeight) return linear.place != Place::kLayer;
+    if (linear.place == Place::kOutput) return kind == BypassKind::kLora;
+    return kind != BypassKind::kInputScale || linear.sole_reader;
   }
   TensorId newest(TensorId tensor) const { return tensor < 0 ? tensor : current_[static_cast<std::size_t>(tensor)]; }
 
@@ -80,9 +85,14 @@ class Attacher {
   }
 
   // Once the embeddings are there.
-  void attach_prompt() {
-    if (graph_.nodes.back().outputs != std::vector<TensorId>{graph_.embedding} || !has(BypassKind::kPrompt, 0)) return;
-    current_[static_cast<std::size_t>(graph_.embedding)] = update(prompt_op(), {graph_.embedding}, graph_.embedding);
+  void attach_to_embedding() {
+    if (graph_.nodes.back().outputs != std::vector<TensorId>{graph_.embedding}) return;
+    const SiteId site = graph_.site_at(Place::kEmbedding);
+    TensorId x = graph_.embedding;
+    if (has(BypassKind::kLora, site) || has(BypassKind::kOwnWeight, site))
+      x = update(embedding_bypass_op(site), {x}, x);
+    if (has(BypassKind::kPrompt, 0)) x = update(prompt_op(), {x}, x);
+    current_[static_cast<std::size_t>(graph_.embedding)] = x;
   }
   // Ahead of the layer's attention.
   void attach_prefix(const Node& node) {
@@ -114,9 +124,16 @@ class Attacher {
     current_[static_cast<std::size_t>(y)] = linear.residual() ? attach_residual(linear, std::move(node)) : [&] {
       const TensorId input = x;
       graph_.add_node(std::move(node));
+      if (graph_.sites[static_cast<std::size_t>(site)].place == Place::kOutput) return attach_to_output(input, y);
       const bool any = has(BypassKind::kLora) || has(BypassKind::kDora);
       return scale_and_adapt(any ? lora(BypassKind::kLora, input, y) : y);
     }();
+  }
+
+  // Of the logits to sample from; those of the loss are in its operator.
+  TensorId attach_to_output(TensorId x, TensorId y) {
+    if (has(BypassKind::kOwnWeight)) y = update(own_output_op(site_), {y, x}, y);
+    return has(BypassKind::kLora) ? lora(BypassKind::kLora, x, y) : y;
   }
 
   // The fused linear, or the product apart where something is done to it; for serving both, of which a batch takes one.
@@ -147,7 +164,7 @@ class Attacher {
   Graph& graph_;
   const BypassSet* bypasses_;
   std::vector<TensorId> current_;  // newest version of each tensor
-  std::map<std::string, SiteId> site_of_weight_;
+  std::map<ParamId, SiteId> site_of_weight_;
   SiteId site_ = 0;
   int layer_ = kNoLayer;
   Phase phase_ = Phase::kTrunk;

@@ -28,9 +28,9 @@ AdapterLayout lay_out(const BottleneckConfig& config, const Graph& base) {
   require(std::isfinite(config.scaling), "scaling: ", config.scaling, ", wanted a finite number");
   const Activation activation = activation_of(config);
   const ModuleMatcher targets("target_modules", config.target_modules, config.target_modules_is_regex);
-  targets.require_targets(paths_of(base.sites));
+  targets.require_targets(paths_of(base.layer_sites()));
   AdapterLayout layout;
-  for (std::size_t i = 0; i < base.sites.size(); ++i) {
+  for (std::size_t i = 0; i < base.layer_sites().size(); ++i) {
     const auto& site = base.sites[i];
     if (!targets.targets(site.path)) continue;
     AdapterModule module{

@@ -17,11 +17,11 @@ ModuleMatcher feedforward_matcher(const IA3Config& config) {
 
 AdapterLayout lay_out(const IA3Config& config, const Graph& base) {
   const ModuleMatcher targets("target_modules", config.target_modules, config.target_modules_is_regex);
-  targets.require_targets(paths_of(base.sites));
+  targets.require_targets(paths_of(base.layer_sites()));
   const ModuleMatcher feedforward = feedforward_matcher(config);
-  if (!config.feedforward_modules.empty()) feedforward.require_targets(paths_of(base.sites));
+  if (!config.feedforward_modules.empty()) feedforward.require_targets(paths_of(base.layer_sites()));
   AdapterLayout layout;
-  for (std::size_t i = 0; i < base.sites.size(); ++i) {
+  for (std::size_t i = 0; i < base.layer_sites().size(); ++i) {
     const auto& site = base.sites[i];
     if (!targets.targets(site.path)) continue;
     const bool of_input = feedforward.targets(site.path);

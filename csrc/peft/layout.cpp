@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "peft/module_matcher.h"
 
 namespace flexcore {
 
@@ -31,6 +32,38 @@ BypassSet AdapterLayout::bypasses() const {
   return bypasses;
 }
 
+const AdapterModule* AdapterLayout::find(SiteId site) const {
+  const auto found =
+      std::find_if(modules.rbegin(), modules.rend(), [&](const auto& module) { return module.bypass.site <= site; });
+  return found != modules.rend() && found->bypass.site == site ? &*found : nullptr;
+}
+
+void add_own_modules(AdapterLayout& layout, const std::vector<std::string>& modules_to_save, const Graph& base) {
+  for (const auto& name : modules_to_save) {
+    bool found = false;
+    for (std::size_t i = 0; i < base.sites.size(); ++i) {
+      const LinearSite& site = base.sites[i];
+      if (site.place == LinearSite::Place::kLayer || !is_suffix(site.path, name)) continue;
+      found = true;
+      const auto id = static_cast<SiteId>(i);
+      const AdapterModule* other = layout.find(id);
+      require(other == nullptr, "modules_to_save: \"", name, "\": ", site.path, " is ",
+              other != nullptr && other->bypass.kind == BypassKind::kOwnWeight ? "there twice"
+                                                                               : "one of the target_modules too");
+      AdapterModule module{.bypass = {id, BypassKind::kOwnWeight},
+                           .place = site.place,
+                           .path = site.path,
+                           .in_features = site.in_features,
+                           .out_features = site.out_features};
+      module.weight_offset = layout.add(site.path, ".weight", {site.out_features, site.in_features});
+      const auto behind =
+          std::find_if(layout.modules.begin(), layout.modules.end(), [&](const auto& m) { return m.bypass.site > id; });
+      layout.modules.insert(behind, std::move(module));
+    }
+    require<Unsupported>(found, "modules_to_save: \"", name, "\", wanted \"embed_tokens\" or \"lm_head\"");
+  }
+}
+
 std::int64_t AdapterLayout::add(const std::string& module, const char* suffix, std::vector<std::int64_t> shape) {
   arrays.push_back({module, suffix, std::move(shape), num_parameters});
   num_parameters += arrays.back().size();
@@ -53,6 +86,8 @@ BypassForm lora_form(std::int64_t in_features, std::int64_t out_features, std::i
 
 BypassForm form_of(const AdapterModule& module) {
   using Kind = BypassStep::Kind;
+  require<Unsupported>(module.place == LinearSite::Place::kLayer,
+                       "tensor_parallel_size: plans adapters of the layers, not of ", module.path);
   switch (module.bypass.kind) {
     case BypassKind::kLora:
     case BypassKind::kSeries: {
@@ -89,7 +124,7 @@ ModuleNames names_from_peft(const JsonFields& fields, const char* option) {
   return result;
 }
 
-std::vector<std::string> paths_of(const std::vector<LinearSite>& sites) {
+std::vector<std::string> paths_of(std::span<const LinearSite> sites) {
   std::vector<std::string> paths;
   for (const auto& site : sites) paths.push_back(site.path);
   return paths;

@@ -32,6 +32,7 @@ void with_virtual_tokens(std::span<const std::int32_t> token_ids, std::int64_t n
 /// What an adapter does at one linear. Offsets are in floats: of the arrays from the start of its parameters.
 struct AdapterModule {
   Bypass bypass;
+  LinearSite::Place place = LinearSite::Place::kLayer;
   std::string path;
   std::int64_t in_features = 0, out_features = 0;
   bool residual = false;  // of the linear
@@ -40,6 +41,7 @@ struct AdapterModule {
   Activation activation = Activation::kNone;
   std::int64_t a_offset = 0, b_offset = 0;
   std::int64_t scale_offset = 0;    // (IA)^3's vector, DoRA's magnitudes
+  std::int64_t weight_offset = 0;   // of kOwnWeight
   std::int64_t derived_offset = 0;  // DoRA: norms and scales [2, out_features], in what is derived from the parameters
 };
 
@@ -52,6 +54,8 @@ struct AdapterLayout {
   std::int64_t num_virtual_tokens = 0;  // ahead of every sequence; the one array is then [num_virtual_tokens, width]
 
   BypassSet bypasses() const;
+  /// The module at a site of the embedding or the output layer, which have at most one; null: none.
+  const AdapterModule* find(SiteId site) const;
   /// The next array; returns its offset.
   std::int64_t add(const std::string& module, const char* suffix, std::vector<std::int64_t> shape);
 };
@@ -85,6 +89,10 @@ PrefixTuningConfig prefix_tuning_from_peft(const JsonFields& fields);
 Json::Object to_peft(const PromptTuningConfig& config);
 Json::Object to_peft(const PrefixTuningConfig& config);
 
+/// Modules of their own, whole: those of the embedding and the output layer that `modules_to_save` names, as PEFT's
+/// option of that name. Throws Unsupported for other modules, InvalidArgument for one that has a bypass already.
+void add_own_modules(AdapterLayout& layout, const std::vector<std::string>& modules_to_save, const Graph& base);
+
 /// `base`: a model's graph without bypasses.
 AdapterLayout lay_out(const AdapterConfig& config, const Graph& base);
 std::string peft_type(const AdapterConfig& config);  // "LORA", "IA3", "BOTTLENECK", "PROMPT_TUNING", "PREFIX_TUNING"
@@ -103,7 +111,6 @@ struct ModuleNames {
   bool is_regex = false;
 };
 ModuleNames names_from_peft(const JsonFields& fields, const char* option);
-/// The sites' paths.
-std::vector<std::string> paths_of(const std::vector<LinearSite>& sites);
+std::vector<std::string> paths_of(std::span<const LinearSite> sites);
 
 }  // namespace flexcore

@@ -1,7 +1,9 @@
 #include <algorithm>
 #include <cmath>
+#include <numbers>
 #include <utility>
 
+#include "core/check.h"
 #include "core/philox.h"
 #include "peft/layout.h"
 #include "peft/lora_matcher.h"
@@ -36,33 +38,53 @@ AdapterLayout lay_out(const LoraConfig& config, const Graph& base) {
     const auto& site = base.sites[i];
     const auto resolved = matcher.resolve(site.path);
     if (!resolved) continue;
+    require<Unsupported>(!config.use_dora || site.place == LinearSite::Place::kLayer, "target_modules: ", site.path,
+                         " with use_dora, wanted linears of the layers");
     AdapterModule module{.bypass = {static_cast<SiteId>(i), config.use_dora ? BypassKind::kDora : BypassKind::kLora},
+                         .place = site.place,
                          .path = site.path,
                          .in_features = site.in_features,
                          .out_features = site.out_features,
                          .residual = site.residual,
                          .rank = resolved->rank,
                          .scaling = static_cast<float>(resolved->scaling)};
-    module.a_offset = layout.add(site.path, ".lora_A.weight", {module.rank, module.in_features});
-    module.b_offset = layout.add(site.path, ".lora_B.weight", {module.out_features, module.rank});
+    const bool embedding = site.place == LinearSite::Place::kEmbedding;
+    if (embedding) std::swap(module.in_features, module.out_features);  // from a token to its row
+    module.a_offset =
+        layout.add(site.path, embedding ? ".lora_embedding_A" : ".lora_A.weight", {module.rank, module.in_features});
+    module.b_offset =
+        layout.add(site.path, embedding ? ".lora_embedding_B" : ".lora_B.weight", {module.out_features, module.rank});
     if (config.use_dora) {
       module.scale_offset = layout.add(site.path, ".lora_magnitude_vector", {module.out_features});
       module.derived_offset = std::exchange(layout.num_derived, layout.num_derived + 2 * module.out_features);
     }
     layout.modules.push_back(std::move(module));
   }
+  add_own_modules(layout, config.modules_to_save, base);
   return layout;
 }
 
-// A ~ U(-1/sqrt(in), 1/sqrt(in)) (PEFT's default, kaiming with a = sqrt(5)), B = 0. Magnitudes come from the weights.
+// A ~ U(-1/sqrt(in), 1/sqrt(in)) (PEFT's default, kaiming with a = sqrt(5)), B = 0; of an embedding A = 0, B ~ N(0, 1).
+// Magnitudes and whole modules come from the weights.
 void initialize(const LoraConfig&, const AdapterLayout& layout, std::uint64_t seed, float* parameters) {
   for (const auto& m : layout.modules) {
+    if (m.rank == 0) continue;
+    const auto counter = [&](std::int64_t i) {
+      return (static_cast<std::uint64_t>(m.bypass.site) << 40) | static_cast<std::uint64_t>(i);
+    };
+    if (m.place == LinearSite::Place::kEmbedding) {
+      float* b = parameters + m.b_offset;
+      for (std::int64_t i = 0; i < m.rank * m.out_features; ++i) {  // Box and Muller's
+        const double radius = std::sqrt(-2.0 * std::log(1.0 - uniform(seed, counter(2 * i))));
+        b[i] = static_cast<float>(radius * std::cos(2.0 * std::numbers::pi * uniform(seed, counter(2 * i + 1))));
+      }
+      continue;
+    }
     const float bound = 1.0f / std::sqrt(static_cast<float>(m.in_features));
     float* a = parameters + m.a_offset;
     const std::int64_t size = m.rank * m.in_features;
     for (std::int64_t i = 0; i < size; ++i) {
-      const auto counter = (static_cast<std::uint64_t>(m.bypass.site) << 40) | static_cast<std::uint64_t>(i);
-      a[i] = bound * static_cast<float>(2.0 * uniform(seed, counter) - 1.0);
+      a[i] = bound * static_cast<float>(2.0 * uniform(seed, counter(i)) - 1.0);
     }
   }
 }
@@ -79,7 +101,9 @@ Json::Object to_peft(const LoraConfig& config) {
           {"layers_to_transform", nullptr},
           {"lora_alpha", alpha_json(config.lora_alpha)},
           {"lora_dropout", config.lora_dropout},
-          {"modules_to_save", nullptr},
+          {"modules_to_save", config.modules_to_save.empty()
+                                  ? Json()
+                                  : Json(Json::Array(config.modules_to_save.begin(), config.modules_to_save.end()))},
           {"r", config.r},
           {"rank_pattern", std::move(ranks)},
           {"use_dora", config.use_dora},
@@ -99,6 +123,7 @@ LoraConfig lora_from_peft(const JsonFields& fields) {
   auto [names, is_regex] = names_from_peft(fields, "target_modules");
   config.target_modules = std::move(names);
   config.target_modules_is_regex = is_regex;
+  config.modules_to_save = names_from_peft(fields, "modules_to_save").names;
   config.lora_dropout = fields.number_or("lora_dropout", 0.0);
   if (config.lora_dropout < 0 || config.lora_dropout >= 1)
     fields.fail("lora_dropout", fields.find("lora_dropout"), "a number in [0, 1)");

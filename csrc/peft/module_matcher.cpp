@@ -34,12 +34,6 @@ std::size_t repeats(const std::string& pattern) {
   return product;
 }
 
-/// `name` is the path or what follows one of its dots.
-bool is_suffix(std::string_view path, std::string_view name) {
-  return path == name ||
-         (path.size() > name.size() && path.ends_with(name) && path[path.size() - name.size() - 1] == '.');
-}
-
 /// The last parts of the paths, each once: "q_proj", "k_proj", ...
 std::string names_of(std::span<const std::string> paths) {
   std::vector<std::string> names;
@@ -53,6 +47,11 @@ std::string names_of(std::span<const std::string> paths) {
 }
 
 }  // namespace
+
+bool is_suffix(std::string_view path, std::string_view name) {
+  return path == name ||
+         (path.size() > name.size() && path.ends_with(name) && path[path.size() - name.size() - 1] == '.');
+}
 
 struct PathPattern::Impl {
   std::regex regex;
@@ -89,7 +88,7 @@ ModuleMatcher::ModuleMatcher(const char* option, std::vector<std::string> names,
 bool ModuleMatcher::targets(std::string_view path) const {
   require(path.size() <= kMaxPath, "module path of ", path.size(), " characters, wanted at most ", kMaxPath);
   if (!regex_.empty()) return regex_[0].matches(path);
-  if (all_linear_) return !is_suffix(path, "lm_head");
+  if (all_linear_) return !is_suffix(path, "lm_head") && !is_suffix(path, "embed_tokens");
   return std::any_of(names_.begin(), names_.end(), [&](auto& name) { return is_suffix(path, name); });
 }
 
@@ -104,7 +103,7 @@ void ModuleMatcher::require_targets(std::span<const std::string> module_paths) c
   for (const auto& name : names_) {
     if (any([&](const std::string& path) { return is_suffix(path, name); })) continue;
     require<Unsupported>(!is_suffix(name, "lm_head") && !is_suffix(name, "embed_tokens"), option_, ": \"", name,
-                         "\": only linears of the layers take an adapter, not the embedding or the output layer");
+                         "\": the embedding and the output layer take LoRA, no other adapter");
     throw InvalidArgument(
         str(option_, ": \"", name, "\" matches no linear of the model, wanted ", names_of(module_paths)));
   }

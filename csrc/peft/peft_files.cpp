@@ -12,6 +12,7 @@
 #include "model/floats.h"
 #include "model/safetensors.h"
 #include "peft/lora_matcher.h"
+#include "peft/module_matcher.h"
 
 namespace flexcore {
 
@@ -26,7 +27,7 @@ constexpr const char* kWeightsFile = "adapter_model.safetensors";
 /// What the files of one method hold.
 struct Format {
   std::string_view type;                   // peft_type
-  std::vector<std::string_view> suffixes;  // of tensors: every module has all of them
+  std::vector<std::string_view> suffixes;  // of tensors: every module has all of them, if it has one
   std::vector<std::string_view> optional;  // those of some adapters
   std::vector<std::string_view> options;   // that its reader takes
 };
@@ -36,8 +37,8 @@ const Format kFormats[] = {
     {"LORA",
      {".lora_A.weight", ".lora_B.weight"},
      {".lora_magnitude_vector"},
-     {"r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias",
-      "init_lora_weights"}},
+     {"modules_to_save", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+      "bias", "init_lora_weights"}},
     {"IA3", {".ia3_l"}, {}, {"feedforward_modules", "init_ia3_weights"}},
     {"BOTTLENECK",
      {".adapter_down.weight", ".adapter_up.weight"},
@@ -54,8 +55,12 @@ const Format kFormats[] = {
      {"num_virtual_tokens", "token_dim", "num_layers", "num_attention_heads", "num_transformer_submodules",
       "encoder_hidden_size", "prefix_projection", "init_weights"}},
 };
-/// PEFT's copy of a frozen weight under an adapter, which it saves with lm_head.
+/// PEFT's copy of a frozen weight under an adapter, which it saves with lm_head and embed_tokens.
 constexpr std::string_view kFrozen = ".base_layer.weight";
+/// LoRA of an embedding: both or none.
+constexpr std::string_view kEmbedding[] = {".lora_embedding_A", ".lora_embedding_B"};
+/// Of a module that is there whole (modules_to_save).
+constexpr std::string_view kWhole = ".weight";
 
 /// Options that all readers take, and those that say nothing about the result of a finished adapter, whatever their
 /// value.
@@ -124,13 +129,25 @@ std::vector<float> read_values(const SafetensorsModel& file, const SafetensorsMo
   return values;
 }
 
+/// Suffixes that an adapter's tensors may have, the longer ones first.
+std::vector<std::string_view> suffixes_of(const Format& format, const AdapterConfig& config) {
+  std::vector<std::string_view> suffixes = format.suffixes;
+  if (const auto* lora = std::get_if<LoraConfig>(&config)) {
+    suffixes.insert(suffixes.end(), std::begin(kEmbedding), std::end(kEmbedding));
+    if (lora->use_dora) suffixes.insert(suffixes.end(), format.optional.begin(), format.optional.end());
+    suffixes.push_back(kFrozen);
+    if (!lora->modules_to_save.empty()) suffixes.push_back(kWhole);
+    return suffixes;
+  }
+  suffixes.push_back(kFrozen);
+  return suffixes;
+}
+
 /// Module path and suffix of a tensor's name. Throws for any kind of tensor that is none of the format's.
 std::pair<std::string, std::string_view> split_name(const SafetensorsModel& file, const SafetensorsModel::Entry& entry,
-                                                    const Format& format, bool dora) {
+                                                    const Format& format,
+                                                    const std::vector<std::string_view>& suffixes) {
   std::string_view name = entry.name;
-  std::vector<std::string_view> suffixes = format.suffixes;
-  if (dora) suffixes.insert(suffixes.end(), format.optional.begin(), format.optional.end());
-  suffixes.push_back(kFrozen);
   if (format.suffixes[0] == kVirtualTokens) {
     if (name == kVirtualTokens) return {"", kVirtualTokens};
     throw Unsupported(str(file.describe(entry), ": wanted ", kVirtualTokens));
@@ -146,11 +163,12 @@ std::pair<std::string, std::string_view> split_name(const SafetensorsModel& file
   throw Unsupported(str(file.describe(entry), ": wanted ", kPrefix, "<module>", wanted));
 }
 
-void read_tensors(PeftAdapter& adapter, const std::string& path, const Format& format, bool dora) {
+void read_tensors(PeftAdapter& adapter, const std::string& path, const Format& format) {
   const SafetensorsModel file(path);
+  const auto suffixes = suffixes_of(format, adapter.config);
   std::vector<std::string> modules;
   for (const auto& entry : file.entries()) {
-    auto [module, suffix] = split_name(file, entry, format, dora);
+    auto [module, suffix] = split_name(file, entry, format, suffixes);
     if (std::find(modules.begin(), modules.end(), module) == modules.end()) modules.push_back(module);
     if (suffix == kFrozen) continue;
     AdapterTensor& tensor = adapter.tensors.emplace_back();
@@ -158,10 +176,18 @@ void read_tensors(PeftAdapter& adapter, const std::string& path, const Format& f
     tensor.values = read_values(file, entry, contains(format.optional, suffix) ? 1 : 2);
   }
   require<ModelLoadError>(!modules.empty(), path, ": no tensors");
-  for (const auto& module : modules)
-    for (const auto suffix : format.suffixes)
-      require<ModelLoadError>(adapter.find(module, std::string(suffix)) != nullptr, path, ": no tensor ",
+  const auto has = [&](const std::string& module, std::string_view suffix) {
+    return adapter.find(module, std::string(suffix)) != nullptr;
+  };
+  for (const auto& module : modules) {
+    if (has(module, kWhole)) continue;
+    const bool embedding = has(module, kEmbedding[0]) || has(module, kEmbedding[1]);
+    const std::span<const std::string_view> needed =
+        embedding ? std::span<const std::string_view>(kEmbedding) : std::span(format.suffixes);
+    for (const auto suffix : needed)
+      require<ModelLoadError>(has(module, suffix), path, ": no tensor ",
                               peft_key({module, std::string(suffix), {}, 0}));
+  }
 }
 
 // Of LoRA: B's rank is A's, and what the config says.
@@ -169,12 +195,20 @@ void check_ranks(const PeftAdapter& adapter, const LoraConfig& config, const std
   const LoraMatcher matcher(config);
   const SafetensorsModel file(path);
   for (const auto& [array, values] : adapter.tensors) {
+    if (array.suffix == kWhole) {
+      require<ModelLoadError>(
+          std::any_of(config.modules_to_save.begin(), config.modules_to_save.end(),
+                      [&, module = std::string_view(array.module)](auto& name) { return is_suffix(module, name); }),
+          path, ": ", array.module, " is there whole, but is none of the modules_to_save in ", kConfigFile);
+      continue;
+    }
     const auto lora = matcher.resolve(array.module);
     require<ModelLoadError>(lora.has_value(), path, ": ", array.module, " has weights, but is none of the ",
                             "target_modules in ", kConfigFile);
-    if (array.suffix != ".lora_A.weight") continue;
+    const bool embedding = array.suffix == kEmbedding[0];
+    if (array.suffix != ".lora_A.weight" && !embedding) continue;
     const std::int64_t rank = array.shape[0];
-    const auto& b = adapter.find(array.module, ".lora_B.weight")->array;
+    const auto& b = adapter.find(array.module, embedding ? std::string(kEmbedding[1]) : ".lora_B.weight")->array;
     require<ModelLoadError>(b.shape[1] == rank, file.describe(*file.find(peft_key(b))), ": rank ", b.shape[1],
                             ", wanted that of lora_A, ", rank);
     require<ModelLoadError>(lora->rank == rank, path, ": tensor ", peft_key(array), ": rank ", rank, ", wanted ",
@@ -188,7 +222,8 @@ Json target_json(const std::vector<std::string>& targets, bool is_regex, std::sp
   std::set<std::string> names(targets.begin(), targets.end());
   if (targets == std::vector<std::string>{"all-linear"}) {
     names.clear();
-    for (const auto& [array, values] : tensors) names.insert(array.module.substr(array.module.rfind('.') + 1));
+    for (const auto& [array, values] : tensors)
+      if (array.suffix != kWhole) names.insert(array.module.substr(array.module.rfind('.') + 1));
   }
   return Json::Array(names.begin(), names.end());
 }
@@ -236,7 +271,7 @@ PeftAdapter read_peft(const std::string& directory) {
                        ": weights in adapter_model.bin, wanted ", kWeightsFile,
                        " (load it with PEFT and save it with safe_serialization=True)");
   auto* lora = std::get_if<LoraConfig>(&adapter.config);
-  read_tensors(adapter, path, format, lora != nullptr && lora->use_dora);
+  read_tensors(adapter, path, format);
   // Without a list, or with exceptions to it, the modules that have weights are the targets.
   const Json* exceptions = fields.find("exclude_modules");
   const bool listed = fields.find("target_modules") != nullptr && (exceptions == nullptr || is_empty(*exceptions));
@@ -246,7 +281,8 @@ PeftAdapter read_peft(const std::string& directory) {
           if (listed && !method.target_modules.empty()) return;
           method.target_modules_is_regex = false;
           std::set<std::string> modules;
-          for (const auto& [array, values] : adapter.tensors) modules.insert(array.module);
+          for (const auto& [array, values] : adapter.tensors)
+            if (array.suffix != kWhole) modules.insert(array.module);
           method.target_modules.assign(modules.begin(), modules.end());
         }
       },

@@ -34,6 +34,9 @@ class TrainState {
   DropoutMask dropout;  // its sequence's; p 0: none
   double loss_sum = 0.0;
   std::int64_t num_targets = 0;
+  /// Gradients of the adapter's output layer, which the forward makes, are added up to this position: once, whatever is
+  /// restarted.
+  std::int64_t output_gradients_end = 0;
 
   /// Takes memory at the first window; throws OutOfMemory.
   void allocate(Allocator& allocator, MemoryLedger& ledger, const TrainShape& shape);

@@ -126,6 +126,7 @@ class LoraConfig:
     rank_pattern: dict[str, int]
     alpha_pattern: dict[str, float]
     lora_dropout: float
+    modules_to_save: list[str]
     use_dora: bool
     def __init__(
         self,
@@ -136,6 +137,7 @@ class LoraConfig:
         rank_pattern: Mapping[str, int] = {},
         alpha_pattern: Mapping[str, float] = {},
         lora_dropout: float = 0.0,
+        modules_to_save: Sequence[str] = [],
         use_dora: bool = False,
     ) -> None: ...
 

@@ -12,7 +12,6 @@ from flexcore._core import InvalidArgument, Unsupported
 _UNSUPPORTED = {
     "LoraConfig": {
         "bias": "flexcore trains adapters only, no biases",
-        "modules_to_save": "flexcore trains adapters only, no whole modules",
     }
 }
 

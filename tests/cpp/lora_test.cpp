@@ -378,6 +378,42 @@ TEST(Lora, GradientsDoNotDependOnThreads) {
   EXPECT_EQ(results[0], results[2]);
 }
 
+// Of an output layer whose gradients are there already: the input's is the same, and nothing else is written.
+TEST(Lora, GradientsOfSomeSegmentsAreNotWanted) {
+  constexpr std::int64_t kRows = 90, kIn = 72, kOut = 40;
+  std::mt19937 rng(8);
+  for (const auto type : kFloats) {
+    auto x = Matrix::random(type, kRows, kIn, rng), g = Matrix::random(DType::kFloat32, kRows, kOut, rng);
+    Adapters a(kIn, kOut, rng);
+    a.add(0, 30, 16, 1.0f), a.add(30, 70, 5, 0.5f), a.add(75, kRows, 24, 2.0f);
+    auto grad_x = Matrix::random(DType::kFloat32, kRows, kIn, rng), other = grad_x;
+    const std::list<Matrix> before = a.matrices();
+    std::list<Matrix> wanted;
+    for (const bool all : {true, false}) {
+      if (!all) {
+        wanted = a.matrices();
+        auto from = before.begin();
+        for (auto& matrix : a.matrices()) {
+          for (std::int64_t i = 0; i < matrix.rows(); ++i)
+            for (std::int64_t j = 0; j < matrix.width(); ++j) matrix.set(i, j, static_cast<float>((*from)(i, j)));
+          ++from;
+        }
+        a.segments()[1].grad_a = a.segments()[1].grad_b = nullptr;
+      }
+      const LoraBackwardArgs::Member member{g.view(), a.segments()};
+      fixture().run(LoraBackwardArgs{x.view(), {&member, 1}, all ? grad_x.view() : other.view()});
+    }
+    EXPECT_TRUE(other.same(grad_x));
+    std::size_t i = 0;
+    for (const auto& got : a.matrices()) {
+      const bool untouched = i / 4 == 1;
+      const Matrix& expected = *std::next((untouched ? before : wanted).begin(), static_cast<std::ptrdiff_t>(i));
+      EXPECT_LE(worst_error(got, expected), untouched ? 0.0 : 1e-5) << i;
+      ++i;
+    }
+  }
+}
+
 TEST(Lora, NothingToDoAndBadArguments) {
   std::mt19937 rng(5);
   auto x = Matrix::random(DType::kFloat32, 4, 8, rng), y = Matrix::random(DType::kFloat32, 4, 6, rng);

@@ -266,11 +266,11 @@ TEST_F(PeftFiles, IgnoresOptionsThatChangeNothing) {
 TEST_F(PeftFiles, RefusesOtherOptionsByNameAndValue) {
   write_default_tensors();
   for (const char* member :
-       {R"("bias": "all")", R"("modules_to_save": ["lm_head"])", R"("layers_to_transform": [1])",
-        R"("fan_in_fan_out": true)", R"("lora_bias": true)", R"("use_qalora": true)",
-        R"("alora_invocation_tokens": [1])", R"("layer_replication": [[0, 1]])", R"("trainable_token_indices": [3])",
-        R"("target_parameters": ["x"])", R"("new_option": "on")", R"("kasa_config": {"beta": 1})",
-        R"("init_lora_weights": "pissa_niter_4")", R"("init_lora_weights": "olora")", R"("peft_type": "LOHA")"}) {
+       {R"("bias": "all")", R"("layers_to_transform": [1])", R"("fan_in_fan_out": true)", R"("lora_bias": true)",
+        R"("use_qalora": true)", R"("alora_invocation_tokens": [1])", R"("layer_replication": [[0, 1]])",
+        R"("trainable_token_indices": [3])", R"("target_parameters": ["x"])", R"("new_option": "on")",
+        R"("kasa_config": {"beta": 1})", R"("init_lora_weights": "pissa_niter_4")", R"("init_lora_weights": "olora")",
+        R"("peft_type": "LOHA")"}) {
     write(std::string(R"({"r": 2, "target_modules": ["q_proj"], )") +
           (std::string_view(member).find("peft_type") == std::string::npos ? R"("peft_type": "LORA", )" : "") + member +
           "}");

@@ -225,7 +225,9 @@ def mask_dropouts(model: Any, p: float, seed: int) -> list[Masked]:
     for path, module in model.named_modules():
         if hasattr(module, "lora_dropout") and hasattr(module, "lora_A") and len(module.lora_A):
             parts = path.split(".")
-            site = int(parts[parts.index("layers") + 1]) * len(SITES) + SITES.index(parts[-1])
+            site = len(model.get_base_model().model.layers) * len(SITES) + 1  # lm_head's, behind the embedding's
+            if "layers" in parts:
+                site = int(parts[parts.index("layers") + 1]) * len(SITES) + SITES.index(parts[-1])
             module.lora_dropout["default"] = Masked(p, seed, site)
             masks.append(module.lora_dropout["default"])
     return masks

@@ -200,15 +200,21 @@ def test_preemption(caching: bool, engine: fc.Engine, make_engine: MakeEngine, a
     assert is_idle(small)
 
 
-def test_small_pool_with_training(engine: fc.Engine, make_engine: MakeEngine) -> None:
-    """Training gives its pages back to requests, begins its sequence again, and has the same losses."""
+@pytest.mark.parametrize(
+    "adapter",
+    [{}, {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}],
+    ids=str,
+)
+def test_small_pool_with_training(adapter: dict[str, Any], engine: fc.Engine, make_engine: MakeEngine) -> None:
+    """Training gives its pages back to requests, begins its sequence again, and has the same losses. What the forward
+    adds to an output layer's gradient is added once."""
     examples = random_examples((200, 150, 180), seed=3)
     config = fc.FinetuneConfig(batch_size=3, num_epochs=2, learning_rate=1e-2, window_tokens=8)
     wanted = generate(engine, PROMPTS, greedy(60))
     losses = []
     for pages, prompts in ((engine.stats()["kv_blocks"], []), (32, PROMPTS)):
         trained = make_engine(kv_cache_memory_bytes=pool_of(engine, pages))
-        trained.create_adapter("a", fc.LoraConfig(r=4), seed=1)
+        trained.create_adapter("a", fc.LoraConfig(r=4, **adapter), seed=1)
         job = trained.finetune("a", examples, config)
         log = run(trained, until=lambda log: len(log.reports) >= 5)
         ids = [trained.submit(prompt, greedy(60)) for prompt in prompts]

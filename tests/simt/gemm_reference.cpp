@@ -16,7 +16,7 @@ float element(const TensorView& t, std::int64_t i, std::int64_t j) {
 }
 
 void multiply(const Gemm& g) {
-  const std::int64_t m = g.a.shape(0), k = g.a.shape(1), n = g.c.shape(1);
+  const std::int64_t m = g.m(), k = g.k(), n = g.n();
   std::vector<float> b(static_cast<std::size_t>(k * n));  // [k, n]
   for (std::int64_t l = 0; l < k; ++l)
     for (std::int64_t j = 0; j < n; ++j) b[l * n + j] = g.transpose_b ? element(g.b, j, l) : element(g.b, l, j);
@@ -24,11 +24,11 @@ void multiply(const Gemm& g) {
   for (std::int64_t i = 0; i < m; ++i) {
     std::fill(sums.begin(), sums.end(), 0.0f);
     for (std::int64_t l = 0; l < k; ++l) {
-      const float x = element(g.a, i, l);
+      const float x = g.transpose_a ? element(g.a, l, i) : element(g.a, i, l);
       for (std::int64_t j = 0; j < n; ++j) sums[j] += x * b[l * n + j];
     }
     for (std::int64_t j = 0; j < n; ++j) {
-      const float sum = sums[j] + (g.bias ? element(g.bias.reshape({1, n}), 0, j) : 0.0f) +
+      const float sum = g.alpha * sums[j] + (g.bias ? element(g.bias.reshape({1, n}), 0, j) : 0.0f) +
                         (g.accumulate ? element(g.c, i, j) : 0.0f);
       if (g.c.dtype() == DType::kBFloat16)
         g.c.row<bfloat16>(i)[j] = to_bfloat16(sum);

@@ -21,6 +21,12 @@ static_assert(kVocabChunk % kPanelRows == 0);
 
 int type_index(DType dtype) { return dtype == DType::kBFloat16 ? 1 : 0; }
 
+void require_labels(std::string_view op, const std::int32_t* labels, std::int64_t rows, std::int64_t vocab_size) {
+  for (std::int64_t i = 0; i < rows; ++i)
+    require(0 <= labels[i] && labels[i] < vocab_size, op, ": labels[", i, "] is ", labels[i], ", wanted in [0, ",
+            vocab_size, ")");
+}
+
 /// What is carried from chunk to chunk for a block of rows.
 struct RowBlock {
   TensorView hidden;  // [rows, hidden_size]
@@ -77,9 +83,7 @@ void finish_gradients(OpContext& context, const RowBlock& block, const LinearCro
 void linear_cross_entropy(OpContext& context, const LinearCrossEntropyArgs& args) {
   const std::int64_t num_rows = args.hidden.shape(0), vocab_size = args.weight.out_features;
   const auto* labels = args.labels.as<const std::int32_t>();
-  for (std::int64_t i = 0; i < num_rows; ++i)
-    require(0 <= labels[i] && labels[i] < vocab_size, LinearCrossEntropyArgs::kName, ": labels[", i, "] is ", labels[i],
-            ", wanted in [0, ", vocab_size, ")");
+  require_labels(args.kName, labels, num_rows, vocab_size);
   for (std::int64_t begin = 0; begin < num_rows; begin += kRowBlock) {
     const Arena::Scope scope(*context.scratch);
     const std::int64_t rows = std::min(kRowBlock, num_rows - begin);
@@ -102,6 +106,27 @@ void linear_cross_entropy(OpContext& context, const LinearCrossEntropyArgs& args
   }
 }
 
+void cross_entropy(OpContext& context, const CrossEntropyArgs& args) {
+  const std::int64_t rows = args.logits.shape(0), vocab_size = args.logits.shape(1);
+  const auto* labels = args.labels.as<const std::int32_t>();
+  require_labels(args.kName, labels, rows, vocab_size);
+  const bool gradient = args.grad_scale.data() != nullptr;
+  context.threads->parallel_for(rows, 1, [&](std::int64_t begin, std::int64_t end, int) {
+    for (std::int64_t i = begin; i < end; ++i) {
+      float* row = args.logits.row<float>(i);
+      const float label_logit = row[labels[i]];
+      SoftmaxState state;
+      softmax_kernels().absorb[0](row, vocab_size, &state, gradient ? row : nullptr);
+      args.loss.as<float>()[i] =
+          static_cast<float>(std::log(state.sum) + static_cast<double>(state.max) - static_cast<double>(label_logit));
+      if (!gradient) continue;
+      const float scale = args.grad_scale.as<const float>()[i];
+      softmax_kernels().scale(row, vocab_size, static_cast<float>(static_cast<double>(scale) / state.sum));
+      row[labels[i]] -= scale;
+    }
+  });
+}
+
 }  // namespace
 
 std::int64_t cross_entropy_scratch(const ScratchShape& s) {
@@ -111,8 +136,19 @@ std::int64_t cross_entropy_scratch(const ScratchShape& s) {
   return block + std::max(chunk, rows * s.hidden_size * 4) + 1024;
 }
 
+// graph/head_ops.cpp: logits, and x without what is dropped, its gradient and its floats, beside the largest op.
+std::int64_t adapted_output_scratch(const ScratchShape& s) {
+  const std::int64_t rows = std::min(s.rows, logit_rows(DeviceKind::kCpu, s.vocab_size));
+  ScratchShape chunk = s;
+  chunk.rows = rows;
+  chunk.intermediate_size = std::max(s.intermediate_size, kVocabularyChunk);
+  return rows * (s.vocab_size + 3 * s.hidden_size) * 4 +
+         std::max(linear_scratch(rows, s.hidden_size, s.vocab_size, s.num_threads, false), lora_scratch(chunk));
+}
+
 void register_cross_entropy(OpRegistry& registry) {
   registry.add<LinearCrossEntropyArgs>(DeviceKind::kCpu, linear_cross_entropy);
+  registry.add<CrossEntropyArgs>(DeviceKind::kCpu, cross_entropy);
 }
 
 }  // namespace flexcore::cpu

@@ -344,6 +344,7 @@ void input_gradients(const LoraBackwardArgs& args, std::span<const Piece> pieces
       lora_kernels().expand[0]({p.grad_u, p.stride, p.rows(), s.rank, s.lora_a, in_features, true, s.scaling,
                                 grad_x.data(), grad_x.stride(0), begin, end});
     }
+    if (s.grad_a == nullptr) continue;
     const TensorView x = args.x.rows(s.begin, s.end);
     lora_kernels().gradient[type_index(x)]({x.data(), x.stride(0), p.rows(), p.grad_u, p.stride, s.rank, s.scaling,
                                             s.grad_a, false, in_features, begin, end});
@@ -354,7 +355,7 @@ void input_gradients(const LoraBackwardArgs& args, std::span<const Piece> pieces
 void output_gradients(const LoraBackwardArgs& args, std::span<const Piece> pieces, std::size_t member,
                       std::int64_t begin, std::int64_t end) {
   for (const Piece& p : pieces) {
-    if (p.member != member) continue;
+    if (p.member != member || p.segment->grad_b == nullptr) continue;
     const LoraSegment& s = *p.segment;
     const TensorView grad_y = args.members[member].grad_y.rows(s.begin, s.end);
     lora_kernels().gradient[type_index(grad_y)]({grad_y.data(), grad_y.stride(0), p.rows(), p.u, p.stride, s.rank,

@@ -10,6 +10,7 @@ void register_cpu_kernels(OpRegistry& registry) {
   cpu::register_attention(registry);
   cpu::register_elementwise(registry);
   cpu::register_cross_entropy(registry);
+  cpu::register_product(registry);
   cpu::register_optimizer(registry);
   cpu::register_scatter(registry);
   cpu::register_sampling(registry);

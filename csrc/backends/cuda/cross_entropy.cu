@@ -151,6 +151,20 @@ void linear_cross_entropy(OpContext& context, const LinearCrossEntropyArgs& args
   }
 }
 
+void cross_entropy(OpContext& context, const CrossEntropyArgs& args) {
+  const std::int64_t rows = args.logits.shape(0);
+  if (rows == 0) return;
+  launch(row_cross_entropy_kernel, dim3(static_cast<unsigned>(rows)), dim3(kSoftmaxThreads), kSlotBytes,
+         handle_of(context),
+         RowCrossEntropy{.logits = args.logits.as<float>(),
+                         .stride = args.logits.stride(0),
+                         .columns = args.logits.shape(1),
+                         .labels = args.labels.as<const std::int32_t>(),
+                         .loss = args.loss.as<float>(),
+                         .scale = args.grad_scale.as<const float>()});
+  check_launch(args.kName);
+}
+
 }  // namespace
 
 std::int64_t cross_entropy_scratch(const ScratchShape& s, const DeviceSize& device) {
@@ -160,8 +174,19 @@ std::int64_t cross_entropy_scratch(const ScratchShape& s, const DeviceSize& devi
          kGemmWorkspaceBytes;
 }
 
+// graph/head_ops.cpp: logits, and x without what is dropped, its gradient and its floats, beside the largest op.
+std::int64_t adapted_output_scratch(const ScratchShape& s) {
+  const std::int64_t rows = std::min(s.rows, logit_rows(DeviceKind::kCuda, s.vocab_size));
+  ScratchShape chunk = s;
+  chunk.rows = rows;
+  chunk.intermediate_size = std::max(s.intermediate_size, kVocabularyChunk);
+  return rows * (s.vocab_size + 3 * s.hidden_size) * 4 +
+         std::max(kGemmWorkspaceBytes + rows * s.vocab_size * 4, lora_scratch(chunk, true));
+}
+
 void register_cross_entropy(OpRegistry& registry) {
   registry.add<LinearCrossEntropyArgs>(DeviceKind::kCuda, linear_cross_entropy);
+  registry.add<CrossEntropyArgs>(DeviceKind::kCuda, cross_entropy);
 }
 
 }  // namespace flexcore::cuda

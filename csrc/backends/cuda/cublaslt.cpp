@@ -126,8 +126,8 @@ class Library {
     if (g.bias) set(plan.desc.get(), lt::kDescBiasPointer, g.bias.data());
     const Arena::Scope scope(*context.scratch);
     void* workspace = plan.workspace_bytes > 0 ? aligned_workspace(*context.scratch, plan.workspace_bytes) : nullptr;
-    const float one = 1.0f, beta = g.accumulate ? 1.0f : 0.0f;
-    require_lt(lt::api().Matmul(handle_, plan.desc.get(), &one, g.b.data(), plan.a.get(), g.a.data(), plan.b.get(),
+    const float beta = g.accumulate ? 1.0f : 0.0f;
+    require_lt(lt::api().Matmul(handle_, plan.desc.get(), &g.alpha, g.b.data(), plan.a.get(), g.a.data(), plan.b.get(),
                                 &beta, g.c.data(), plan.c.get(), g.c.data(), plan.c.get(), &plan.algorithm, workspace,
                                 plan.workspace_bytes, handle_of(context)),
                "Matmul");
@@ -136,7 +136,7 @@ class Library {
 
  private:
   using Key = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::array<std::int64_t, 3>,
-                         std::array<std::uint32_t, 3>, std::array<DType, 2>, std::array<bool, 3>>;
+                         std::array<std::uint32_t, 3>, std::array<DType, 2>, std::array<bool, 4>>;
 
   template <class T>
   static void set(lt::MatmulDesc desc, int attribute, const T& value) {
@@ -145,7 +145,7 @@ class Library {
 
   // The library is column-major: it computes the transpose, c^T = op(b)^T a^T, from the same bytes.
   Plan& plan_for(const Gemm& g) {
-    const std::int64_t m = g.a.shape(0), k = g.a.shape(1), n = g.c.shape(1);
+    const std::int64_t m = g.m(), k = g.k(), n = g.n();
     const std::array strides{g.b.stride(0), g.a.stride(0), g.c.stride(0)};
     const std::array alignments{alignment_of(g.b.data(), strides[0], g.b.dtype()),
                                 alignment_of(g.a.data(), strides[1], g.a.dtype()),
@@ -156,7 +156,7 @@ class Library {
                   strides,
                   alignments,
                   {g.a.dtype(), g.c.dtype()},
-                  {g.transpose_b, g.accumulate, static_cast<bool>(g.bias)}};
+                  {g.transpose_a, g.transpose_b, g.accumulate, static_cast<bool>(g.bias)}};
     if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
 
     const lt::Api& api = lt::api();
@@ -164,11 +164,12 @@ class Library {
     require_lt(api.MatmulDescCreate(&desc, lt::kCompute32F, lt::kReal32F), "MatmulDescCreate");
     Plan plan{{desc, api.MatmulDescDestroy},
               make_layout(g.b.dtype(), g.transpose_b ? k : n, g.transpose_b ? n : k, strides[0]),
-              make_layout(g.a.dtype(), k, m, strides[1]),
+              make_layout(g.a.dtype(), g.transpose_a ? m : k, g.transpose_a ? k : m, strides[1]),
               make_layout(g.c.dtype(), n, m, strides[2]),
               {},
               0};
     if (g.transpose_b) set(desc, lt::kDescTransA, lt::kTranspose);
+    if (g.transpose_a) set(desc, lt::kDescTransB, lt::kTranspose);
     if (g.bias) {
       set(desc, lt::kDescEpilogue, lt::kEpilogueBias);
       set(desc, lt::kDescBiasPointer, g.bias.data());
@@ -187,7 +188,8 @@ class Library {
   // order: one for all.
   static std::int64_t planned_rows(const Gemm& g) {
     constexpr std::int64_t kRows = 128, kNarrow = 4608, kNarrowest = 2048, kFewRows = 17;
-    const std::int64_t m = g.a.shape(0), n = g.c.shape(1);
+    const std::int64_t m = g.m(), n = g.n();
+    if (g.transpose_a) return m;  // the rows are not those of a batch
     if (g.a.dtype() == DType::kFloat32) return kRows;
     return n < kNarrowest ? std::max(m, kRows) : n < kNarrow ? std::max(m, kFewRows) : m;
   }
@@ -207,14 +209,14 @@ class Library {
     prefer(lt::kPreferenceReductions, lt::kNoReduction);
     for (int i = 0; i < 4; ++i)  // a, b, c, d
       prefer(lt::kPreferenceAlignment + i, alignments[static_cast<std::size_t>(std::min(i, 2))]);
-    const auto b = make_layout(g.a.dtype(), g.a.shape(1), rows, g.a.stride(0));
-    const auto c = make_layout(g.c.dtype(), g.c.shape(1), rows, g.c.stride(0));
+    const auto b = make_layout(g.a.dtype(), g.transpose_a ? rows : g.k(), g.transpose_a ? g.k() : rows, g.a.stride(0));
+    const auto c = make_layout(g.c.dtype(), g.n(), rows, g.c.stride(0));
     lt::Heuristic found{};
     int count = 0;
     const lt::Status status = api.MatmulAlgoGetHeuristic(handle_, plan.desc.get(), plan.a.get(), b.get(), c.get(),
                                                          c.get(), preference, 1, &found, &count);
     if (status != lt::kNotSupported) require_lt(status, "MatmulAlgoGetHeuristic");
-    const std::int64_t m = g.a.shape(0);
+    const std::int64_t m = g.m();
     if (status != 0 || count == 0 || found.state != 0) {
       found.state = lt::kNotSupported;
     } else if (rows != m) {

@@ -16,11 +16,12 @@ using MatmulDesc = struct MatmulDescOpaque*;
 using MatrixLayout = struct MatrixLayoutOpaque*;
 using Preference = struct PreferenceOpaque*;
 
-inline constexpr int kReal32F = 0, kReal16BF = 14;                              // cudaDataType
-inline constexpr int kCompute32F = 68;                                          // CUBLAS_COMPUTE_32F
-inline constexpr std::int32_t kTranspose = 1;                                   // CUBLAS_OP_T
-inline constexpr int kDescTransA = 3, kDescEpilogue = 7, kDescBiasPointer = 8;  // CUBLASLT_MATMUL_DESC_*
-inline constexpr std::int32_t kEpilogueBias = 4;                                // CUBLASLT_EPILOGUE_BIAS
+inline constexpr int kReal32F = 0, kReal16BF = 14;  // cudaDataType
+inline constexpr int kCompute32F = 68;              // CUBLAS_COMPUTE_32F
+inline constexpr std::int32_t kTranspose = 1;       // CUBLAS_OP_T
+inline constexpr int kDescTransA = 3, kDescTransB = 4, kDescEpilogue = 7,
+                     kDescBiasPointer = 8;        // CUBLASLT_MATMUL_DESC_*
+inline constexpr std::int32_t kEpilogueBias = 4;  // CUBLASLT_EPILOGUE_BIAS
 // CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, _REDUCTION_SCHEME_MASK, then _MIN_ALIGNMENT_A_BYTES to _D_BYTES
 inline constexpr int kPreferenceWorkspace = 1, kPreferenceReductions = 3, kPreferenceAlignment = 5;
 inline constexpr std::uint32_t kNoReduction = 0;  // CUBLASLT_REDUCTION_SCHEME_NONE

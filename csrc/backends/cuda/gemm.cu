@@ -10,7 +10,8 @@ namespace {
 struct SimpleGemm {
   Rows a, b, c, bias;  // bias: one row, if it has data
   std::int64_t m, n, k;
-  bool transpose_b, accumulate;
+  float alpha;
+  bool transpose_a, transpose_b, accumulate;
 };
 
 constexpr int kSimpleThreads = 256;
@@ -22,10 +23,11 @@ __global__ void __launch_bounds__(kSimpleThreads) simple_gemm_kernel(const Simpl
   const std::int64_t i = at / g.n, j = at % g.n;
   float sum = 0.0f, x[1], w[1];
   for (std::int64_t l = 0; l < g.k; ++l) {
-    g.a.load<1>(i, l, x);
+    g.transpose_a ? g.a.load<1>(l, i, x) : g.a.load<1>(i, l, x);
     g.transpose_b ? g.b.load<1>(j, l, w) : g.b.load<1>(l, j, w);
     sum = fmaf(x[0], w[0], sum);
   }
+  sum *= g.alpha;
   if (g.bias.data != nullptr) {
     g.bias.load<1>(0, j, w);
     sum += w[0];
@@ -42,9 +44,9 @@ __global__ void __launch_bounds__(kSimpleThreads) simple_gemm_kernel(const Simpl
 
 void simple_gemm(OpContext& context, const Gemm& g) {
   const SimpleGemm args{
-      rows_of(g.a), rows_of(g.b), rows_of(g.c), g.bias ? rows_of(g.bias.reshape({1, g.bias.shape(0)})) : Rows{},
-      g.a.shape(0), g.c.shape(1), g.a.shape(1), g.transpose_b,
-      g.accumulate};
+      rows_of(g.a),  rows_of(g.b),  rows_of(g.c), g.bias ? rows_of(g.bias.reshape({1, g.bias.shape(0)})) : Rows{},
+      g.m(),         g.n(),         g.k(),        g.alpha,
+      g.transpose_a, g.transpose_b, g.accumulate};
   const std::int64_t blocks = (args.m * args.n + kSimpleThreads - 1) / kSimpleThreads;
   launch(simple_gemm_kernel, dim3(static_cast<unsigned>(blocks)), dim3(kSimpleThreads), 0, handle_of(context), args);
   check_launch("linear");

@@ -302,6 +302,10 @@ void LoraPlanner::plan_gradients(const LoraBackwardArgs& args) {
     row_tiles += p.rows() * divide_up(p.out_features, kLoraM) * divide_up(p.u_stride(), kLoraN);
   chunk_rows_ = std::max(kLeastChunkRows, divide_up(row_tiles, kShortBlocksEach * multiprocessors_));
 
+  const auto trained = [](std::vector<const LoraPiece*> pieces) {
+    std::erase_if(pieces, [](const LoraPiece* p) { return p->segment->grad_a == nullptr; });
+    return pieces;
+  };
   // Who contributes to which gradient: one chunk adds to it at once, several have slabs.
   const auto count = [&](float* gradient, std::int64_t size) {
     auto& target = targets_[gradient];
@@ -310,11 +314,12 @@ void LoraPlanner::plan_gradients(const LoraBackwardArgs& args) {
   };
   for (const auto& i : intervals_)
     for_chunks(i.begin, i.end, [&](std::int64_t, std::int64_t) {
-      for (const auto* p : i.pieces) count(p->segment->grad_a, p->segment->rank * in);
+      for (const auto* p : trained(i.pieces)) count(p->segment->grad_a, p->segment->rank * in);
     });
   for (const auto& p : pieces_)
-    for_chunks(p.begin, p.end,
-               [&](std::int64_t, std::int64_t) { count(p.segment->grad_b, p.segment->rank * p.out_features); });
+    if (p.segment->grad_b != nullptr)
+      for_chunks(p.begin, p.end,
+                 [&](std::int64_t, std::int64_t) { count(p.segment->grad_b, p.segment->rank * p.out_features); });
   const auto place = [&](LoraPart part) {
     Target& target = targets_[part.matrix];
     part.add = target.contributions == 1;
@@ -328,17 +333,19 @@ void LoraPlanner::plan_gradients(const LoraBackwardArgs& args) {
   };
   for (const auto& i : intervals_)
     for_chunks(i.begin, i.end, [&](std::int64_t row, std::int64_t rows) {
-      add_gradient_task(args.x, row, rows, add_stacks(i.pieces, kLoraN, [&](const LoraPiece& p) {
+      add_gradient_task(args.x, row, rows, add_stacks(trained(i.pieces), kLoraN, [&](const LoraPiece& p) {
                           return place(part_of(p, true, p.segment->grad_a, in, 1));
                         }));
     });
-  for (const auto& p : pieces_)
+  for (const auto& p : pieces_) {
+    if (p.segment->grad_b == nullptr) continue;
     for_chunks(p.begin, p.end, [&](std::int64_t row, std::int64_t rows) {
       add_gradient_task(args.members[p.member].grad_y, row, rows,
                         add_stacks(std::array{&p}, kLoraN, [&](const LoraPiece& q) {
                           return place(part_of(q, false, q.segment->grad_b, 1, q.segment->rank));
                         }));
     });
+  }
 }
 
 }  // namespace flexcore::cuda

@@ -11,6 +11,7 @@ void register_cuda_kernels(OpRegistry& registry) {
   cuda::register_bypass(registry);
   cuda::register_cross_entropy(registry);
   cuda::register_sampling(registry);
+  cuda::register_product(registry);
   cuda::register_optimizer(registry);
   cuda::register_transfer(registry);
 }

@@ -27,7 +27,8 @@ ScratchBytes cuda_scratch_bytes(int index, const ScratchShape& s) {
   const std::int64_t tables = cuda::attention_tables_bytes(s, device);
   return {kLeast + tables +
               std::max({cuda::linear_scratch(s), cuda::attention_scratch(s, device), cuda::lora_scratch(s, false),
-                        cuda::cross_entropy_scratch(s, device), cuda::sampling_scratch(s, device)}),
+                        cuda::cross_entropy_scratch(s, device), cuda::adapted_output_scratch(s),
+                        cuda::sampling_scratch(s, device)}),
           kLeast + tables +
               std::max({cuda::linear_scratch(s), cuda::attention_scratch(s, device), cuda::lora_scratch(s, true)})};
 }

@@ -86,7 +86,8 @@ void register_adapters(py::module_& m) {
   Record<LoraConfig> lora(
       m, "LoraConfig",
       "A LoRA adapter (Hu et al. 2021): W x + scaling * B A x. target_modules as in PEFT: a list of names, a "
-      "regular expression, or \"all-linear\". lora_dropout acts in finetuning alone; use_dora: DoRA (Liu et al. "
+      "regular expression, or \"all-linear\"; \"embed_tokens\" and \"lm_head\" by name. modules_to_save: of these "
+      "two, those that are trained whole. lora_dropout acts in finetuning alone; use_dora: DoRA (Liu et al. "
       "2024).");
   lora.field("r", &LoraConfig::r).field("lora_alpha", &LoraConfig::lora_alpha);
   modules_property<&LoraConfig::target_modules, &LoraConfig::target_modules_is_regex>(lora, "target_modules");
@@ -94,6 +95,7 @@ void register_adapters(py::module_& m) {
       .field("rank_pattern", &LoraConfig::rank_pattern)
       .field("alpha_pattern", &LoraConfig::alpha_pattern)
       .field("lora_dropout", &LoraConfig::lora_dropout)
+      .field("modules_to_save", &LoraConfig::modules_to_save)
       .field("use_dora", &LoraConfig::use_dora)
       .done();
   Record<IA3Config> ia3(m, "IA3Config",

@@ -89,7 +89,9 @@ struct LoraConfig {
   std::vector<std::pair<std::string, std::int64_t>> rank_pattern = {};  // first match wins, as in PEFT
   std::vector<std::pair<std::string, double>> alpha_pattern = {};
   double lora_dropout = 0.0;  // of x on its way to A, in finetuning alone
-  bool use_dora = false;      // DoRA (arXiv 2402.09353): magnitude * (W + scaling * B A) / its norms, row by row
+  /// Modules that are trained whole, copies of the base model's: "embed_tokens", "lm_head".
+  std::vector<std::string> modules_to_save = {};
+  bool use_dora = false;  // DoRA (arXiv 2402.09353): magnitude * (W + scaling * B A) / its norms, row by row
 };
 
 /// (IA)^3 (arXiv 2205.05638): vectors that scale what linears make, or what feedforward_modules read.

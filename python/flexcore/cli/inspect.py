@@ -38,6 +38,7 @@ _ADAPTER = [
     "r",
     "lora_alpha",
     "target_modules",
+    "modules_to_save",
     "use_rslora",
     "rank_pattern",
     "alpha_pattern",

@@ -21,6 +21,7 @@ ADAPTER = {
     "--lora-dropout": "lora_dropout",
     "--use-rslora": "use_rslora",
     "--use-dora": "use_dora",
+    "--modules-to-save": "modules_to_save",
     "--target-modules": "target_modules",
     "--feedforward-modules": "feedforward_modules",
     "--bottleneck-size": "bottleneck_size",
@@ -207,6 +208,9 @@ def add_adapter(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="NAME",
         help="names such as q_proj v_proj, one regular expression, or all-linear (LoRA's default)",
+    )
+    group.add_argument(
+        "--modules-to-save", nargs="+", metavar="NAME", help="trained whole, beside LoRA: embed_tokens, lm_head"
     )
     group.add_argument(
         "--feedforward-modules", nargs="+", metavar="NAME", help="of (IA)^3, those that scale their input"

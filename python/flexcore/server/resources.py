@@ -182,6 +182,7 @@ class Lora(Body):
     use_rslora: bool = False
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     use_dora: bool = False
+    modules_to_save: Annotated[list[Name], Field(max_length=2)] = Field(default_factory=list)
     rank_pattern: dict[Name, int] = Field(default_factory=dict, max_length=64)
     alpha_pattern: dict[Name, float] = Field(default_factory=dict, max_length=64)
 

@@ -53,7 +53,7 @@ TEST_P(AgainstTheEngine, LossAndGradientsAgree) {
 
   std::vector<AdapterTensor> adapter;  // A and B of each site
   std::mt19937 rng(3);
-  for (const auto& site : graph.sites) {
+  for (const auto& site : graph.layer_sites()) {
     adapter.push_back({{site.path, ".lora_A.weight", {kRank, site.in_features}},
                        Block::random(kRank, site.in_features, rng, 0.2f).data});
     adapter.push_back({{site.path, ".lora_B.weight", {site.out_features, kRank}},
@@ -66,7 +66,7 @@ TEST_P(AgainstTheEngine, LossAndGradientsAgree) {
   for (const int count : {1, 2, 4, 8}) {
     Ranks ranks(count);
     ModelRun run(graph, config, {count, count == 4}, ranks);
-    for (std::size_t i = 0; i < graph.sites.size(); ++i) {
+    for (std::size_t i = 0; i < graph.layer_sites().size(); ++i) {
       const auto& site = graph.sites[i];
       const BypassForm form = lora_form(site.in_features, site.out_features, kRank);
       const auto id = static_cast<SiteId>(i);
@@ -87,7 +87,7 @@ TEST_P(AgainstTheEngine, LossAndGradientsAgree) {
     for (const float value : got.losses.data) loss += value / targets;
     EXPECT_NEAR(loss, want->loss, 1e-5 * want->loss);
     std::size_t compared = 0;
-    for (std::size_t i = 0; i < graph.sites.size(); ++i)
+    for (std::size_t i = 0; i < graph.layer_sites().size(); ++i)
       for (const std::size_t factor : {0, 1}) {
         Block mine = got.weight_gradients.at(static_cast<SiteId>(i))[factor];
         for (auto& value : mine.data) value = static_cast<float>(value / targets);
@@ -100,7 +100,7 @@ TEST_P(AgainstTheEngine, LossAndGradientsAgree) {
         }
       }
     EXPECT_EQ(compared, want->gradients.size());
-    EXPECT_EQ(compared, 2 * graph.sites.size());
+    EXPECT_EQ(compared, 2 * graph.layer_sites().size());
   }
 }
 

@@ -65,7 +65,7 @@ std::vector<Block> lora_weights(const LinearSite& site, SiteId id) {
 /// Every plan of a LoRA at every site.
 std::vector<std::vector<BypassPlan>> all_plans(const Graph& graph, const ParallelBackbone& backbone) {
   std::vector<std::vector<BypassPlan>> plans;
-  for (std::size_t i = 0; i < graph.sites.size(); ++i)
+  for (std::size_t i = 0; i < graph.layer_sites().size(); ++i)
     plans.push_back(enumerate_plans(lora_of(graph.sites[i]), site_states(graph, backbone, static_cast<SiteId>(i))));
   return plans;
 }
@@ -73,7 +73,7 @@ std::vector<std::vector<BypassPlan>> all_plans(const Graph& graph, const Paralle
 // A LoRA at every site, with the n-th of its plans, begun again where there are fewer.
 void attach_all(ModelRun& run, const Graph& graph, const std::vector<std::vector<BypassPlan>>& plans, std::size_t n) {
   run.detach_all();
-  for (std::size_t i = 0; i < graph.sites.size(); ++i) {
+  for (std::size_t i = 0; i < graph.layer_sites().size(); ++i) {
     const auto id = static_cast<SiteId>(i);
     run.attach(id, lora_of(graph.sites[i]), plans[i][n % plans[i].size()], lora_weights(graph.sites[i], id));
   }
@@ -171,7 +171,7 @@ TEST(ParallelModelTest, ChosenPlansOnAWholeModel) {
       for (const double latency : {10e-6, 0.0}) {
         Ranks ranks(count);
         ModelRun run(model.graph, model.config, {count, false}, ranks);
-        for (std::size_t i = 0; i < model.graph.sites.size(); ++i) {
+        for (std::size_t i = 0; i < model.graph.layer_sites().size(); ++i) {
           const auto id = static_cast<SiteId>(i);
           const BypassForm form = lora_of(model.graph.sites[i]);
           const BypassSizes sizes{.tokens = 13, .tokens_per_step = 26, .x_bytes = 4, .y_bytes = 4};
@@ -194,7 +194,7 @@ TEST(ParallelModelTest, BottlenecksOnAWholeModel) {
     for (const double latency : {10e-6, 0.0}) {
       Ranks ranks(count);
       ModelRun run(model.graph, model.config, {count, false}, ranks);
-      for (std::size_t i = 0; i < model.graph.sites.size(); ++i) {
+      for (std::size_t i = 0; i < model.graph.layer_sites().size(); ++i) {
         const auto& site = model.graph.sites[i];
         const auto id = static_cast<SiteId>(i);
         using Kind = BypassStep::Kind;
@@ -238,7 +238,7 @@ TEST(ParallelModelTest, OneRanksGradientsAreDerivatives) {
     Ranks one(1);
     ModelRun run(model.graph, model.config, {}, one);
     const auto plans = all_plans(model.graph, run.backbone());
-    for (std::size_t i = 0; i < model.graph.sites.size(); ++i) {
+    for (std::size_t i = 0; i < model.graph.layer_sites().size(); ++i) {
       const auto id = static_cast<SiteId>(i);
       auto weights = lora_weights(model.graph.sites[i], id);
       std::mt19937 rng(static_cast<unsigned>(i));
@@ -273,7 +273,7 @@ std::string texts(const std::vector<ParallelState>& states) {
 }
 
 std::string site_text(const Graph& graph, const ParallelBackbone& backbone, const std::string& name) {
-  for (std::size_t i = 0; i < graph.sites.size(); ++i)
+  for (std::size_t i = 0; i < graph.layer_sites().size(); ++i)
     if (graph.sites[i].path.ends_with(name)) {
       const SiteStates s = site_states(graph, backbone, static_cast<SiteId>(i));
       return "W" + weight_text(s.weight) + " x " + texts(s.x) + " y " + texts(s.y) + " back y " + texts(s.grad_y) +
@@ -362,7 +362,8 @@ TEST(ParallelBackboneTest, OfAGraphWithLora) {
   const Graph base = build_model(config, DType::kFloat32);
   Graph trunk = base;
   BypassSet everywhere;
-  for (std::size_t i = 0; i < base.sites.size(); ++i) everywhere.insert({static_cast<SiteId>(i), BypassKind::kLora});
+  for (std::size_t i = 0; i < base.layer_sites().size(); ++i)
+    everywhere.insert({static_cast<SiteId>(i), BypassKind::kLora});
   attach_bypasses(trunk, &everywhere);
   fuse_shared_inputs(trunk);
   for (const bool split : {false, true}) {

@@ -143,4 +143,36 @@ __global__ void __launch_bounds__(kSoftmaxThreads) finish_cross_entropy_kernel(c
   }
 }
 
+/// One row of logits that are there: its loss, and its gradient in its place. Both are NaN for a label that is no
+/// token.
+struct RowCrossEntropy {
+  float* logits;  // [rows, columns]
+  std::int64_t stride, columns;
+  const std::int32_t* labels;  // [rows]
+  float* loss;                 // [rows]
+  const float* scale;          // [rows]; null: loss only
+};
+
+__global__ void __launch_bounds__(kSoftmaxThreads) row_cross_entropy_kernel(const RowCrossEntropy a) {
+  FLEXCORE_SHARED(shared);
+  auto* slots = reinterpret_cast<float*>(shared);
+  const auto row = static_cast<std::int64_t>(blockIdx.x);
+  float* logits = a.logits + row * a.stride;
+  const std::int32_t label = a.labels[row];
+  const bool known = label >= 0 && label < a.columns;
+  const float nan = __int_as_float(0x7fc00000), label_logit = known ? logits[label] : nan;
+  float top = __int_as_float(0xff800000), sum = 0.0f;
+  for (std::int64_t i = threadIdx.x; i < a.columns; i += kSoftmaxThreads) top = fmaxf(top, logits[i]);
+  top = block_max(top, slots);
+  for (std::int64_t i = threadIdx.x; i < a.columns; i += kSoftmaxThreads) sum += expf(logits[i] - top);
+  sum = block_sum(sum, slots + kWarpSize);
+  if (threadIdx.x == 0)
+    a.loss[row] =
+        static_cast<float>(log(static_cast<double>(sum)) + static_cast<double>(top) - static_cast<double>(label_logit));
+  if (a.scale == nullptr) return;
+  const float scale = known ? a.scale[row] : nan, factor = scale / sum;
+  for (std::int64_t i = threadIdx.x; i < a.columns; i += kSoftmaxThreads)
+    logits[i] = factor * expf(logits[i] - top) - (i == label ? scale : 0.0f);
+}
+
 }  // namespace flexcore::cuda
