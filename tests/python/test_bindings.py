@@ -98,8 +98,8 @@ def test_unknown_fields_name_what_there_is(call: Any, message: str) -> None:
 
 
 def test_fields_of_peft_that_are_not_here(numpy_model: Path) -> None:
-    with pytest.raises(fc.Unsupported, match=r"LoraConfig.modules_to_save: flexcore trains adapters only"):
-        fc.LoraConfig(r=8, modules_to_save=["lm_head"])  # type: ignore[call-arg]
+    with pytest.raises(fc.Unsupported, match=r"LoraConfig.bias: flexcore trains adapters only"):
+        fc.LoraConfig(r=8, bias="all")  # type: ignore[call-arg]
     with pytest.raises(fc.InvalidArgument, match="got a field 'dtypo', wanted one of dtype"):
         fc.LLM(numpy_model, dtypo="float32")
 

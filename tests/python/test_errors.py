@@ -207,9 +207,9 @@ def test_lora_settings(config: dict[str, Any], message: str, engine: fc.Engine) 
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "model.embed_tokens"])
-def test_no_lora_outside_the_layers(name: str, engine: fc.Engine) -> None:
+def test_only_lora_outside_the_layers(name: str, engine: fc.Engine) -> None:
     with pytest.raises(fc.Unsupported, match=f'target_modules: "{name}"'):
-        engine.create_adapter("b", fc.LoraConfig(target_modules=["q_proj", name]))
+        engine.create_adapter("b", fc.BottleneckConfig(4, target_modules=["q_proj", name]))
 
 
 def test_unknown_adapter(engine: fc.Engine, tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def changed(saved: Path, target: Path, **fields: Any) -> Path:
         ("bias", "all"),
         ("lora_bias", True),
         ("fan_in_fan_out", True),
-        ("modules_to_save", ["lm_head"]),
+        ("modules_to_save", ["norm"]),
         ("layer_replication", [[0, 2], [1, 3]]),
         ("trainable_token_indices", [1, 2]),
         ("target_parameters", ["experts.weight"]),
