@@ -72,9 +72,11 @@ void Engine::Impl::calibrate() {
     example.labels = example.input_ids;
     TrainState state(example, adapter, program, reinterpret_cast<float*>(gradients.data()), 1.0f);
     std::vector<std::int32_t> table;
+    std::vector<BlockMove> moves;  // nobody is there
     state.block_table = &table;
-    if (blocks.reserve(table, rows)) {
-      state.allocate(device->allocator(), ledger, executor->shape());
+    BlockRun store = scheduler.reserve_run(store_blocks(model, sizes, program, rows), moves);
+    if (store && blocks.reserve(table, rows)) {
+      state.place(executor->block(store.first), ledger, executor->shape());
       const RowGroup group{
           .tokens = example.input_ids, .block_table = table.data(), .adapter = adapter.get(), .train = &state};
       timed({.finetune_tokens = rows, .finetune_context = rows * (rows + 1) / 2},
@@ -87,6 +89,7 @@ void Engine::Impl::calibrate() {
               [&] { executor->backward(static_cast<int>(layer), {&unit, 1}); });
       blocks.release(table);
     }
+    blocks.release_run(store);
     adapters.remove(name);
   };
 

@@ -47,7 +47,8 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
                joins_outputs(sizes.device)),
       weights(context, device->allocator(), ledger, sizes.compute, sizes.linears),
       adapters(compiled.base(), context, weights, device->allocator(), ledger),
-      blocks(sizes.limits.num_blocks, sizes.limits.block_size, config.enable_prefix_caching),
+      blocks(sizes.limits.num_blocks = pool_blocks(model, config, sizes, compiled), sizes.limits.block_size,
+             config.enable_prefix_caching),
       scheduler(scheduler_config(model, config, sizes, compiled), blocks, cost) {
   compiled.set_rates(operator_rates(sizes));
   const ScratchBytes scratch_sizes = scratch_bytes(model, config, sizes);
@@ -55,6 +56,7 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
   weights.load(SafetensorsModel(model_path), weight_specs(compiled.base()));
   executor = std::make_unique<Executor>(context, *device, ledger, compiled, weights, model, sizes.compute, sizes.limits,
                                         scratch_sizes, !config.enforce_eager);
+  executor->reserve(compiled.training(compiled.lora_everywhere()));  // whether there is time to measure it or not
   slo_classes.emplace("", 0);
   for (const auto& [name, slo] : config.slo_classes)
     slo_classes.emplace(name, static_cast<std::int64_t>(slo_classes.size()));

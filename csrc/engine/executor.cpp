@@ -93,14 +93,19 @@ Executor::Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledg
     matrices_.push_back(param.in_features > 0 ? weights.matrix(param.name) : WeightView{});
     vectors_.push_back(param.in_features > 0 ? TensorView{} : weights.vector(param.name));
   }
-  const std::int64_t page_elements = config.num_kv_heads * limits.block_size * config.head_dim;
-  const std::size_t page_bytes = static_cast<std::size_t>(limits.num_blocks * page_elements) * dtype_size(compute);
+  // Block after block, in each the keys and the values of every layer: a block is one piece of memory.
+  const std::int64_t half_elements = config.num_kv_heads * limits.block_size * config.head_dim,
+                     block_elements = 2 * config.num_layers * half_elements;
+  block_bytes_ = static_cast<std::size_t>(block_elements) * dtype_size(compute);
   pages_buffer_ =
-      Buffer(allocator, ledger, MemoryTag::kKvPages, 2 * page_bytes * static_cast<std::size_t>(config.num_layers));
+      Buffer(allocator, ledger, MemoryTag::kKvPages, static_cast<std::size_t>(limits.num_blocks) * block_bytes_);
   for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
     const auto half = [&](std::int64_t index) {
-      return pages_buffer_.view(compute, {limits.num_blocks, config.num_kv_heads, limits.block_size, config.head_dim},
-                                static_cast<std::size_t>(2 * layer + index) * page_bytes);
+      std::byte* first =
+          pages_buffer_.data() + static_cast<std::size_t>((2 * layer + index) * half_elements) * dtype_size(compute);
+      TensorView pages(first, compute, {limits.num_blocks, config.num_kv_heads, limits.block_size, config.head_dim});
+      pages.set_stride(0, block_elements);
+      return pages;
     };
     pages_.push_back({half(0), half(1)});
   }
@@ -120,6 +125,10 @@ Executor::Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledg
   forward_.reserve_workspace(model.workspace_bytes());
   losses_ = Buffer(device.pinned(), ledger, MemoryTag::kWorkspace, losses_bytes(limits));
   spans_.reserve(std::max(static_cast<std::size_t>(limits.max_rows), kMostFixedSpans));
+}
+
+void Executor::move_blocks(std::span<const BlockMove> moves) {
+  for (const auto& [from, to] : moves) device_.allocator().copy(block(to), block(from), block_bytes_);
 }
 
 std::size_t Executor::losses_bytes(const ExecutorLimits& limits) {

@@ -14,6 +14,7 @@
 #include "model/config.h"
 #include "model/weight_store.h"
 #include "ops/scatter.h"
+#include "sched/block_manager.h"
 #include "train/train_state.h"
 
 namespace flexcore {
@@ -58,6 +59,12 @@ class Executor {
   /// Every row of every group in one pass. Logits of the sampled rows [sum of sampled, vocab_size] on the device, in
   /// the order of the groups; valid until the next call.
   TensorView forward(std::span<const RowGroup> groups);
+  /// Where a block of the pool is: block_bytes, and those of the next ones behind it.
+  std::byte* block(std::int64_t index) const {
+    return pages_buffer_.data() + static_cast<std::size_t>(index) * block_bytes_;
+  }
+  /// Copies blocks, in order, while nothing runs.
+  void move_blocks(std::span<const BlockMove> moves);
   /// Waits for the forward, then gives its losses and scores to its groups. The host need not wait before.
   void finish_forward();
   /// One layer's backward for the rows; all sequences share one program, and their forward is finished. On a device
@@ -124,6 +131,7 @@ class Executor {
   std::vector<WeightView> matrices_;  // by ParamId
   std::vector<TensorView> vectors_;
   Buffer pages_buffer_, rotary_;
+  std::size_t block_bytes_ = 0;
   std::vector<KvPages> pages_;  // by layer
   Lane forward_;
   std::unique_ptr<Lane> beside_;  // backward's, on a second stream

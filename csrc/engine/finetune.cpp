@@ -41,11 +41,13 @@ void Engine::Impl::validate(const std::vector<Example>& examples, const AdapterL
               model.vocab_size);
     require(count_targets(example, layout) > 0, where,
             ".labels: no target (all are -100 after the first), nothing to learn");
-    const std::int64_t pages = (length + ahead + sizes.limits.block_size - 1) / sizes.limits.block_size;
-    require(pages <= blocks.num_blocks(), where, ": ", length, " tokens need ", pages, " pages, but the pool has ",
-            blocks.num_blocks(), "; raise kv_cache_memory_bytes");
-    executor->reserve(
-        fitting_program(model, compiled, layout.bypasses(), length + ahead, config.finetune_memory_bytes, where));
+    TrainingProgram& program =
+        fitting_program(model, compiled, layout.bypasses(), length + ahead, config.finetune_memory_bytes, where);
+    const std::int64_t pages = blocks.blocks_for(length + ahead) + store_blocks(model, sizes, program, length + ahead);
+    require(pages <= blocks.num_blocks(), where, ": ", length, " tokens need ", pages,
+            " pages with what they keep for the backward, but the pool has ", blocks.num_blocks(),
+            "; shorten it, lower finetune_memory_bytes or raise kv_cache_memory_bytes");
+    executor->reserve(program);
   }
 }
 
@@ -141,7 +143,8 @@ void Engine::Impl::start_batch(TrainingJob& job) {
                        .first_layer = program.first_layer,
                        .window_tokens = job.config.window_tokens.value_or(0),
                        .backward_window_tokens = job.config.backward_window_tokens.value_or(0),
-                       .backward_cost = program.backward_cost};
+                       .backward_cost = program.backward_cost,
+                       .store_blocks = store_blocks(model, sizes, program, state->length())};
     state->id = entry->sequence.id;
     state->block_table = &entry->sequence.block_table;
     scheduler.add_training(&entry->sequence);

@@ -61,11 +61,20 @@ SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& c
                                  CompiledModel& compiled);
 /// What one training sequence of `length` tokens keeps for its backward.
 std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& program, std::int64_t length);
+/// Blocks of the pool: what kv_cache_memory_bytes says or, without it, room for the requests and for as much training
+/// as finetune_memory_bytes, or the tokens that may be in flight, take.
+std::int64_t pool_blocks(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
+                         CompiledModel& compiled);
+/// The pages of the pool that it keeps that in.
+std::int64_t store_blocks(const ModelConfig& model, const EngineSizes& sizes, const TrainingProgram& program,
+                          std::int64_t length);
 /// By what operators take on such a device, relative to each other: what is recomputed depends on nothing that was
 /// measured, so that a plan says what an engine does.
 OperatorRates operator_rates(const EngineSizes& sizes);
-/// The fastest of the backward programs with which a sequence keeps no more than `budget` bytes. Where even the
-/// smallest keeps more: InvalidArgument, which begins with `what` and says how long a sequence may be.
+/// The fastest of the backward programs with which a sequence keeps no more than `budget` bytes; null: none.
+TrainingProgram* find_program(const ModelConfig& model, CompiledModel& compiled, const BypassSet& bypasses,
+                              std::int64_t length, std::optional<std::int64_t> budget);
+/// The same. Where there is none: InvalidArgument, which begins with `what` and says how long a sequence may be.
 TrainingProgram& fitting_program(const ModelConfig& model, CompiledModel& compiled, const BypassSet& bypasses,
                                  std::int64_t length, std::optional<std::int64_t> budget, const std::string& what);
 ScratchBytes scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes);
@@ -108,7 +117,6 @@ struct Engine::Impl {
   StepReport step();
   void run_plan(StepPlan& plan, double begin_ms, StepReport& report);
   void count(const StepPlan& plan, StepReport& report);
-  bool drop_failed_training(StepPlan& plan);
   bool fail_training(const StepPlan& plan, const std::string& error);
   std::vector<SamplingResult> sample(const std::vector<RequestState*>& rows, const TensorView& logits,
                                      std::vector<std::vector<std::pair<std::int32_t, float>>>& top,

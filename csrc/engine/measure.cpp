@@ -26,6 +26,27 @@ class TemporaryPages {
   std::vector<std::int32_t>& table_;
 };
 
+/// Of a training sequence, with what it keeps.
+class TemporaryRun {
+ public:
+  TemporaryRun(Scheduler& scheduler, BlockManager& blocks, Executor& executor, std::int64_t count) : blocks_(blocks) {
+    std::vector<BlockMove> moves;
+    run_ = scheduler.reserve_run(count, moves);
+    executor.move_blocks(moves);
+    require<OutOfMemory>(static_cast<bool>(run_), "kv pages: ", count,
+                         " next to each other were wanted for a backward, ", blocks_.num_free(), " of ",
+                         blocks_.num_blocks(), " are free; raise kv_cache_memory_bytes");
+  }
+  ~TemporaryRun() { blocks_.release_run(run_); }
+  TemporaryRun(const TemporaryRun&) = delete;
+  TemporaryRun& operator=(const TemporaryRun&) = delete;
+  std::int64_t first() const { return run_.first; }
+
+ private:
+  BlockManager& blocks_;
+  BlockRun run_;
+};
+
 }  // namespace
 
 void Engine::Impl::forward_alone(std::span<const std::int32_t> token_ids, const Adapter* adapter, float* scores,
@@ -88,6 +109,7 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
     std::vector<std::int32_t> block_table;
     std::int64_t forward_done = 0, rows_left = 0;
     std::unique_ptr<TemporaryPages> pages;
+    std::unique_ptr<TemporaryRun> store;
     std::unique_ptr<TrainState> state;
   };
   std::vector<std::unique_ptr<Progress>> sequences;
@@ -97,10 +119,14 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
     if (dropout_seed)
       sequence.state->dropout = {adapter->dropout(), *dropout_seed,
                                  static_cast<std::uint32_t>(&example - examples.data())};
-    sequence.pages = std::make_unique<TemporaryPages>(blocks, sequence.block_table, sequence.state->length());
+    sequence.store = std::make_unique<TemporaryRun>(scheduler, blocks, *executor,
+                                                    store_blocks(model, sizes, program, sequence.state->length()));
+    sequence.state->place(executor->block(sequence.store->first()), ledger, executor->shape());
     sequence.state->block_table = &sequence.block_table;
-    sequence.state->allocate(device->allocator(), ledger, executor->shape());
   }
+  // Keys and values go where no store is, and are not moved any more.
+  for (auto& sequence : sequences)
+    sequence->pages = std::make_unique<TemporaryPages>(blocks, sequence->block_table, sequence->state->length());
   // All sequences advance together, as many rows a pass as fit.
   const std::int64_t max_rows = sizes.limits.max_rows;
   const auto window_of = [max_rows](std::int64_t wanted) { return wanted > 0 ? std::min(wanted, max_rows) : max_rows; };

@@ -56,7 +56,9 @@ class Planner {
     count_backbone();
     if (work_.program != nullptr) {
       count_training();
+      const std::int64_t in_flight = plan_.gradients;  // of sequences, in the pool as what they save
       choose_bypasses();
+      plan_.kv_pages = std::max<std::int64_t>(0, plan_.kv_pages - plan_.saved_activations - in_flight);
     }
     return std::move(plan_);
   }

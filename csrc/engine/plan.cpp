@@ -10,6 +10,7 @@
 #include "engine/impl.h"
 #include "engine/parallel_plan.h"
 #include "peft/attach.h"
+#include "sched/search.h"
 
 namespace flexcore {
 
@@ -94,12 +95,13 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
                 std::int64_t sequence_length, const ParallelOptions& parallel) {
   check(parallel);
   const ModelConfig model = ModelConfig::load(path);
-  const EngineSizes sizes = engine_sizes(model, config);
+  EngineSizes sizes = engine_sizes(model, config);
   require(sequence_length >= 1 && sequence_length <= sizes.max_model_len, "sequence_length: ", sequence_length,
           ", wanted 1 to max_model_len (", sizes.max_model_len, ")");
   CompiledModel compiled(base_graph(model, config, sizes), attach_bypasses, row_capacity(sizes.limits),
                          joins_outputs(sizes.device));
   compiled.set_rates(operator_rates(sizes));
+  sizes.limits.num_blocks = pool_blocks(model, config, sizes, compiled);
   MemoryPlan plan;
   plan.num_layers = model.num_layers;
   plan.sequence_length = sequence_length;
@@ -113,7 +115,7 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
     return static_cast<std::int64_t>(Executor::workspace_bytes(compiled, program, sizes.limits.max_rows, two_lanes));
   };
   const ScratchBytes scratch = scratch_bytes(model, config, sizes);
-  // An engine probes its speed with LoRA at every linear when it loads.
+  // An engine is ready for LoRA at every linear when it is loaded.
   const std::int64_t programs = programs_bytes(compiled.training(compiled.lora_everywhere()));
   plan.workspace = rotary + static_cast<std::int64_t>((two_lanes ? 2 : 1) * Lane::indices_bytes(sizes.limits)) +
                    static_cast<std::int64_t>(Executor::losses_bytes(sizes.limits)) + scratch.forward +
@@ -129,12 +131,30 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
     return plan;
   }
   const AdapterLayout layout = lay_out(*adapter, compiled.base());
+  // Pages of a training sequence; nothing for one that finetune_memory_bytes does not hold.
+  const auto pages_of = [&](std::int64_t length) -> std::optional<std::int64_t> {
+    const TrainingProgram* program =
+        find_program(model, compiled, layout.bypasses(), length, config.finetune_memory_bytes);
+    if (program == nullptr) return {};
+    const std::int64_t tokens = (length + config.block_size - 1) / config.block_size;
+    return tokens + store_blocks(model, sizes, *program, length);
+  };
+  const std::int64_t longest = largest_that(sizes.max_model_len, [&](std::int64_t length) {
+    const auto pages = pages_of(length);
+    return pages && *pages <= sizes.limits.num_blocks;
+  });
+  plan.max_sequence_length = std::max<std::int64_t>(0, longest - layout.num_virtual_tokens);
   sequence_length += layout.num_virtual_tokens;
   const TrainingProgram& program = fitting_program(model, compiled, layout.bypasses(), sequence_length,
                                                    config.finetune_memory_bytes, "sequence_length");
+  const std::int64_t pages = *pages_of(sequence_length);
+  require(pages <= sizes.limits.num_blocks, "sequence_length: ", plan.sequence_length, " tokens need ", pages,
+          " pages of the pool with what they keep for the backward, and it has ", sizes.limits.num_blocks,
+          " (kv_cache_memory_bytes); at most ", plan.max_sequence_length, " tokens fit");
   plan.workspace += std::max<std::int64_t>(0, programs_bytes(program) - programs);
   const std::int64_t tokens =
-      scheduler_config(model, config, sizes, compiled).finetune_tokens_in_flight(sequence_length);
+      std::min(scheduler_config(model, config, sizes, compiled).finetune_tokens_in_flight(sequence_length),
+               sizes.limits.num_blocks / pages * sequence_length);
   plan.tokens_in_flight = tokens;
   const std::int64_t parameter_bytes = layout.num_parameters * static_cast<std::int64_t>(sizeof(float));
   plan.saved_activations = static_cast<std::int64_t>(TrainState::saved_bytes(program, tokens));
@@ -145,6 +165,7 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   plan.gradients = parameter_bytes + finetune_bytes(model, program, tokens) - plan.saved_activations;
   explain(plan, program, model.num_layers);
   add_parallel({&program, layout.modules, tokens, FinetuneConfig{}.batch_size * sequence_length});
+  plan.kv_pages -= finetune_bytes(model, program, tokens);
   return plan;
 }
 
@@ -163,6 +184,12 @@ std::string MemoryPlan::describe() const {
   line("optimizer", optimizer);
   line("workspace", workspace);
   line("total", total());
+  if (max_sequence_length > 0) {
+    char buffer[128];
+    std::snprintf(buffer, sizeof buffer, "tokens in training at once %lld, of sequences of at most %lld\n",
+                  static_cast<long long>(tokens_in_flight), static_cast<long long>(max_sequence_length));
+    text += buffer;
+  }
   if (parallel) text += flexcore::describe(*parallel);
   if (tensors.empty()) return text;
   char header[160];

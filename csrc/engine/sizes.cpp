@@ -26,6 +26,10 @@ std::optional<KeepMode> keep_mode(const EngineConfig& config) {
   return {};
 }
 
+std::int64_t physical_bytes() {
+  return static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::int64_t>(sysconf(_SC_PAGE_SIZE));
+}
+
 WeightFormat weight_format(const EngineConfig& c) {
   require(c.quantization_group_size >= kGroupMultiple && c.quantization_group_size <= kMostGroupSize &&
               c.quantization_group_size % kGroupMultiple == 0,
@@ -122,8 +126,7 @@ EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config) {
     require(num_blocks <= kMaxCount, "kv_cache_memory_bytes: ", *config.kv_cache_memory_bytes, " is ", num_blocks,
             " pages, wanted at most ", kMaxCount);
   } else {
-    const std::int64_t physical = static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGE_SIZE);
-    num_blocks = std::max(std::min(num_blocks, physical / 4 / sizes.block_bytes), blocks_per_sequence);
+    num_blocks = std::max(std::min(num_blocks, physical_bytes() / 4 / sizes.block_bytes), blocks_per_sequence);
   }
   // Every running sequence may need a row in one step.
   const std::int64_t max_seqs = std::min(config.max_num_seqs, config.max_num_batched_tokens);
@@ -143,6 +146,25 @@ std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& pro
       TrainState::gradient_bytes({model.hidden_size, model.num_kv_heads * model.head_dim}, length));
 }
 
+std::int64_t pool_blocks(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
+                         CompiledModel& compiled) {
+  if (config.kv_cache_memory_bytes) return sizes.limits.num_blocks;
+  const std::int64_t tokens = std::max(SchedulerConfig{}.max_finetune_tokens_in_flight, sizes.max_model_len);
+  const std::int64_t bytes = config.finetune_memory_bytes.value_or(
+      std::min(finetune_bytes(model, compiled.training(compiled.lora_everywhere()), tokens), physical_bytes() / 4));
+  // Runs and pages are whole blocks.
+  const std::int64_t blocks =
+      bytes / sizes.block_bytes + 2 * std::max<std::int64_t>(1, sizes.limits.max_sampled_rows / 2);
+  return std::min(sizes.limits.num_blocks + blocks, kMaxCount);
+}
+
+std::int64_t store_blocks(const ModelConfig& model, const EngineSizes& sizes, const TrainingProgram& program,
+                          std::int64_t length) {
+  const auto bytes = static_cast<std::int64_t>(
+      TrainState::store_bytes(program, {model.hidden_size, model.num_kv_heads * model.head_dim}, length));
+  return (bytes + sizes.block_bytes - 1) / sizes.block_bytes;
+}
+
 OperatorRates operator_rates(const EngineSizes& sizes) {
   // FLOP in the time of a byte: of bfloat16 products and of memory.
   constexpr double kOnCpu = 8, kOnGpu = 256;
@@ -151,19 +173,26 @@ OperatorRates operator_rates(const EngineSizes& sizes) {
           .context = static_cast<double>(sizes.max_model_len) / 2};
 }
 
-TrainingProgram& fitting_program(const ModelConfig& model, CompiledModel& compiled, const BypassSet& bypasses,
-                                 std::int64_t length, std::optional<std::int64_t> budget, const std::string& what) {
+TrainingProgram* find_program(const ModelConfig& model, CompiledModel& compiled, const BypassSet& bypasses,
+                              std::int64_t length, std::optional<std::int64_t> budget) {
   TrainingProgram& fastest = compiled.training(bypasses);
-  if (!budget || finetune_bytes(model, fastest, length) <= *budget) return fastest;
+  if (!budget || finetune_bytes(model, fastest, length) <= *budget) return &fastest;
   const std::int64_t gradients =
       finetune_bytes(model, fastest, length) - static_cast<std::int64_t>(TrainState::saved_bytes(fastest, length));
-  std::size_t least = fastest.saved_bytes_per_token;
-  for (const auto& candidate : compiled.keep_candidates(bypasses)) {
+  for (const auto& candidate : compiled.keep_candidates(bypasses))
     if (static_cast<std::int64_t>(candidate.bytes_per_token) * length + gradients <= *budget)
-      return compiled.training(bypasses, candidate.choice);
-    least = std::min(least, candidate.bytes_per_token);
-  }
-  const std::int64_t a_token = static_cast<std::int64_t>(least) + gradients / length;
+      return &compiled.training(bypasses, candidate.choice);
+  return nullptr;
+}
+
+TrainingProgram& fitting_program(const ModelConfig& model, CompiledModel& compiled, const BypassSet& bypasses,
+                                 std::int64_t length, std::optional<std::int64_t> budget, const std::string& what) {
+  if (TrainingProgram* program = find_program(model, compiled, bypasses, length, budget)) return *program;
+  const TrainingProgram& fastest = compiled.training(bypasses);
+  std::size_t least = fastest.saved_bytes_per_token;
+  for (const auto& candidate : compiled.keep_candidates(bypasses)) least = std::min(least, candidate.bytes_per_token);
+  const std::int64_t a_token = static_cast<std::int64_t>(least) + finetune_bytes(model, fastest, 1) -
+                               static_cast<std::int64_t>(fastest.saved_bytes_per_token);
   throw InvalidArgument(str(what, ": ", length, " tokens keep at least ", a_token * length,
                             " bytes for the backward, more than finetune_memory_bytes (", *budget, "); at most ",
                             *budget / a_token, " tokens fit"));

@@ -14,15 +14,19 @@ StepReport Engine::Impl::step() {
   const double begin = now_ms();
   StepReport report;
   StepPlan plan = scheduler.plan(begin);
+  executor->move_blocks(plan.moves);
+  counters["kv_blocks_moved"] += static_cast<double>(plan.moves.size());
   for (auto* sequence : plan.restarted) state_of(*sequence).restart();
-  const bool dropped = drop_failed_training(plan);
+  for (const auto& window : plan.forward) {
+    TrainState& state = state_of(*window.sequence);
+    if (!state.placed()) state.place(executor->block(window.sequence->store.first), ledger, executor->shape());
+  }
   counters["preemptions"] += static_cast<double>(plan.preempted.size());
   counters["finetune_restarts"] += static_cast<double>(plan.restarted.size());
   if (!plan.empty()) {
     try {
       run_plan(plan, begin, report);
-      // Optimizer steps come after and are no part of the model's time; a plan that lost work says nothing about it.
-      if (!dropped) cost.observe(plan.features, now_ms() - begin);
+      cost.observe(plan.features, now_ms() - begin);  // optimizer steps come after and are no part of the model's time
     } catch (const std::exception& error) {
       // Requests are as they were, and what was planned for them is planned again. Without training, nothing would
       // change then.
@@ -41,28 +45,6 @@ StepReport Engine::Impl::step() {
   report.elapsed_ms = now_ms() - begin;
   if (!plan.empty()) counters["busy_ms"] += report.elapsed_ms;
   return report;
-}
-
-// Memory for the stores of sequences whose first window is in the plan. A job that gets none fails alone.
-bool Engine::Impl::drop_failed_training(StepPlan& plan) {
-  bool dropped = false;
-  for (std::size_t i = 0; i < plan.forward.size();) {
-    TrainState& state = state_of(*plan.forward[i].sequence);
-    TrainingJob& job = find_job(plan.forward[i].sequence->job_id);
-    try {
-      if (!state.allocated()) state.allocate(device->allocator(), ledger, executor->shape());
-      ++i;
-    } catch (const OutOfMemory& error) {
-      const auto of_job = [id = job.id](const TrainWindow& window) { return window.sequence->job_id == id; };
-      std::erase_if(plan.forward, of_job);
-      for (auto& unit : plan.backward) std::erase_if(unit.windows, of_job);
-      std::erase_if(plan.backward, [](const BackwardUnit& unit) { return unit.windows.empty(); });
-      fail_job(job, error.what());
-      dropped = true;
-      i = 0;
-    }
-  }
-  return dropped;
 }
 
 // After an error in the middle of a plan, losses and gradients hold part of its sums: their jobs cannot go on. False:

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <utility>
 
 namespace flexcore {
 
@@ -38,6 +39,35 @@ void MemoryLedger::remove(MemoryTag tag, std::size_t bytes) {
   const std::lock_guard lock(mutex_);
   auto& current = current_[static_cast<std::size_t>(tag)];
   current -= std::min(current, bytes);
+}
+
+void MemoryLedger::move(MemoryTag from, MemoryTag to, std::size_t bytes) {
+  const std::lock_guard lock(mutex_);
+  current_[static_cast<std::size_t>(from)] -= std::min(current_[static_cast<std::size_t>(from)], bytes);
+  const auto i = static_cast<std::size_t>(to);
+  current_[i] += bytes;
+  peak_[i] = std::max(peak_[i], current_[i]);
+}
+
+LedgerLoan::LedgerLoan(MemoryLedger& ledger, MemoryTag of, MemoryTag as, std::size_t bytes)
+    : ledger_(&ledger), of_(of), as_(as), bytes_(bytes) {
+  ledger.move(of, as, bytes);
+}
+
+LedgerLoan::LedgerLoan(LedgerLoan&& other) noexcept
+    : ledger_(std::exchange(other.ledger_, nullptr)), of_(other.of_), as_(other.as_), bytes_(other.bytes_) {}
+
+LedgerLoan& LedgerLoan::operator=(LedgerLoan&& other) noexcept {
+  if (this == &other) return *this;
+  end();
+  ledger_ = std::exchange(other.ledger_, nullptr);
+  of_ = other.of_, as_ = other.as_, bytes_ = other.bytes_;
+  return *this;
+}
+
+void LedgerLoan::end() noexcept {
+  if (ledger_ != nullptr) ledger_->move(as_, of_, bytes_);
+  ledger_ = nullptr;
 }
 
 std::size_t MemoryLedger::current(MemoryTag tag) const {

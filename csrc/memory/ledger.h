@@ -28,6 +28,8 @@ class MemoryLedger {
  public:
   void add(MemoryTag tag, std::size_t bytes);
   void remove(MemoryTag tag, std::size_t bytes);
+  /// Bytes that are there already serve something else.
+  void move(MemoryTag from, MemoryTag to, std::size_t bytes);
 
   std::size_t current(MemoryTag tag) const;
   std::size_t peak(MemoryTag tag) const;
@@ -41,6 +43,22 @@ class MemoryLedger {
   mutable std::mutex mutex_;
   std::array<std::size_t, kTags> current_{};
   std::array<std::size_t, kTags> peak_{};
+};
+
+/// Bytes of one tag that serve another for as long as this lives. Move-only.
+class LedgerLoan {
+ public:
+  LedgerLoan() = default;
+  LedgerLoan(MemoryLedger& ledger, MemoryTag of, MemoryTag as, std::size_t bytes);
+  LedgerLoan(LedgerLoan&& other) noexcept;
+  LedgerLoan& operator=(LedgerLoan&& other) noexcept;
+  ~LedgerLoan() { end(); }
+  void end() noexcept;
+
+ private:
+  MemoryLedger* ledger_ = nullptr;
+  MemoryTag of_ = MemoryTag::kWorkspace, as_ = MemoryTag::kWorkspace;
+  std::size_t bytes_ = 0;
 };
 
 }  // namespace flexcore

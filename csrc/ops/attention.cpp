@@ -9,12 +9,19 @@ namespace {
 
 bool is_float(DType dtype) { return dtype == DType::kFloat32 || dtype == DType::kBFloat16; }
 
+// Each without gaps, and none within another.
+bool dense_pages(const TensorView& pages) {
+  const std::int64_t dim = pages.shape(3), rows = pages.shape(1) * pages.shape(2);
+  return pages.stride(3) == 1 && pages.stride(2) == dim && pages.stride(1) == pages.shape(2) * dim &&
+         (pages.shape(0) <= 1 || (pages.stride(0) >= rows * dim && dim > 0 && pages.stride(0) % dim == 0));
+}
+
 void check_pages(std::string_view op, const KvPages& pages) {
   const TensorView &keys = pages.keys, &values = pages.values;
-  require(keys.ndim() == 4 && is_float(keys.dtype()) && keys.contiguous(), op, ": pages.keys is ", keys,
-          ", wanted contiguous float32 or bfloat16 [num_blocks, num_kv_heads, block_size, head_dim]");
-  bool alike = values.ndim() == 4 && values.dtype() == keys.dtype() && values.contiguous();
-  for (int i = 0; i < 4; ++i) alike = alike && values.shape(i) == keys.shape(i);
+  require(keys.ndim() == 4 && is_float(keys.dtype()) && dense_pages(keys), op, ": pages.keys is ", keys,
+          ", wanted float32 or bfloat16 [num_blocks, num_kv_heads, block_size, head_dim], every page contiguous");
+  bool alike = values.ndim() == 4 && values.dtype() == keys.dtype();
+  for (int i = 0; i < 4; ++i) alike = alike && values.shape(i) == keys.shape(i) && values.stride(i) == keys.stride(i);
   require(alike, op, ": pages.values is ", values, ", wanted like pages.keys, ", keys);
   require(keys.shape(1) >= 1 && keys.shape(2) >= 1, op, ": pages.keys is ", keys,
           ", wanted at least one kv head and one token in a block");

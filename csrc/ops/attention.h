@@ -6,10 +6,11 @@
 
 namespace flexcore {
 
-/// One layer's keys and values for every page of the pool. A page holds `block_size` tokens of one sequence.
+/// One layer's keys and values for every page of the pool. A page holds `block_size` tokens of one sequence. Pages may
+/// lie apart, by a whole number of rows of head_dim.
 struct KvPages {
   TensorView keys;    // [num_blocks, num_kv_heads, block_size, head_dim] float32 or bfloat16; keys are stored rotated
-  TensorView values;  // like keys
+  TensorView values;  // like keys, and as far apart
 };
 
 /// A run of consecutive tokens of one sequence inside a batch: a decode row, a prefill chunk or a finetune window.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <functional>
 #include <limits>
 
 #include "core/check.h"
@@ -18,7 +19,7 @@ BlockManager::BlockManager(std::int64_t num_blocks, std::int64_t block_size, boo
           num_blocks, ", wanted 0 to 2^31 - 1");
   require(block_size >= 1, "BlockManager: block_size is ", block_size, ", wanted at least 1");
   pages_.resize(static_cast<std::size_t>(num_blocks));
-  for (std::int64_t i = num_blocks - 1; i >= 0; --i) blank_.push_back(static_cast<std::int32_t>(i));
+  for (std::int64_t i = 0; i < num_blocks; ++i) blank_.push_back(static_cast<std::int32_t>(i));
   if (caching_) {
     contents_.resize(static_cast<std::size_t>(num_blocks * block_size));
     buckets_.assign(std::bit_ceil(static_cast<std::size_t>(2 * num_blocks + 1)), -1);
@@ -42,6 +43,67 @@ void BlockManager::release(std::vector<std::int32_t>& block_table) {
     if (--page.references == 0) push_free(*it);
   }
   block_table.clear();
+}
+
+// The window with the fewest pages in use; of equal ones the last, as single pages are taken from below.
+BlockRun BlockManager::reserve_run(std::int64_t count, std::vector<BlockMove>& moves) {
+  if (count <= 0 || count > num_free()) return {};
+  std::int64_t in_use = 0, in_runs = 0, first = -1, least = count;
+  for (std::int64_t i = 0; i < num_blocks(); ++i) {
+    const auto add = [&](std::int64_t at, std::int64_t sign) {
+      const Page& page = pages_[static_cast<std::size_t>(at)];
+      in_use += page.references > 0 ? sign : 0;
+      in_runs += page.in_run ? sign : 0;
+    };
+    add(i, 1);
+    if (i >= count) add(i - count, -1);
+    if (i + 1 < count || in_runs > 0 || in_use > least) continue;
+    first = i + 1 - count;
+    least = in_use;
+  }
+  if (first < 0) return {};
+  const BlockRun run{static_cast<std::int32_t>(first), count};
+  const auto end = static_cast<std::int32_t>(first + count);
+  std::erase_if(blank_, [&](std::int32_t page) { return page >= run.first && page < end; });
+  std::make_heap(blank_.begin(), blank_.end(), std::greater<>());
+  for (std::int32_t i = run.first; i < end; ++i) {
+    const Page& page = pages_[static_cast<std::size_t>(i)];
+    if (page.references > 0 || !page.cached) continue;
+    unlink(i);
+    uncache(i);
+  }
+  for (std::int32_t i = run.first; i < end; ++i) {
+    Page& page = pages_[static_cast<std::size_t>(i)];
+    if (page.references > 0) {
+      const std::int32_t to = allocate();
+      move(i, to);
+      moves.push_back({i, to});
+    }
+    page = {.references = 1, .in_run = true};
+  }
+  return run;
+}
+
+void BlockManager::release_run(BlockRun& run) {
+  for (std::int64_t i = 0; i < run.count; ++i) {
+    const auto index = static_cast<std::int32_t>(run.first + i);
+    Page& page = checked(index);
+    require<Error>(page.in_run, "BlockManager.release_run: page ", index, " is in no run");
+    page.in_run = false;
+    page.references = 0;
+    push_free(index);
+  }
+  run = {};
+}
+
+void BlockManager::move(std::int32_t from, std::int32_t to) {
+  Page &source = pages_[static_cast<std::size_t>(from)], &target = pages_[static_cast<std::size_t>(to)];
+  target = source;
+  if (!source.cached) return;
+  std::int32_t* link = &buckets_[source.bucket];
+  while (*link != from) link = &pages_[static_cast<std::size_t>(*link)].bucket_next;
+  *link = to;
+  std::copy_n(contents_.begin() + from * block_size_, block_size_, contents_.begin() + to * block_size_);
 }
 
 std::int64_t BlockManager::match_prefix(std::uint64_t cache_key, std::span<const std::int32_t> tokens,
@@ -126,6 +188,7 @@ void BlockManager::forget(std::uint64_t cache_key) {
 std::int32_t BlockManager::allocate() {
   std::int32_t index;
   if (!blank_.empty()) {
+    std::pop_heap(blank_.begin(), blank_.end(), std::greater<>());
     index = blank_.back();
     blank_.pop_back();
   } else {
@@ -173,6 +236,7 @@ void BlockManager::push_free(std::int32_t index) {
   if (!page.cached) {
     page.serial = 0;
     blank_.push_back(index);
+    std::push_heap(blank_.begin(), blank_.end(), std::greater<>());
     return;
   }
   page.previous = lru_last_;

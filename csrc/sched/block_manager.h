@@ -6,6 +6,18 @@
 
 namespace flexcore {
 
+/// Pages next to each other, for what is no keys and values.
+struct BlockRun {
+  std::int32_t first = 0;
+  std::int64_t count = 0;
+  explicit operator bool() const { return count > 0; }
+};
+
+/// A page whose content goes to another.
+struct BlockMove {
+  std::int32_t from, to;
+};
+
 /// Which page of the pool belongs to whom. Pages are counted by reference; full pages of inference sequences can be
 /// found again by content: (cache_key, all tokens up to the block's end). Free pages keep their content until they are
 /// reused: pages without content first, then the least recently used. Not thread-safe.
@@ -25,6 +37,13 @@ class BlockManager {
   bool reserve(std::vector<std::int32_t>& block_table, std::int64_t num_tokens);
   /// Gives every page back and clears the table.
   void release(std::vector<std::int32_t>& block_table);
+
+  /// `count` pages next to each other. Where free ones lie apart, pages in use are moved out of the way: `moves` gets
+  /// them, to be copied in this order, and tables renumbered. Empty, and nothing changed, when there are too few free
+  /// pages or other runs lie in between.
+  BlockRun reserve_run(std::int64_t count, std::vector<BlockMove>& moves);
+  /// Gives a run back and clears it.
+  void release_run(BlockRun& run);
 
   /// Longest cached prefix of `tokens` in whole blocks, at most tokens.size() - 1 tokens; its pages are referenced and
   /// put in `block_table` (empty before). Returns the number of tokens found.
@@ -51,7 +70,8 @@ class BlockManager {
     std::int32_t references = 0;
     std::int32_t previous = -1, next = -1;  // in the list of free cached pages
     std::int32_t bucket_next = -1;
-    bool cached = false;       // in a bucket
+    bool cached = false;  // in a bucket
+    bool in_run = false;
     std::uint64_t serial = 0;  // names the content (key, prefix, own tokens); 0: not known
     std::uint64_t parent = 0;  // serial of the block before; 0: this is the first
     std::uint64_t key = 0;
@@ -61,6 +81,7 @@ class BlockManager {
   std::int32_t allocate();
   std::int32_t lookup(std::uint64_t key, std::uint64_t parent, const std::int32_t* tokens) const;
   std::size_t bucket_of(std::uint64_t key, std::uint64_t parent, const std::int32_t* tokens) const;
+  void move(std::int32_t from, std::int32_t to);
   void uncache(std::int32_t page);
   void push_free(std::int32_t page);
   void unlink(std::int32_t page);
@@ -71,7 +92,8 @@ class BlockManager {
   std::vector<Page> pages_;
   std::vector<std::int32_t> contents_;  // [num_blocks, block_size] tokens of cached pages
   std::vector<std::int32_t> buckets_;   // first page of each chain, or -1; a power of two of them
-  std::vector<std::int32_t> blank_;     // free pages without content, the next one to use at the back
+  std::vector<std::int32_t>
+      blank_;  // free pages without content: a heap, the lowest first, so that runs find room above
   std::int32_t lru_first_ = -1, lru_last_ = -1;
   std::int64_t lru_size_ = 0;
   std::uint64_t next_serial_ = 1;

@@ -36,7 +36,8 @@ struct StepPlan {
   std::vector<TrainWindow> forward;
   std::vector<BackwardUnit> backward;     // in order of execution, after the forward
   std::vector<Sequence*> preempted;       // gave their pages back; will be recomputed
-  std::vector<TrainSequence*> restarted;  // gave their pages back; saved activations are to be dropped
+  std::vector<TrainSequence*> restarted;  // gave their pages back, and what they kept in them is lost
+  std::vector<BlockMove> moves;           // of pages, in order, before anything else
   StepFeatures features;
   double predicted_ms = 0.0;
   double predicted_upper_ms = 0.0;  // with the margin

@@ -105,8 +105,7 @@ void Scheduler::pause_job(std::int64_t job_id, bool paused) { job(job_id, "pause
 void Scheduler::remove_job(std::int64_t job_id) {
   for (TrainSequence* sequence : job(job_id, "remove_job").sequences) {
     if (!sequence->started) continue;
-    blocks_.release(sequence->block_table);
-    sequence->started = false;
+    release(*sequence);
     std::erase(started_, sequence);
   }
   std::erase_if(jobs_, [&](const Job& j) { return j.id == job_id; });
@@ -118,7 +117,7 @@ void Scheduler::add_training(TrainSequence* sequence) {
           ", wanted at least 1");
   require(sequence->first_layer >= 0 && sequence->first_layer < config_.num_layers,
           "Scheduler.add_training: first_layer is ", sequence->first_layer, ", wanted 0 to ", config_.num_layers - 1);
-  const std::int64_t needed = blocks_.blocks_for(sequence->length);
+  const std::int64_t needed = blocks_.blocks_for(sequence->length) + sequence->store_blocks;
   require<OutOfMemory>(needed <= blocks_.num_blocks(), "Scheduler.add_training: sequence ", sequence->id, " needs ",
                        needed, " pages of ", blocks_.block_size(), " tokens, the pool has ", blocks_.num_blocks());
   sequence->started = sequence->done = false;
@@ -204,10 +203,34 @@ bool Scheduler::first_token_is_due(double now_ms) const {
   return false;
 }
 
+void Scheduler::release(TrainSequence& sequence) {
+  blocks_.release(sequence.block_table);
+  blocks_.release_run(sequence.store);
+  sequence.started = false;
+}
+
+BlockRun Scheduler::reserve_run(std::int64_t count, std::vector<BlockMove>& moves) {
+  const std::size_t before = moves.size();
+  const BlockRun run = blocks_.reserve_run(count, moves);
+  const auto renumber = [&](std::vector<std::int32_t>& table) {
+    for (auto& page : table)
+      for (std::size_t i = before; i < moves.size(); ++i)
+        if (moves[i].from == page) {
+          page = moves[i].to;
+          break;
+        }
+  };
+  if (moves.size() == before) return run;
+  for (Sequence* sequence : running_) renumber(sequence->block_table);
+  for (TrainSequence* sequence : started_) renumber(sequence->block_table);
+  return run;
+}
+
 std::int64_t Scheduler::blocks_held(bool in_backward) const {
   std::int64_t sum = 0;
   for (const TrainSequence* sequence : started_)
-    if (sequence->in_backward() == in_backward) sum += static_cast<std::int64_t>(sequence->block_table.size());
+    if (sequence->in_backward() == in_backward)
+      sum += static_cast<std::int64_t>(sequence->block_table.size()) + sequence->store.count;
   return sum;
 }
 
@@ -224,8 +247,7 @@ bool Scheduler::restart_one(StepPlan& plan, bool paused_only) {
     }
   }
   if (victim == nullptr) return false;
-  blocks_.release(victim->block_table);
-  victim->started = false;
+  release(*victim);
   victim->forward_done = 0;
   std::erase(started_, victim);
   plan.restarted.push_back(victim);
@@ -379,8 +401,7 @@ std::int64_t Scheduler::commit_backward(const BackwardUnit& unit) {
       sequence.rows_left = sequence.length;
       continue;
     }
-    blocks_.release(sequence.block_table);
-    sequence.started = false;
+    release(sequence);
     sequence.done = true;
     ++done;
     std::erase(started_, &sequence);

@@ -41,9 +41,10 @@ struct StepLimits;
 /// and backward units, as much as the policy allows: with the hybrid one, up to the step time that the objectives of
 /// the requests leave. Holds pointers to sequences that the engine owns. Same input, same plan. Not thread-safe.
 ///
-/// Pages. A request takes the pages of all its tokens at admission, then one at a time; a training sequence takes all
-/// of its pages at its start. When they run out: training sequences in their forward phase give theirs back first
-/// (plan.restarted), then the youngest request is preempted. Backward phases keep theirs, and run until they are done.
+/// Pages. A request takes the pages of all its tokens at admission, then one at a time; a training sequence takes at
+/// its start all of its pages, and a run of others for what it keeps for its backward. When they run out: training
+/// sequences in their forward phase give theirs back first (plan.restarted), then the youngest request is preempted.
+/// Backward phases keep theirs, and run until they are done.
 class Scheduler {
  public:
   /// Throws InvalidArgument on a limit below 1, an objective that is not positive, an unknown policy.
@@ -68,6 +69,9 @@ class Scheduler {
   void remove_job(std::int64_t job_id);  // forgets its sequences and gives their pages back
   /// Sequences of one optimizer step, in order. They start when there is room in flight and in the pool. Throws as add.
   void add_training(TrainSequence* sequence);
+
+  /// A run of pages; those in the way are moved, and every table says so. As BlockManager::reserve_run.
+  BlockRun reserve_run(std::int64_t count, std::vector<BlockMove>& moves);
 
   /// Allocates pages and sets state, started and cached tokens of what it admits, starts, preempts or restarts; the
   /// rest is updated by commit. At most one forward window a sequence. Without its commit, the next plan asks for the
@@ -129,6 +133,7 @@ class Scheduler {
 
   // scheduler.cpp: life cycle and inference
   Job& job(std::int64_t job_id, const char* op);
+  void release(TrainSequence& sequence);
   std::int64_t blocks_held(bool in_backward) const;
   bool restart_one(StepPlan& plan, bool paused_only);
   void preempt(StepPlan& plan, Sequence* sequence);
@@ -152,6 +157,7 @@ class Scheduler {
   Outcome give(Step& step, Job& job, bool force);
   Outcome give_forward(Step& step, Job& job, bool force);
   Outcome give_backward(Step& step, Job& job, bool force);
+  bool take_store(Step& step, TrainSequence& sequence);
   bool room_to_start(Step& step, const TrainSequence& sequence, bool force);
   std::int64_t growth_blocks(std::int64_t tokens) const;
   std::int64_t forward_rows(const Step& step, const TrainSequence& sequence, bool force) const;

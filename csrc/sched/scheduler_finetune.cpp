@@ -177,6 +177,7 @@ Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
     if (!room_to_start(step, sequence, force)) return step.holds_admission && !force ? Outcome::kNoFit : outcome;
     count = forward_rows(step, sequence, force);
     if (count == 0) return Outcome::kNoFit;
+    if (!take_store(step, sequence)) return Outcome::kNoFit;
     blocks_.reserve(sequence.block_table, sequence.length);
     sequence.started = true;
     started_.push_back(&sequence);
@@ -201,7 +202,8 @@ Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
 /// Whether a pending sequence may take its pages now. Sequences of paused jobs make room when nobody else is at work.
 bool Scheduler::room_to_start(Step& step, const TrainSequence& sequence, bool force) {
   if (step.short_of_pages || step.blocked || (!waiting_.empty() && step.serves && !force)) return false;
-  const std::int64_t pages = blocks_.blocks_for(sequence.length) + growth_blocks(force ? 1 : kGrowthTokens);
+  const std::int64_t pages =
+      blocks_.blocks_for(sequence.length) + sequence.store_blocks + growth_blocks(force ? 1 : kGrowthTokens);
   const std::int64_t slots = config_.max_training_seqs();
   const auto room = [&] {
     const auto started = static_cast<std::int64_t>(started_.size());
@@ -218,6 +220,20 @@ bool Scheduler::room_to_start(Step& step, const TrainSequence& sequence, bool fo
     if (room()) return true;
   }
   return false;
+}
+
+/// A run for what the sequence keeps. Where runs of others lie in between it waits for them; those of paused jobs, when
+/// nobody else is at work, give way.
+bool Scheduler::take_store(Step& step, TrainSequence& sequence) {
+  if (sequence.store_blocks == 0) return true;
+  while (true) {
+    sequence.store = reserve_run(sequence.store_blocks, step.plan.moves);
+    if (sequence.store) return true;
+    for (const TrainSequence* s : started_)
+      if (!job(s->job_id, "plan").paused) return false;
+    if (!restart_one(step.plan, true)) return false;
+    std::erase_if(flights_, [](const Flight& flight) { return !flight.sequence->started; });
+  }
 }
 
 /// Pages that the running requests will ask for until each has `tokens` more.

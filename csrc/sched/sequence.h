@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "flexcore/config.h"
+#include "sched/block_manager.h"
 
 namespace flexcore {
 
@@ -51,7 +52,9 @@ struct TrainSequence {
   std::int64_t window_tokens = 0;           // largest forward window; 0: any
   std::int64_t backward_window_tokens = 0;  // largest backward window; 0: any
   double backward_cost = 1.0;               // of its units, in units that make nothing again
+  std::int64_t store_blocks = 0;            // pages that hold what it keeps for its backward
   std::vector<std::int32_t> block_table;
+  BlockRun store;
 
   bool started = false;           // pages and saved activations are held
   std::int64_t forward_done = 0;  // tokens [0, forward_done) are through the forward

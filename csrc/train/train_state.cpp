@@ -7,6 +7,8 @@ namespace flexcore {
 
 namespace {
 
+std::size_t gradients_offset(std::size_t saved_bytes) { return (saved_bytes + 63) / 64 * 64; }
+
 bool first_is_target(const AdapterLayout& layout) {
   return layout.num_virtual_tokens > 0 && layout.modules.front().bypass.kind == BypassKind::kPrompt;
 }
@@ -36,30 +38,40 @@ std::size_t TrainState::gradient_bytes(const TrainShape& shape, std::int64_t len
   return static_cast<std::size_t>((shape.hidden_size + 2 * shape.kv_width) * length) * sizeof(float);
 }
 
-void TrainState::allocate(Allocator& allocator, MemoryLedger& ledger, const TrainShape& shape) {
+std::size_t TrainState::store_bytes(const TrainingProgram& program, const TrainShape& shape, std::int64_t length) {
+  return gradients_offset(saved_bytes(program, length)) + gradient_bytes(shape, length);
+}
+
+void TrainState::place(std::byte* store, MemoryLedger& ledger, const TrainShape& shape) {
   shape_ = shape;
-  saved_ = Buffer(allocator, ledger, MemoryTag::kSavedActivations, saved_bytes(*program, length()));
-  grads_ = Buffer(allocator, ledger, MemoryTag::kGradients, gradient_bytes(shape, length()));
+  store_ = store;
+  saved_loan_ = LedgerLoan(ledger, MemoryTag::kKvPages, MemoryTag::kSavedActivations, saved_bytes(*program, length()));
+  gradient_loan_ = LedgerLoan(ledger, MemoryTag::kKvPages, MemoryTag::kGradients, gradient_bytes(shape, length()));
 }
 
 void TrainState::restart() {
-  saved_.reset();
-  grads_.reset();
+  store_ = nullptr;
+  saved_loan_.end();
+  gradient_loan_.end();
   loss_sum = 0.0;
+}
+
+float* TrainState::gradients_at() const {
+  return reinterpret_cast<float*>(store_ + gradients_offset(saved_bytes(*program, length())));
 }
 
 TensorView TrainState::saved(std::size_t index, std::int64_t begin, std::int64_t end) const {
   const auto& tensor = program->saved[index];
   const auto width = static_cast<std::int64_t>(tensor.bytes_per_token() / dtype_size(tensor.dtype));
-  return saved_.view(tensor.dtype, {length(), width}, tensor.offset * static_cast<std::size_t>(length()))
+  return TensorView(store_ + tensor.offset * static_cast<std::size_t>(length()), tensor.dtype, {length(), width})
       .rows(begin, end);
 }
 
 TensorView TrainState::grad_hidden(std::int64_t begin, std::int64_t end) const {
-  return grads_.view(DType::kFloat32, {length(), shape_.hidden_size}).rows(begin, end);
+  return TensorView(gradients_at(), DType::kFloat32, {length(), shape_.hidden_size}).rows(begin, end);
 }
 
-float* TrainState::grad_k() const { return reinterpret_cast<float*>(grads_.data()) + shape_.hidden_size * length(); }
+float* TrainState::grad_k() const { return gradients_at() + shape_.hidden_size * length(); }
 
 float* TrainState::grad_v() const { return grad_k() + shape_.kv_width * length(); }
 

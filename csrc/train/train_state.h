@@ -38,14 +38,14 @@ class TrainState {
   /// restarted.
   std::int64_t output_gradients_end = 0;
 
-  /// Takes memory at the first window; throws OutOfMemory.
-  void allocate(Allocator& allocator, MemoryLedger& ledger, const TrainShape& shape);
+  /// Where it keeps things from the first window on: store_bytes of the pool of pages, whose tag they leave meanwhile.
+  void place(std::byte* store, MemoryLedger& ledger, const TrainShape& shape);
   /// Forgets the forward done so far, after the scheduler has restarted the sequence.
   void restart();
-  bool allocated() const { return static_cast<bool>(saved_) || static_cast<bool>(grads_); }
+  bool placed() const { return store_ != nullptr; }
 
   TensorView saved(std::size_t index, std::int64_t begin, std::int64_t end) const;  // [rows, width], as it is kept
-  std::byte* store() const { return saved_.data(); }                                // of all saved tensors
+  std::byte* store() const { return store_; }                                       // of all saved tensors
   TensorView grad_hidden(std::int64_t begin, std::int64_t end) const;               // [rows, hidden_size] float32
   float* grad_k() const;                                                            // [length, kv_width]
   float* grad_v() const;
@@ -53,10 +53,13 @@ class TrainState {
 
   static std::size_t saved_bytes(const TrainingProgram& program, std::int64_t length);
   static std::size_t gradient_bytes(const TrainShape& shape, std::int64_t length);
+  static std::size_t store_bytes(const TrainingProgram& program, const TrainShape& shape, std::int64_t length);
   std::int64_t length() const { return static_cast<std::int64_t>(tokens.size()); }
 
  private:
-  Buffer saved_, grads_;
+  float* gradients_at() const;
+  std::byte* store_ = nullptr;  // saved tensors, then gradients
+  LedgerLoan saved_loan_, gradient_loan_;
   TrainShape shape_;
 };
 

@@ -81,8 +81,9 @@ struct PagedSequences {
   PagedSequences(const AttentionShape& shape, const std::vector<std::int64_t>& lengths, std::mt19937& rng)
       : shape(shape),
         num_blocks(count_blocks(shape, lengths) + 2),
-        keys(shape.pages, num_blocks * shape.num_kv_heads * shape.block_size, shape.head_dim),
-        values(shape.pages, num_blocks * shape.num_kv_heads * shape.block_size, shape.head_dim) {
+        page_rows(shape.num_kv_heads * shape.block_size + kGapRows),
+        keys(shape.pages, num_blocks * page_rows, shape.head_dim),
+        values(shape.pages, num_blocks * page_rows, shape.head_dim) {
     std::vector<std::int32_t> order(static_cast<std::size_t>(num_blocks));
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), rng);
@@ -96,15 +97,17 @@ struct PagedSequences {
 
   KvPages pages() {
     const auto view = [&](Matrix& m) {
-      return TensorView(m.view().data(), shape.pages,
-                        {num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim});
+      TensorView pages(m.view().data(), shape.pages,
+                       {num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim});
+      pages.set_stride(0, page_rows * shape.head_dim);
+      return pages;
     };
     return {view(keys), view(values)};
   }
   /// Row of `keys` and `values` that holds a position.
   std::int64_t page_row(std::size_t sequence, std::int64_t position, std::int64_t kv_head) const {
     const std::int64_t page = tables[sequence][position / shape.block_size];
-    return (page * shape.num_kv_heads + kv_head) * shape.block_size + position % shape.block_size;
+    return page * page_rows + kv_head * shape.block_size + position % shape.block_size;
   }
   void fill_pages(OpFixture& ops) {
     for (std::size_t s = 0; s < sequences.size(); ++s) {
@@ -117,7 +120,8 @@ struct PagedSequences {
   }
 
   AttentionShape shape;
-  std::int64_t num_blocks;
+  static constexpr std::int64_t kGapRows = 3;  // between pages
+  std::int64_t num_blocks, page_rows;
   Matrix keys, values;
   std::vector<Sequence> sequences;
   std::vector<std::vector<std::int32_t>> tables;

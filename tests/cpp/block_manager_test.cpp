@@ -219,5 +219,78 @@ TEST(BlockManager, RandomUseNeverGivesWrongContent) {
   }
 }
 
+TEST(BlockManager, RunsAreAboveSinglePages) {
+  BlockManager blocks(10, 4, true);
+  std::vector<BlockMove> moves;
+  Table a;
+  blocks.reserve(a, 8);
+  EXPECT_EQ(a, (Table{0, 1}));
+  BlockRun run = blocks.reserve_run(3, moves), other = blocks.reserve_run(5, moves);
+  EXPECT_EQ(run.first, 7);
+  EXPECT_EQ(other.first, 2);
+  EXPECT_EQ(blocks.num_free(), 0);
+  EXPECT_TRUE(moves.empty());
+  EXPECT_FALSE(blocks.reserve_run(1, moves));
+  blocks.release_run(run);
+  EXPECT_FALSE(run);
+  EXPECT_EQ(blocks.num_free(), 3);
+  EXPECT_FALSE(blocks.reserve_run(0, moves));
+  blocks.release_run(other);
+  Table b;
+  blocks.reserve(b, 4);
+  EXPECT_EQ(b, Table{2});  // the lowest, so that runs find room
+  BlockRun stranger{0, 1};
+  EXPECT_THROW(blocks.release_run(stranger), Error);
+}
+
+TEST(BlockManager, PagesInTheWayAreMovedAndFoundAgain) {
+  BlockManager blocks(8, 4, true);
+  const Table first = sequence(0, 8), second = sequence(100, 8);
+  Table a, b, c;
+  blocks.reserve(a, 8), blocks.reserve(b, 8), blocks.reserve(c, 16);
+  blocks.register_blocks(1, first, 8, a);
+  blocks.register_blocks(1, second, 8, b);
+  blocks.release(a);  // free, still findable: 0, 1
+  Table tail(c.begin() + 2, c.end());
+  c.resize(2);
+  blocks.release(tail);  // 6, 7
+  // Free are 0, 1, 6, 7. Three next to each other: 5 has to go.
+  std::vector<BlockMove> moves;
+  const BlockRun run = blocks.reserve_run(3, moves);
+  EXPECT_EQ(run.first, 5);
+  ASSERT_EQ(moves.size(), 1u);
+  EXPECT_EQ(moves[0].from, 5);
+  EXPECT_EQ(moves[0].to, 1);  // of the free pages with content, the least recently used: ends go before beginnings
+  EXPECT_EQ(blocks.num_free(), 1);
+  // And four: all of b's move, and are found where they are now.
+  BlockRun given = run;
+  blocks.release_run(given);
+  moves.clear();
+  const BlockRun again = blocks.reserve_run(4, moves);
+  EXPECT_EQ(again.count, 4);
+  for (auto& page : b)
+    for (const auto& move : moves)
+      if (move.from == page) {
+        page = move.to;
+        break;
+      }
+  Table found;
+  EXPECT_EQ(blocks.match_prefix(1, sequence(100, 9), found), 8);
+  EXPECT_EQ(found, b);
+}
+
+TEST(BlockManager, ARunDoesNotReachThroughAnother) {
+  BlockManager blocks(7, 4, false);
+  std::vector<BlockMove> moves;
+  BlockRun above = blocks.reserve_run(3, moves), middle = blocks.reserve_run(1, moves);
+  EXPECT_EQ(middle.first, 3);
+  blocks.release_run(above);  // free are 0..2 and 4..6
+  EXPECT_EQ(blocks.num_free(), 6);
+  EXPECT_FALSE(blocks.reserve_run(4, moves));
+  EXPECT_TRUE(moves.empty());
+  EXPECT_EQ(blocks.num_free(), 6);
+  EXPECT_EQ(blocks.reserve_run(3, moves).first, 4);
+}
+
 }  // namespace
 }  // namespace flexcore

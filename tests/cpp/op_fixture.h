@@ -86,8 +86,8 @@ class Matrix {
 
   bool same_row(std::int64_t i, const Matrix& other, std::int64_t j) const {
     const auto size = dtype_size(dtype_);
-    return std::memcmp(bytes_.data() + i * stride_ * size, other.bytes_.data() + j * other.stride_ * size,
-                       width_ * size) == 0;
+    return width_ == 0 || std::memcmp(bytes_.data() + i * stride_ * size,
+                                      other.bytes_.data() + j * other.stride_ * size, width_ * size) == 0;
   }
   bool same(const Matrix& other) const {
     for (std::int64_t i = 0; i < rows_; ++i)

@@ -45,7 +45,8 @@ struct World {
     for (auto& token : tokens) token = next_token++;
     return request(std::move(tokens), max_tokens);
   }
-  TrainSequence& example(std::int64_t job, std::int64_t length, std::int64_t window = 0, std::int64_t backward = 0) {
+  TrainSequence& example(std::int64_t job, std::int64_t length, std::int64_t window = 0, std::int64_t backward = 0,
+                         std::int64_t store = 0) {
     auto owned = std::make_unique<TrainSequence>();
     TrainSequence& s = *owned;
     s.id = static_cast<std::int64_t>(training.size()) + 1;
@@ -53,6 +54,7 @@ struct World {
     s.length = length;
     s.window_tokens = window;
     s.backward_window_tokens = backward;
+    s.store_blocks = store;
     scheduler.add_training(&s);
     training.push_back(std::move(owned));
     return s;
@@ -61,7 +63,11 @@ struct World {
   /// Plans, checks, commits, and gives every sampled row a token.
   StepPlan step(double elapsed_ms = -1.0) {
     StepPlan plan = scheduler.plan(now_ms);
+    for (const auto& [from, to] : plan.moves)
+      contents[static_cast<std::size_t>(to)] = contents[static_cast<std::size_t>(from)];
+    moves += static_cast<std::int64_t>(plan.moves.size());
     check(plan);
+    write(plan);
     now_ms += elapsed_ms >= 0.0 ? elapsed_ms : std::max(1.0, plan.predicted_ms);
     scheduler.commit(plan);
     for (const SequenceWork& work : plan.inference) {
@@ -93,7 +99,59 @@ struct World {
   void check_pages() const;
 
   std::int32_t next_token = 0;
+  /// What each page holds: a number for the tokens up to there and whose they are.
+  std::vector<std::size_t> contents = std::vector<std::size_t>(static_cast<std::size_t>(blocks.num_blocks()));
+  std::int64_t moves = 0;
+
+ private:
+  void write(const StepPlan& plan);
+  void check_contents() const;
+  std::size_t content_of(const Sequence& s, std::int64_t tokens) const {
+    std::size_t hash = s.cache_key + 1;
+    for (std::int64_t i = 0; i < tokens; ++i)
+      hash = hash * 1000003 + static_cast<std::size_t>(s.tokens[static_cast<std::size_t>(i)]) + 7;
+    return hash;
+  }
+  static std::size_t content_of(const TrainSequence& s, std::size_t block) {
+    return static_cast<std::size_t>(s.id) * 1000003 + block + (std::size_t{1} << 60);
+  }
 };
+
+// As the engine: keys and values of rows go to their pages, and what a training sequence keeps to its run.
+inline void World::write(const StepPlan& plan) {
+  const auto page = [&](std::int32_t index) -> std::size_t& { return contents[static_cast<std::size_t>(index)]; };
+  for (const SequenceWork& w : plan.inference)
+    for (std::int64_t i = w.begin / blocks.block_size(); i < blocks.blocks_for(w.end); ++i)
+      page(w.sequence->block_table[static_cast<std::size_t>(i)]) =
+          content_of(*w.sequence, std::min(w.end, (i + 1) * blocks.block_size()));
+  for (const TrainWindow& w : plan.forward) {
+    const TrainSequence& s = *w.sequence;
+    if (w.begin > 0) continue;
+    for (std::size_t i = 0; i < s.block_table.size(); ++i) page(s.block_table[i]) = content_of(s, i);
+    for (std::int64_t i = 0; i < s.store.count; ++i)
+      page(static_cast<std::int32_t>(s.store.first + i)) = content_of(s, 1000 + static_cast<std::size_t>(i));
+  }
+  check_contents();
+}
+
+/// Everybody finds what it wrote, wherever its pages are by now.
+inline void World::check_contents() const {
+  const auto page = [&](std::int32_t index) { return contents[static_cast<std::size_t>(index)]; };
+  for (const auto& s : sequences) {
+    if (s->state != Sequence::State::kRunning) continue;
+    for (std::int64_t i = 0; i < s->num_computed_tokens / blocks.block_size(); ++i)
+      ASSERT_EQ(page(s->block_table[static_cast<std::size_t>(i)]), content_of(*s, (i + 1) * blocks.block_size()))
+          << "request " << s->id << " block " << i;
+  }
+  for (const auto& s : training) {
+    if (!s->started) continue;
+    ASSERT_EQ(s->store.count, s->store_blocks);
+    for (std::size_t i = 0; i < s->block_table.size(); ++i) ASSERT_EQ(page(s->block_table[i]), content_of(*s, i));
+    for (std::int64_t i = 0; i < s->store.count; ++i)
+      ASSERT_EQ(page(static_cast<std::int32_t>(s->store.first + i)),
+                content_of(*s, 1000 + static_cast<std::size_t>(i)));
+  }
+}
 
 inline void World::check(const StepPlan& plan) {
   const std::int64_t max_rows = config.max_num_batched_tokens;
@@ -152,7 +210,7 @@ inline void World::check(const StepPlan& plan) {
   EXPECT_TRUE(started < 2 || in_flight <= config.max_finetune_tokens_in_flight);
   for (const Sequence* s : plan.preempted) EXPECT_TRUE(s->block_table.empty() && s->num_computed_tokens == 0);
   for (const TrainSequence* s : plan.restarted)
-    EXPECT_TRUE(s->block_table.empty() && s->forward_done == 0 && !s->started);
+    EXPECT_TRUE(s->block_table.empty() && !s->store && s->forward_done == 0 && !s->started);
   EXPECT_FALSE(plan.explain.empty());
   log += plan.explain + "\n";
   for (const SequenceWork& w : plan.inference)
@@ -197,6 +255,12 @@ inline void World::check_pages() const {
     for (const std::int32_t page : s->block_table) {
       Holder& holder = holders[static_cast<std::size_t>(page)];
       ASSERT_FALSE(holder.held) << "page " << page << " is held twice";
+      holder.held = true;
+      ++held;
+    }
+    for (std::int64_t i = 0; i < s->store.count; ++i) {
+      Holder& holder = holders[static_cast<std::size_t>(s->store.first + i)];
+      ASSERT_FALSE(holder.held) << "page " << s->store.first + i << " is held twice";
       holder.held = true;
       ++held;
     }

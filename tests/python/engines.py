@@ -38,6 +38,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 MakeEngine = Callable[..., fc.Engine]
 
 
+def least_pool(directory: Path, adapter: Any, length: int, **changes: Any) -> int:
+    """Bytes of the smallest pool of pages in which a sequence of `length` tokens trains."""
+
+    def fits(count: int) -> bool:
+        config = fc.EngineConfig(**(EXACT | changes | {"kv_cache_memory_bytes": count}))
+        try:
+            fc.plan(directory, config, adapter, length)
+        except fc.InvalidArgument:
+            return False
+        return True
+
+    low, high = 0, 1 << 30
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _quiet_torch() -> None:
     try:

@@ -25,6 +25,11 @@ def planned(directory: Any, lora: fc.LoraConfig | None, length: int, **changes: 
     return fc.plan(directory, fc.EngineConfig(**(EXACT | changes)), lora, length)
 
 
+def pool_of(plan: fc.MemoryPlan) -> int:
+    """All pages: what is left for requests, and what training sequences keep and add up in them."""
+    return plan.kv_pages + plan.saved_activations + plan.gradients - plan.optimizer // 2
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("name", ["llama", "mistral", "qwen3"])
@@ -41,8 +46,9 @@ def test_against_the_ledger(name: str, targets: str, dtype: str, make_engine: Ma
     run(engine)
     assert engine.job(job).status == "succeeded"
     peak = engine.memory_peak()
-    for tag in ("weights", "kv_pages", "adapters", "gradients", "optimizer", "saved_activations"):
+    for tag in ("weights", "adapters", "gradients", "optimizer", "saved_activations"):
         assert peak[tag] == getattr(plan, tag), tag
+    assert peak["kv_pages"] == pool_of(plan)
     assert 2 * held["adapters"] == plan.adapters and held["optimizer"] == plan.optimizer
     assert peak["workspace"] <= plan.workspace
     assert is_idle(engine)
@@ -75,7 +81,8 @@ def test_nothing_takes_more_than_planned(
     engine.score(random_tokens(256, seed=3), "a")
     assert [job.status for job in engine.jobs()] == ["succeeded"]
     peak = engine.memory_peak()
-    assert {tag: peak[tag] for tag in peak if peak[tag] > getattr(plan, tag)} == {}
+    assert {tag for tag in peak if peak[tag] > getattr(plan, tag)} <= {"kv_pages"}
+    assert peak["kv_pages"] == pool_of(plan)
 
 
 def test_saved_by_the_token(tiny_dir: Any) -> None:
@@ -135,6 +142,28 @@ def test_default_length_fits_model_and_config(tiny_dir: Any) -> None:
     """The model's 256 positions; fewer if the engine is to take fewer."""
     assert fc.plan(tiny_dir("llama"), lora=fc.LoraConfig()).sequence_length == 256
     assert fc.plan(tiny_dir("llama"), fc.EngineConfig(max_model_len=128), fc.LoraConfig()).sequence_length == 128
+
+
+def test_what_the_pool_cannot_hold(tiny_dir: Any, make_engine: MakeEngine) -> None:
+    """Refused before anything is loaded, with the longest sequence that would fit: which does."""
+    path, lora = tiny_dir("llama"), fc.LoraConfig(r=5)
+    pool = planned(path, None, 100, kv_cache_memory_bytes=300_000).kv_pages
+    with pytest.raises(fc.InvalidArgument, match=r"sequence_length: 256 tokens need \d+ pages") as info:
+        planned(path, lora, 256, kv_cache_memory_bytes=300_000)
+    longest = int(str(info.value).split("at most ")[1].split()[0])
+    plan = planned(path, lora, longest, kv_cache_memory_bytes=300_000)
+    assert plan.max_sequence_length == longest == plan.tokens_in_flight
+    assert plan.total < planned(path, None, 100, kv_cache_memory_bytes=300_000).total + 4 * plan.adapters
+    with pytest.raises(fc.InvalidArgument, match=f"at most {longest} tokens fit"):
+        planned(path, lora, longest + 1, kv_cache_memory_bytes=300_000)
+    engine = make_engine(kv_cache_memory_bytes=300_000)
+    assert engine.memory()["kv_pages"] == pool == pool_of(plan)
+    engine.create_adapter("a", lora)
+    with pytest.raises(fc.InvalidArgument, match=f"{longest + 1} tokens need"):
+        engine.finetune("a", random_examples((longest + 1,), seed=1))
+    job = engine.finetune("a", random_examples((longest, 20), seed=1), fc.FinetuneConfig(batch_size=2))
+    run(engine)
+    assert engine.job(job).status == "succeeded"
 
 
 def test_bad_arguments(tiny_dir: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import oracle
 import pytest
-from engines import MakeEngine, clear
+from engines import MakeEngine, clear, least_pool
 from running import Log, generate, is_idle, random_examples, random_tokens, run
 
 import flexcore as fc
@@ -22,6 +22,7 @@ STEPS = 150
 PREFIX = random_tokens(30, seed=1)
 PROMPTS = [PREFIX[:cut] + random_tokens(extra, seed=cut) for cut, extra in ((0, 3), (8, 1), (16, 9), (30, 2), (30, 21))]
 SERVED = ["x", "y"]  # adapters that never change
+PAGE = 2 * 3 * 2 * 16 * 4 * 4  # bytes: keys and values of 3 layers, 2 heads of 16, 4 tokens, float32
 POLICIES = ["hybrid", "temporal:2", "dynamic-temporal", "token-cap:8", "inference-only", "finetune-only"]
 SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.1, "batch_size": 2, "num_epochs": 2}
 
@@ -145,6 +146,11 @@ def examples_of(seed: int) -> list[fc.Example]:
     return random_examples((25, 4, 40, 11), seed=seed)
 
 
+def small_pool(tiny_dir: Any) -> int:
+    """For the longest example, and next to nothing else."""
+    return least_pool(tiny_dir("mistral"), fc.LoraConfig(r=3, lora_alpha=6), 40, block_size=4)
+
+
 @pytest.fixture(scope="module")
 def directories(tiny_hf: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {name: tmp_path_factory.mktemp(name) for name in [*SERVED, "fixed"]}
@@ -162,11 +168,12 @@ def reference(make_engine: MakeEngine, directories: dict[str, Path]) -> fc.Engin
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_walk(seed: int, make_engine: MakeEngine, reference: fc.Engine, directories: dict[str, Path]) -> None:
-    page = 2 * 3 * 2 * 16 * 4 * 4  # keys and values of 3 layers, 2 heads of 16, 4 tokens, float32
+def test_walk(
+    seed: int, make_engine: MakeEngine, reference: fc.Engine, directories: dict[str, Path], tiny_dir: Any
+) -> None:
     engine = make_engine(
         "mistral",
-        kv_cache_memory_bytes=(24 + 8 * seed) * page,
+        kv_cache_memory_bytes=small_pool(tiny_dir) + 16 * seed * PAGE,
         block_size=4,
         max_num_seqs=4 + seed,
         max_num_batched_tokens=16 + 5 * seed,
@@ -190,10 +197,12 @@ def resident_bytes() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_soak(make_engine: MakeEngine, reference: fc.Engine, directories: dict[str, Path]) -> None:
+def test_soak(make_engine: MakeEngine, reference: fc.Engine, directories: dict[str, Path], tiny_dir: Any) -> None:
     """One engine for a long time (FLEXCORE_SOAK_SECONDS=600), objectives and policies changing too: the same answers
     and losses, and after each round the memory that it began with."""
-    engine = make_engine("mistral", kv_cache_memory_bytes=40 * 3072 * 4, block_size=4, max_num_seqs=6)
+    engine = make_engine(
+        "mistral", kv_cache_memory_bytes=small_pool(tiny_dir) + 30 * PAGE, block_size=4, max_num_seqs=6
+    )
     # A GPU keeps the tables of the steps that it has recorded, and records new kinds of steps as they come.
     kept = () if engine.model().device == "cpu" else ("workspace",)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import oracle
 import pytest
-from engines import MakeEngine
+from engines import MakeEngine, least_pool
 from running import Log, generate, greedy, is_idle, random_examples, random_tokens, run
 
 import flexcore as fc
@@ -205,16 +205,19 @@ def test_preemption(caching: bool, engine: fc.Engine, make_engine: MakeEngine, a
     [{}, {"target_modules": ["lm_head"], "modules_to_save": ["embed_tokens"]}, {"modules_to_save": ["lm_head"]}],
     ids=str,
 )
-def test_small_pool_with_training(adapter: dict[str, Any], engine: fc.Engine, make_engine: MakeEngine) -> None:
+def test_small_pool_with_training(
+    adapter: dict[str, Any], engine: fc.Engine, make_engine: MakeEngine, tiny_dir: Any
+) -> None:
     """Training gives its pages back to requests, begins its sequence again, and has the same losses. What the forward
     adds to an output layer's gradient is added once."""
     examples = random_examples((200, 150, 180), seed=3)
     config = fc.FinetuneConfig(batch_size=3, num_epochs=2, learning_rate=1e-2, window_tokens=8)
     wanted = generate(engine, PROMPTS, greedy(60))
     losses = []
-    for pages, prompts in ((engine.stats()["kv_blocks"], []), (32, PROMPTS)):
-        trained = make_engine(kv_cache_memory_bytes=pool_of(engine, pages))
-        trained.create_adapter("a", fc.LoraConfig(r=4, **adapter), seed=1)
+    method = fc.LoraConfig(r=4, **adapter)
+    for pool, prompts in ((engine.memory()["kv_pages"], []), (least_pool(tiny_dir("llama"), method, 200), PROMPTS)):
+        trained = make_engine(kv_cache_memory_bytes=pool)
+        trained.create_adapter("a", method, seed=1)
         job = trained.finetune("a", examples, config)
         log = run(trained, until=lambda log: len(log.reports) >= 5)
         ids = [trained.submit(prompt, greedy(60)) for prompt in prompts]

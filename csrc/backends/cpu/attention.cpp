@@ -24,6 +24,7 @@ AttentionProblem make_problem(const KvPages& pages) {
   p.num_kv_heads = pages.keys.shape(1);
   p.block_size = pages.keys.shape(2);
   p.head_dim = pages.keys.shape(3);
+  p.page_stride = pages.keys.stride(0);
   return p;
 }
 

@@ -15,7 +15,7 @@ void kv_write(OpContext& context, const KvWriteArgs& args) {
   const std::int64_t heads = args.pages.keys.shape(1), block_size = args.pages.keys.shape(2),
                      head_dim = args.pages.keys.shape(3);
   const CallScope scope(context);
-  const KvSlots table = kv_slots(context, args.spans, heads, block_size);
+  const KvSlots table = kv_slots(context, args.spans, page_rows(args.pages.keys), block_size);
   const WritePages write{
       head_rows_of(args.k), head_rows_of(args.v),       page_rows_of(args.pages.keys), page_rows_of(args.pages.values),
       table.slots,          static_cast<int>(head_dim), static_cast<int>(block_size)};

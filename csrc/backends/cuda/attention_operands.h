@@ -18,11 +18,14 @@ inline Rows page_rows_of(const TensorView& pages) {
   return {pages.data(), pages.shape(3), pages.dtype() == DType::kBFloat16};
 }
 
+inline std::int64_t page_rows(const TensorView& pages) { return pages.stride(0) / pages.shape(3); }
+
 inline AttentionProblem attention_problem(const TensorView& q, const TensorView& y, const TensorView& lse,
                                           const KvPages& pages, float scale, std::int64_t sliding_window) {
   AttentionProblem p;
   p.keys = page_rows_of(pages.keys);
   p.values = page_rows_of(pages.values);
+  p.page_rows = page_rows(pages.keys);
   p.page_packs = aligned_for_packs(pages.keys) && aligned_for_packs(pages.values);
   p.num_kv_heads = static_cast<int>(pages.keys.shape(1));
   p.group = static_cast<int>(q.shape(1) / pages.keys.shape(1));

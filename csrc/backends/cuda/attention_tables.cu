@@ -183,13 +183,12 @@ struct KvSlotPlan {
   bool fits(const KvSlotPlan&) const { return true; }
 };
 
-KvSlotPlan plan_slots(std::span<const AttentionSpan> spans, std::int64_t num_kv_heads, std::int64_t block_size) {
+KvSlotPlan plan_slots(std::span<const AttentionSpan> spans, std::int64_t page_rows, std::int64_t block_size) {
   KvSlotPlan plan;
   for (const auto& span : spans) {
     for (std::int64_t row = span.row_begin; row < span.row_end; ++row) {
       const std::int64_t position = span.position + row - span.row_begin;
-      plan.slots.push_back(
-          {row, span.block_table[position / block_size] * num_kv_heads * block_size + position % block_size});
+      plan.slots.push_back({row, span.block_table[position / block_size] * page_rows + position % block_size});
     }
   }
   return plan;
@@ -240,11 +239,11 @@ AttentionTables attention_tables_of_call(OpContext& context, std::vector<Attenti
       *place(context, [spans = std::move(spans), heads, cut] { return AttentionPlan(spans, heads, cut); }));
 }
 
-KvSlots kv_slots(OpContext& context, std::span<const AttentionSpan> spans, std::int64_t num_kv_heads,
+KvSlots kv_slots(OpContext& context, std::span<const AttentionSpan> spans, std::int64_t page_rows,
                  std::int64_t block_size) {
   static const char what = 0;
-  const auto placed = place_once(context, batch_key(&what, spans, {num_kv_heads, block_size}),
-                                 [=] { return plan_slots(spans, num_kv_heads, block_size); });
+  const auto placed = place_once(context, batch_key(&what, spans, {page_rows, block_size}),
+                                 [=] { return plan_slots(spans, page_rows, block_size); });
   return {placed->device.get<KvSlot>(0), placed->device.count(0)};
 }
 

@@ -47,7 +47,7 @@ struct KvSlots {
   const KvSlot* slots;
   std::int64_t count;
 };
-KvSlots kv_slots(OpContext& context, std::span<const AttentionSpan> spans, std::int64_t num_kv_heads,
+KvSlots kv_slots(OpContext& context, std::span<const AttentionSpan> spans, std::int64_t page_rows,
                  std::int64_t block_size);
 
 }  // namespace flexcore::cuda

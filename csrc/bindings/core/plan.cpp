@@ -81,6 +81,7 @@ void register_plan(py::module_& m) {
       .field("num_layers", &MemoryPlan::num_layers)
       .field("sequence_length", &MemoryPlan::sequence_length)
       .field("tokens_in_flight", &MemoryPlan::tokens_in_flight)
+      .field("max_sequence_length", &MemoryPlan::max_sequence_length)
       .field("saved_bytes_per_token_per_layer", &MemoryPlan::saved_bytes_per_token_per_layer)
       .field("unpruned_bytes_per_token_per_layer", &MemoryPlan::unpruned_bytes_per_token_per_layer)
       .field("tensors", &MemoryPlan::tensors)

@@ -69,13 +69,15 @@ struct ParallelPlan {
 };
 
 /// Bytes before any allocation: what an engine may take while it serves and one job trains an adapter, on sequences of
-/// at most `sequence_length` tokens. Adapters are counted twice: a version, and the next in the making. Requests that
-/// still run on an older version keep that one too.
+/// at most `sequence_length` tokens. What these keep for their backward is in pages of the pool: kv_pages is the rest
+/// of it, when as many tokens are in flight as may be. Adapters are counted twice: a version, and the next in the
+/// making. Requests that still run on an older version keep that one too.
 struct MemoryPlan {
   std::int64_t weights = 0, kv_pages = 0, saved_activations = 0, adapters = 0, gradients = 0, optimizer = 0,
                workspace = 0;
   std::int64_t num_layers = 0, sequence_length = 0;
-  std::int64_t tokens_in_flight = 0;  // of training sequences at once, as the scheduler limits them
+  std::int64_t tokens_in_flight = 0;     // of training sequences at once, as scheduler and pool limit them
+  std::int64_t max_sequence_length = 0;  // the longest one that pool and finetune_memory_bytes would hold
   std::int64_t saved_bytes_per_token_per_layer = 0;
   std::int64_t unpruned_bytes_per_token_per_layer = 0;  // if every forward tensor were kept
   std::vector<PlannedTensor> tensors;                   // of one decoder layer

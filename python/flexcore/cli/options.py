@@ -104,7 +104,9 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-num-seqs", type=int, default=defaults.max_num_seqs, metavar="N")
     group.add_argument("--max-num-batched-tokens", type=int, default=defaults.max_num_batched_tokens, metavar="N")
     group.add_argument("--block-size", type=int, default=defaults.block_size, metavar="TOKENS")
-    group.add_argument("--kv-cache-memory-bytes", type=byte_count, metavar="BYTES")
+    group.add_argument(
+        "--kv-cache-memory-bytes", type=byte_count, metavar="BYTES", help="the pool that requests and training share"
+    )
     group.add_argument("--finetune-memory-bytes", type=byte_count, metavar="BYTES")
     group.add_argument(
         "--finetune-activations", choices=["exact", "int8", "read", "all"], default=defaults.finetune_activations

@@ -170,7 +170,10 @@ def _wire(value: float) -> str:
 def _pools(plan: flexcore.MemoryPlan, args: argparse.Namespace) -> Table:
     title = "memory"
     if plan.tokens_in_flight:
-        title += f", finetuning on sequences of {plan.sequence_length} tokens, {plan.tokens_in_flight} tokens in flight"
+        title += (
+            f", finetuning on sequences of {plan.sequence_length} tokens (at most {plan.max_sequence_length}),"
+            f" {plan.tokens_in_flight} tokens in flight"
+        )
     table = Table(title=title, title_justify="left")
     table.add_column("pool")
     table.add_column("bytes", justify="right")

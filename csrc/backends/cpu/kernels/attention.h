@@ -22,11 +22,11 @@ struct HeadRows {
 /// What all pieces of one call share.
 struct AttentionProblem {
   HeadRows q;
-  const void* keys = nullptr;    // [num_blocks, num_kv_heads, block_size, head_dim]
+  const void* keys = nullptr;    // [num_blocks, num_kv_heads, block_size, head_dim], pages `page_stride` apart
   const void* values = nullptr;  // like keys
   bool bf16_pages = false;
   std::int64_t group = 1;  // query heads of one kv head
-  std::int64_t num_kv_heads = 0, head_dim = 0, block_size = 0;
+  std::int64_t num_kv_heads = 0, head_dim = 0, block_size = 0, page_stride = 0;
   std::int64_t sliding_window = 0;  // 0: none
   float scale = 1.0f;
   HeadRows y;

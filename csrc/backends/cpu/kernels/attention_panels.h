@@ -14,7 +14,7 @@ FLEXCORE_INLINE void* head_row(const HeadRows& rows, std::int64_t token, std::in
 /// Element offset, in the pages, of a position of a kv head.
 FLEXCORE_INLINE std::int64_t page_offset(const AttentionProblem& p, const AttentionTile& t, std::int64_t position) {
   const std::int64_t page = t.block_table[position / p.block_size];
-  return ((page * p.num_kv_heads + t.kv_head) * p.block_size + position % p.block_size) * p.head_dim;
+  return page * p.page_stride + (t.kv_head * p.block_size + position % p.block_size) * p.head_dim;
 }
 
 /// Offsets in the pages of the keys of one block; entries of no key are -1.

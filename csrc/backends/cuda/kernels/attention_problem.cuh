@@ -78,7 +78,7 @@ struct AttentionSums {
   float *grad_k, *grad_v;
 };
 
-/// A token of the batch and where its keys and values go: page * num_kv_heads * block_size + slot in the page;
+/// A token of the batch and where its keys and values go: the row of the page's first head;
 /// row -1: none.
 struct KvSlot {
   std::int64_t token, row;
@@ -86,7 +86,9 @@ struct KvSlot {
 
 /// What all blocks of a call share.
 struct AttentionProblem {
-  Rows keys, values;  // rows of head_dim: [num_blocks * num_kv_heads * block_size]
+  Rows keys,
+      values;  // rows of head_dim; a page is [num_kv_heads, block_size] of them, `page_rows` after the one before
+  std::int64_t page_rows = 0;
   bool page_packs = false;
   const std::int32_t* block_tables = nullptr;  // of all spans, one after the other
   int num_kv_heads = 0, group = 1, head_dim = 0, block_size = 0;
@@ -100,7 +102,7 @@ struct AttentionProblem {
   __device__ __forceinline__ std::int64_t page_row(int table, int key, int kv_head) const {
     const unsigned block = static_cast<unsigned>(key) / static_cast<unsigned>(block_size);
     const std::int64_t page = block_tables[table + static_cast<int>(block)];
-    return (page * num_kv_heads + kv_head) * block_size + (key - static_cast<int>(block) * block_size);
+    return page * page_rows + (kv_head * block_size + key - static_cast<int>(block) * block_size);
   }
   __device__ __forceinline__ bool sees(int position, int key) const {
     return key <= position && key > position - window;
