@@ -151,7 +151,7 @@ std::int64_t pool_blocks(const ModelConfig& model, const EngineConfig& config, c
   if (config.kv_cache_memory_bytes) return sizes.limits.num_blocks;
   const std::int64_t tokens = std::max(SchedulerConfig{}.max_finetune_tokens_in_flight, sizes.max_model_len);
   const std::int64_t bytes = config.finetune_memory_bytes.value_or(
-      std::min(finetune_bytes(model, compiled.training(compiled.lora_everywhere()), tokens), physical_bytes() / 4));
+      std::min(finetune_bytes(model, compiled.training(compiled.lora_everywhere()), tokens), physical_bytes() / 2));
   // Runs and pages are whole blocks.
   const std::int64_t blocks =
       bytes / sizes.block_bytes + 2 * std::max<std::int64_t>(1, sizes.limits.max_sampled_rows / 2);

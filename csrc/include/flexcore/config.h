@@ -29,7 +29,7 @@ struct EngineConfig {
       kv_cache_memory_bytes;  // the pool of pages: keys and values of requests and of training sequences, and what
                               // these keep for their backward. Default: max_num_seqs sequences of max_model_len within
                               // a quarter of memory, and room for finetune_memory_bytes, or for 1,024 tokens or a
-                              // sequence of max_model_len in training within another
+                              // sequence of max_model_len in training within half of it
   std::optional<std::int64_t>
       finetune_memory_bytes;  // saved activations and gradients in flight; sequences that do not fit recompute what
                               // costs least time; default: no limit of its own, nothing is recomputed
