@@ -128,7 +128,15 @@ Executor::Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledg
 }
 
 void Executor::move_blocks(std::span<const BlockMove> moves) {
+  if (moves.empty()) return;
   for (const auto& [from, to] : moves) device_.allocator().copy(block(to), block(from), block_bytes_);
+  device_.synchronize(forward_.context().stream);  // backwards read them on a stream of their own
+}
+
+void Executor::abandon() {
+  outcomes_.clear();
+  device_.synchronize(forward_.context().stream);
+  if (beside_ != nullptr) device_.synchronize(beside_->context().stream);
 }
 
 std::size_t Executor::losses_bytes(const ExecutorLimits& limits) {

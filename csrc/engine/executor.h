@@ -65,6 +65,9 @@ class Executor {
   }
   /// Copies blocks, in order, while nothing runs.
   void move_blocks(std::span<const BlockMove> moves);
+  /// Waits for whatever was given to the device, and forgets what it was for: after an error, before memory that it may
+  /// still use is given to others.
+  void abandon();
   /// Waits for the forward, then gives its losses and scores to its groups. The host need not wait before.
   void finish_forward();
   /// One layer's backward for the rows; all sequences share one program, and their forward is finished. On a device

@@ -41,13 +41,7 @@ void Engine::Impl::validate(const std::vector<Example>& examples, const AdapterL
               model.vocab_size);
     require(count_targets(example, layout) > 0, where,
             ".labels: no target (all are -100 after the first), nothing to learn");
-    TrainingProgram& program =
-        fitting_program(model, compiled, layout.bypasses(), length + ahead, config.finetune_memory_bytes, where);
-    const std::int64_t pages = blocks.blocks_for(length + ahead) + store_blocks(model, sizes, program, length + ahead);
-    require(pages <= blocks.num_blocks(), where, ": ", length, " tokens need ", pages,
-            " pages with what they keep for the backward, but the pool has ", blocks.num_blocks(),
-            "; shorten it, lower finetune_memory_bytes or raise kv_cache_memory_bytes");
-    executor->reserve(program);
+    executor->reserve(fitting_program(model, config, sizes, compiled, layout.bypasses(), length + ahead, where));
   }
 }
 
@@ -128,9 +122,9 @@ void Engine::Impl::start_batch(TrainingJob& job) {
   for (const auto index : batch) {
     const Example& example = job.examples[static_cast<std::size_t>(index)];
     TrainingProgram& program =
-        fitting_program(model, compiled, adapter->layout.bypasses(),
+        fitting_program(model, config, sizes, compiled, adapter->layout.bypasses(),
                         static_cast<std::int64_t>(example.input_ids.size()) + adapter->layout.num_virtual_tokens,
-                        config.finetune_memory_bytes, "finetune_memory_bytes");
+                        "finetune_memory_bytes");
     executor->reserve(program);
     auto state = std::make_unique<TrainState>(example, adapter, program, job.gradients(), scale);
     state->dropout = {adapter->dropout(), job.config.seed, static_cast<std::uint32_t>(occurrence++)};

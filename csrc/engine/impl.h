@@ -71,12 +71,17 @@ std::int64_t store_blocks(const ModelConfig& model, const EngineSizes& sizes, co
 /// By what operators take on such a device, relative to each other: what is recomputed depends on nothing that was
 /// measured, so that a plan says what an engine does.
 OperatorRates operator_rates(const EngineSizes& sizes);
-/// The fastest of the backward programs with which a sequence keeps no more than `budget` bytes; null: none.
-TrainingProgram* find_program(const ModelConfig& model, CompiledModel& compiled, const BypassSet& bypasses,
-                              std::int64_t length, std::optional<std::int64_t> budget);
-/// The same. Where there is none: InvalidArgument, which begins with `what` and says how long a sequence may be.
-TrainingProgram& fitting_program(const ModelConfig& model, CompiledModel& compiled, const BypassSet& bypasses,
-                                 std::int64_t length, std::optional<std::int64_t> budget, const std::string& what);
+/// The fastest of the backward programs with which a sequence keeps no more than finetune_memory_bytes and the pool
+/// leave it; null: none.
+TrainingProgram* find_program(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
+                              CompiledModel& compiled, const BypassSet& bypasses, std::int64_t length);
+/// The longest sequence, up to max_model_len, that there is one for.
+std::int64_t longest_sequence(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
+                              CompiledModel& compiled, const BypassSet& bypasses);
+/// As find_program. Where there is none: InvalidArgument, which begins with `what` and says how long a sequence may be.
+TrainingProgram& fitting_program(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
+                                 CompiledModel& compiled, const BypassSet& bypasses, std::int64_t length,
+                                 const std::string& what);
 ScratchBytes scratch_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes);
 /// Throws InvalidArgument that names the field.
 void check(const EngineConfig& config);

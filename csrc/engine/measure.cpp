@@ -47,6 +47,23 @@ class TemporaryRun {
   BlockRun run_;
 };
 
+/// Pages are given back when nothing uses them any more, whatever happened.
+class AbandonAtEnd {
+ public:
+  explicit AbandonAtEnd(Executor& executor) : executor_(executor) {}
+  ~AbandonAtEnd() {
+    try {
+      executor_.abandon();
+    } catch (const Error&) {  // a device that is lost uses nothing
+    }
+  }
+  AbandonAtEnd(const AbandonAtEnd&) = delete;
+  AbandonAtEnd& operator=(const AbandonAtEnd&) = delete;
+
+ private:
+  Executor& executor_;
+};
+
 }  // namespace
 
 void Engine::Impl::forward_alone(std::span<const std::int32_t> token_ids, const Adapter* adapter, float* scores,
@@ -61,6 +78,7 @@ void Engine::Impl::forward_alone(std::span<const std::int32_t> token_ids, const 
           sizes.max_model_len, ")", ahead > 0 ? str(" less ", ahead, " virtual tokens") : "");
   std::vector<std::int32_t> table;
   const TemporaryPages pages(blocks, table, length);
+  const AbandonAtEnd end(*executor);
   const std::int64_t chunk = logits != nullptr ? sizes.limits.max_sampled_rows : sizes.limits.max_rows;
   for (std::int64_t begin = 0; begin < length; begin += chunk) {
     const std::int64_t end = std::min(length, begin + chunk);
@@ -94,9 +112,8 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
   std::size_t longest = 0;
   for (const auto& example : examples) longest = std::max(longest, example.input_ids.size());
   longest += static_cast<std::size_t>(adapter->layout.num_virtual_tokens);
-  TrainingProgram& program =
-      fitting_program(model, compiled, adapter->layout.bypasses(), static_cast<std::int64_t>(longest),
-                      config.finetune_memory_bytes, "examples");
+  TrainingProgram& program = fitting_program(model, config, sizes, compiled, adapter->layout.bypasses(),
+                                             static_cast<std::int64_t>(longest), "examples");
   executor->reserve(program);
   Buffer gradients(device->allocator(), ledger, MemoryTag::kGradients,
                    static_cast<std::size_t>(adapter->layout.num_parameters) * sizeof(float));
@@ -127,6 +144,7 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
   // Keys and values go where no store is, and are not moved any more.
   for (auto& sequence : sequences)
     sequence->pages = std::make_unique<TemporaryPages>(blocks, sequence->block_table, sequence->state->length());
+  const AbandonAtEnd end(*executor);
   // All sequences advance together, as many rows a pass as fit.
   const std::int64_t max_rows = sizes.limits.max_rows;
   const auto window_of = [max_rows](std::int64_t wanted) { return wanted > 0 ? std::min(wanted, max_rows) : max_rows; };

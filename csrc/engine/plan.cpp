@@ -10,7 +10,6 @@
 #include "engine/impl.h"
 #include "engine/parallel_plan.h"
 #include "peft/attach.h"
-#include "sched/search.h"
 
 namespace flexcore {
 
@@ -131,26 +130,13 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
     return plan;
   }
   const AdapterLayout layout = lay_out(*adapter, compiled.base());
-  // Pages of a training sequence; nothing for one that finetune_memory_bytes does not hold.
-  const auto pages_of = [&](std::int64_t length) -> std::optional<std::int64_t> {
-    const TrainingProgram* program =
-        find_program(model, compiled, layout.bypasses(), length, config.finetune_memory_bytes);
-    if (program == nullptr) return {};
-    const std::int64_t tokens = (length + config.block_size - 1) / config.block_size;
-    return tokens + store_blocks(model, sizes, *program, length);
-  };
-  const std::int64_t longest = largest_that(sizes.max_model_len, [&](std::int64_t length) {
-    const auto pages = pages_of(length);
-    return pages && *pages <= sizes.limits.num_blocks;
-  });
-  plan.max_sequence_length = std::max<std::int64_t>(0, longest - layout.num_virtual_tokens);
+  plan.max_sequence_length = std::max<std::int64_t>(
+      0, longest_sequence(model, config, sizes, compiled, layout.bypasses()) - layout.num_virtual_tokens);
   sequence_length += layout.num_virtual_tokens;
-  const TrainingProgram& program = fitting_program(model, compiled, layout.bypasses(), sequence_length,
-                                                   config.finetune_memory_bytes, "sequence_length");
-  const std::int64_t pages = *pages_of(sequence_length);
-  require(pages <= sizes.limits.num_blocks, "sequence_length: ", plan.sequence_length, " tokens need ", pages,
-          " pages of the pool with what they keep for the backward, and it has ", sizes.limits.num_blocks,
-          " (kv_cache_memory_bytes); at most ", plan.max_sequence_length, " tokens fit");
+  const TrainingProgram& program =
+      fitting_program(model, config, sizes, compiled, layout.bypasses(), sequence_length, "sequence_length");
+  const std::int64_t pages = (sequence_length + config.block_size - 1) / config.block_size +
+                             store_blocks(model, sizes, program, sequence_length);
   plan.workspace += std::max<std::int64_t>(0, programs_bytes(program) - programs);
   const std::int64_t tokens =
       std::min(scheduler_config(model, config, sizes, compiled).finetune_tokens_in_flight(sequence_length),

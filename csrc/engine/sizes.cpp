@@ -8,6 +8,7 @@
 #include "engine/impl.h"
 #include "model/archs/archs.h"
 #include "peft/lora_matcher.h"
+#include "sched/search.h"
 
 namespace flexcore {
 
@@ -173,29 +174,56 @@ OperatorRates operator_rates(const EngineSizes& sizes) {
           .context = static_cast<double>(sizes.max_model_len) / 2};
 }
 
-TrainingProgram* find_program(const ModelConfig& model, CompiledModel& compiled, const BypassSet& bypasses,
-                              std::int64_t length, std::optional<std::int64_t> budget) {
+namespace {
+
+// What a sequence of that length may keep: of the pool, what its own keys and values leave.
+std::int64_t budget_of(const EngineConfig& config, const EngineSizes& sizes, std::int64_t length) {
+  constexpr std::int64_t kAlignment = 64;  // between what it saves and its gradients
+  const auto& [rows, sampled, positions, num_blocks, block_size] = sizes.limits;
+  const std::int64_t pages = (length + block_size - 1) / block_size;
+  const std::int64_t pool = std::max<std::int64_t>(0, (num_blocks - pages) * sizes.block_bytes - kAlignment);
+  return std::min(config.finetune_memory_bytes.value_or(pool), pool);
+}
+
+}  // namespace
+
+TrainingProgram* find_program(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
+                              CompiledModel& compiled, const BypassSet& bypasses, std::int64_t length) {
+  const std::int64_t budget = budget_of(config, sizes, length);
   TrainingProgram& fastest = compiled.training(bypasses);
-  if (!budget || finetune_bytes(model, fastest, length) <= *budget) return &fastest;
+  if (finetune_bytes(model, fastest, length) <= budget) return &fastest;
+  if (*keep_mode(config) == KeepMode::kAll) return nullptr;  // leaves nothing out
   const std::int64_t gradients =
       finetune_bytes(model, fastest, length) - static_cast<std::int64_t>(TrainState::saved_bytes(fastest, length));
   for (const auto& candidate : compiled.keep_candidates(bypasses))
-    if (static_cast<std::int64_t>(candidate.bytes_per_token) * length + gradients <= *budget)
+    if (static_cast<std::int64_t>(candidate.bytes_per_token) * length + gradients <= budget)
       return &compiled.training(bypasses, candidate.choice);
   return nullptr;
 }
 
-TrainingProgram& fitting_program(const ModelConfig& model, CompiledModel& compiled, const BypassSet& bypasses,
-                                 std::int64_t length, std::optional<std::int64_t> budget, const std::string& what) {
-  if (TrainingProgram* program = find_program(model, compiled, bypasses, length, budget)) return *program;
+std::int64_t longest_sequence(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
+                              CompiledModel& compiled, const BypassSet& bypasses) {
+  return largest_that(sizes.max_model_len, [&](std::int64_t length) {
+    return find_program(model, config, sizes, compiled, bypasses, length) != nullptr;
+  });
+}
+
+TrainingProgram& fitting_program(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
+                                 CompiledModel& compiled, const BypassSet& bypasses, std::int64_t length,
+                                 const std::string& what) {
+  if (TrainingProgram* program = find_program(model, config, sizes, compiled, bypasses, length)) return *program;
   const TrainingProgram& fastest = compiled.training(bypasses);
   std::size_t least = fastest.saved_bytes_per_token;
-  for (const auto& candidate : compiled.keep_candidates(bypasses)) least = std::min(least, candidate.bytes_per_token);
+  if (*keep_mode(config) != KeepMode::kAll)
+    for (const auto& candidate : compiled.keep_candidates(bypasses)) least = std::min(least, candidate.bytes_per_token);
   const std::int64_t a_token = static_cast<std::int64_t>(least) + finetune_bytes(model, fastest, 1) -
                                static_cast<std::int64_t>(fastest.saved_bytes_per_token);
-  throw InvalidArgument(str(what, ": ", length, " tokens keep at least ", a_token * length,
-                            " bytes for the backward, more than finetune_memory_bytes (", *budget, "); at most ",
-                            *budget / a_token, " tokens fit"));
+  const std::int64_t budget = budget_of(config, sizes, length);
+  const bool pool = budget < config.finetune_memory_bytes.value_or(std::numeric_limits<std::int64_t>::max());
+  throw InvalidArgument(
+      str(what, ": ", length, " tokens keep at least ", a_token * length, " bytes for the backward, more than ",
+          pool ? "the pool (kv_cache_memory_bytes) has beside their keys and values (" : "finetune_memory_bytes (",
+          budget, "); at most ", longest_sequence(model, config, sizes, compiled, bypasses), " tokens fit"));
 }
 
 SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,

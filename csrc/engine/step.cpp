@@ -28,6 +28,7 @@ StepReport Engine::Impl::step() {
       run_plan(plan, begin, report);
       cost.observe(plan.features, now_ms() - begin);  // optimizer steps come after and are no part of the model's time
     } catch (const std::exception& error) {
+      executor->abandon();
       // Requests are as they were, and what was planned for them is planned again. Without training, nothing would
       // change then.
       if (!fail_training(plan, error.what())) throw;
@@ -110,6 +111,9 @@ void Engine::Impl::run_plan(StepPlan& plan, double begin_ms, StepReport& report)
   if (!plan.backward.empty()) executor->finish_backward();
 
   scheduler.commit(plan);
+  for (const auto& unit : plan.backward)
+    for (const auto& window : unit.windows)
+      if (window.sequence->done) state_of(*window.sequence).release();
   count(plan, report);
   for (std::size_t i = 0; i < sampled.size(); ++i) {
     if (errors[i].empty()) {

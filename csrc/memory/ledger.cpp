@@ -41,18 +41,19 @@ void MemoryLedger::remove(MemoryTag tag, std::size_t bytes) {
   current -= std::min(current, bytes);
 }
 
-void MemoryLedger::move(MemoryTag from, MemoryTag to, std::size_t bytes) {
+std::size_t MemoryLedger::move(MemoryTag from, MemoryTag to, std::size_t bytes) {
   const std::lock_guard lock(mutex_);
-  current_[static_cast<std::size_t>(from)] -= std::min(current_[static_cast<std::size_t>(from)], bytes);
+  auto& source = current_[static_cast<std::size_t>(from)];
+  bytes = std::min(source, bytes);
+  source -= bytes;
   const auto i = static_cast<std::size_t>(to);
   current_[i] += bytes;
   peak_[i] = std::max(peak_[i], current_[i]);
+  return bytes;
 }
 
 LedgerLoan::LedgerLoan(MemoryLedger& ledger, MemoryTag of, MemoryTag as, std::size_t bytes)
-    : ledger_(&ledger), of_(of), as_(as), bytes_(bytes) {
-  ledger.move(of, as, bytes);
-}
+    : ledger_(&ledger), of_(of), as_(as), bytes_(ledger.move(of, as, bytes)) {}
 
 LedgerLoan::LedgerLoan(LedgerLoan&& other) noexcept
     : ledger_(std::exchange(other.ledger_, nullptr)), of_(other.of_), as_(other.as_), bytes_(other.bytes_) {}

@@ -28,8 +28,8 @@ class MemoryLedger {
  public:
   void add(MemoryTag tag, std::size_t bytes);
   void remove(MemoryTag tag, std::size_t bytes);
-  /// Bytes that are there already serve something else.
-  void move(MemoryTag from, MemoryTag to, std::size_t bytes);
+  /// Bytes that are there already serve something else. Returns how many: no more than there are.
+  std::size_t move(MemoryTag from, MemoryTag to, std::size_t bytes);
 
   std::size_t current(MemoryTag tag) const;
   std::size_t peak(MemoryTag tag) const;

@@ -128,6 +128,8 @@ class Scheduler {
     bool drain = false;                    // what is missing is held by backward phases: run only those
     bool stuck = false;                    // nothing was planned: one piece runs whatever its time, paused jobs' too
     bool waking = false;                   // the backward phases of paused jobs run
+    bool short_of_runs = false;            // runs of others keep a sequence from starting: nobody else starts
+    bool held_by_paused = false;           // and all of these are of paused jobs
   };
   enum class Outcome : std::uint8_t { kGiven, kNoFit, kNothing };
 

@@ -46,7 +46,9 @@ void Scheduler::begin_jobs(Step& step) {
     if (j.paused || !j.forward_work || !step.starved) continue;
     // Slots and pages too, when it has none or what it has in flight is not enough to catch up.
     const bool short_of_sequences = started_.empty() || owed_ms_ > kDeepDebt * least_piece_ms();
-    if (short_of_sequences && (!running_.empty() || blocks_.blocks_for((*in_forward)->length) <= blocks_.num_free()))
+    if (short_of_sequences &&
+        (!running_.empty() ||
+         blocks_.blocks_for((*in_forward)->length) + (*in_forward)->store_blocks <= blocks_.num_free()))
       step.holds_admission = true;
     // Prefill leaves rows to a job, so that its piece fits.
     const std::int64_t window = std::max((*in_forward)->window_tokens, least_rows());
@@ -113,7 +115,7 @@ void Scheduler::fill(Step& step) {
   double owed_ms = owed_ms_;
   while (Job* next = neediest(step)) {
     // Paused jobs run for the pages that they hold, not beside others.
-    if (next->paused && !step.plan.empty() && !step.waking) return;
+    if (next->paused && !step.plan.empty() && !step.waking && !step.held_by_paused) return;
     step.waking = next->paused;
     Outcome outcome = give(step, *next, false);
     const bool starved = first_in_line && (step.drain || step.starved);
@@ -135,7 +137,7 @@ void Scheduler::fill(Step& step) {
 Scheduler::Job* Scheduler::neediest(const Step& step) {
   Job* best = nullptr;
   for (Job& j : jobs_) {
-    if (j.exhausted || j.sequences.empty() || (j.paused && !step.stuck)) continue;
+    if (j.exhausted || j.sequences.empty() || (j.paused && !step.stuck && !step.held_by_paused)) continue;
     if (best == nullptr || j.paused < best->paused || (j.paused == best->paused && j.service < best->service))
       best = &j;
   }
@@ -201,7 +203,8 @@ Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
 
 /// Whether a pending sequence may take its pages now. Sequences of paused jobs make room when nobody else is at work.
 bool Scheduler::room_to_start(Step& step, const TrainSequence& sequence, bool force) {
-  if (step.short_of_pages || step.blocked || (!waiting_.empty() && step.serves && !force)) return false;
+  if (step.short_of_pages || step.short_of_runs || step.blocked || (!waiting_.empty() && step.serves && !force))
+    return false;
   const std::int64_t pages =
       blocks_.blocks_for(sequence.length) + sequence.store_blocks + growth_blocks(force ? 1 : kGrowthTokens);
   const std::int64_t slots = config_.max_training_seqs();
@@ -222,16 +225,20 @@ bool Scheduler::room_to_start(Step& step, const TrainSequence& sequence, bool fo
   return false;
 }
 
-/// A run for what the sequence keeps. Where runs of others lie in between it waits for them; those of paused jobs, when
-/// nobody else is at work, give way.
+/// A run for what the sequence keeps. Where runs of others lie in between it waits for them, and nobody takes more;
+/// those of paused jobs, when nobody else is at work, give way or are worked off.
 bool Scheduler::take_store(Step& step, TrainSequence& sequence) {
   if (sequence.store_blocks == 0) return true;
   while (true) {
     sequence.store = reserve_run(sequence.store_blocks, step.plan.moves);
     if (sequence.store) return true;
+    step.short_of_runs = true;
     for (const TrainSequence* s : started_)
       if (!job(s->job_id, "plan").paused) return false;
-    if (!restart_one(step.plan, true)) return false;
+    if (!restart_one(step.plan, true)) {
+      step.held_by_paused = true;
+      return false;
+    }
     std::erase_if(flights_, [](const Flight& flight) { return !flight.sequence->started; });
   }
 }

@@ -50,10 +50,14 @@ void TrainState::place(std::byte* store, MemoryLedger& ledger, const TrainShape&
 }
 
 void TrainState::restart() {
+  release();
+  loss_sum = 0.0;
+}
+
+void TrainState::release() {
   store_ = nullptr;
   saved_loan_.end();
   gradient_loan_.end();
-  loss_sum = 0.0;
 }
 
 float* TrainState::gradients_at() const {

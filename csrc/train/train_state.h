@@ -42,6 +42,8 @@ class TrainState {
   void place(std::byte* store, MemoryLedger& ledger, const TrainShape& shape);
   /// Forgets the forward done so far, after the scheduler has restarted the sequence.
   void restart();
+  /// Its pages are somebody else's from now on.
+  void release();
   bool placed() const { return store_ != nullptr; }
 
   TensorView saved(std::size_t index, std::int64_t begin, std::int64_t end) const;  // [rows, width], as it is kept

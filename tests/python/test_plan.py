@@ -148,7 +148,7 @@ def test_what_the_pool_cannot_hold(tiny_dir: Any, make_engine: MakeEngine) -> No
     """Refused before anything is loaded, with the longest sequence that would fit: which does."""
     path, lora = tiny_dir("llama"), fc.LoraConfig(r=5)
     pool = planned(path, None, 100, kv_cache_memory_bytes=300_000).kv_pages
-    with pytest.raises(fc.InvalidArgument, match=r"sequence_length: 256 tokens need \d+ pages") as info:
+    with pytest.raises(fc.InvalidArgument, match=r"sequence_length: 256 tokens keep at least \d+ bytes.*more than the pool") as info:
         planned(path, lora, 256, kv_cache_memory_bytes=300_000)
     longest = int(str(info.value).split("at most ")[1].split()[0])
     plan = planned(path, lora, longest, kv_cache_memory_bytes=300_000)
@@ -159,7 +159,7 @@ def test_what_the_pool_cannot_hold(tiny_dir: Any, make_engine: MakeEngine) -> No
     engine = make_engine(kv_cache_memory_bytes=300_000)
     assert engine.memory()["kv_pages"] == pool == pool_of(plan)
     engine.create_adapter("a", lora)
-    with pytest.raises(fc.InvalidArgument, match=f"{longest + 1} tokens need"):
+    with pytest.raises(fc.InvalidArgument, match=f"{longest + 1} tokens keep at least"):
         engine.finetune("a", random_examples((longest + 1,), seed=1))
     job = engine.finetune("a", random_examples((longest, 20), seed=1), fc.FinetuneConfig(batch_size=2))
     run(engine)
