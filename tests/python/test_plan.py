@@ -148,7 +148,7 @@ def test_what_the_pool_cannot_hold(tiny_dir: Any, make_engine: MakeEngine) -> No
     """Refused before anything is loaded, with the longest sequence that would fit: which does."""
     path, lora = tiny_dir("llama"), fc.LoraConfig(r=5)
     pool = planned(path, None, 100, kv_cache_memory_bytes=300_000).kv_pages
-    with pytest.raises(fc.InvalidArgument, match=r"sequence_length: 256 tokens keep at least \d+ bytes.*more than the pool") as info:
+    with pytest.raises(fc.InvalidArgument, match=r"256 tokens keep at least \d+ bytes.*more than the pool") as info:
         planned(path, lora, 256, kv_cache_memory_bytes=300_000)
     longest = int(str(info.value).split("at most ")[1].split()[0])
     plan = planned(path, lora, longest, kv_cache_memory_bytes=300_000)
