@@ -31,6 +31,15 @@ std::int64_t physical_bytes() {
   return static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::int64_t>(sysconf(_SC_PAGE_SIZE));
 }
 
+// What a training sequence of that length may keep: of the pool, what its own keys and values leave.
+std::int64_t budget_of(const EngineConfig& config, const EngineSizes& sizes, std::int64_t length) {
+  constexpr std::int64_t kAlignment = 64;  // between what it saves and its gradients
+  const std::int64_t pages = (length + config.block_size - 1) / config.block_size;
+  const std::int64_t pool =
+      std::max<std::int64_t>(0, (sizes.limits.num_blocks - pages) * sizes.block_bytes - kAlignment);
+  return std::min(config.finetune_memory_bytes.value_or(pool), pool);
+}
+
 WeightFormat weight_format(const EngineConfig& c) {
   require(c.quantization_group_size >= kGroupMultiple && c.quantization_group_size <= kMostGroupSize &&
               c.quantization_group_size % kGroupMultiple == 0,
@@ -173,19 +182,6 @@ OperatorRates operator_rates(const EngineSizes& sizes) {
           .seconds_per_byte = 1e-12 * (sizes.device.kind == DeviceKind::kCpu ? kOnCpu : kOnGpu),
           .context = static_cast<double>(sizes.max_model_len) / 2};
 }
-
-namespace {
-
-// What a sequence of that length may keep: of the pool, what its own keys and values leave.
-std::int64_t budget_of(const EngineConfig& config, const EngineSizes& sizes, std::int64_t length) {
-  constexpr std::int64_t kAlignment = 64;  // between what it saves and its gradients
-  const auto& [rows, sampled, positions, num_blocks, block_size] = sizes.limits;
-  const std::int64_t pages = (length + block_size - 1) / block_size;
-  const std::int64_t pool = std::max<std::int64_t>(0, (num_blocks - pages) * sizes.block_bytes - kAlignment);
-  return std::min(config.finetune_memory_bytes.value_or(pool), pool);
-}
-
-}  // namespace
 
 TrainingProgram* find_program(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
                               CompiledModel& compiled, const BypassSet& bypasses, std::int64_t length) {

@@ -30,9 +30,9 @@ struct CrossEntropyArgs {
 };
 void check(const CrossEntropyArgs& args);
 
-/// Rows whose logits are there at once: a few MiB of them on the CPU, enough for its GEMMs on CUDA.
 /// Tokens whose part of an adapter's output layer is differentiated at once.
 inline constexpr std::int64_t kVocabularyChunk = 2048;
+/// Rows whose logits are there at once: a few MiB of them on the CPU, enough for its GEMMs on CUDA.
 std::int64_t logit_rows(DeviceKind device, std::int64_t vocab_size);
 
 }  // namespace flexcore

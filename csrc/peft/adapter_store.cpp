@@ -11,7 +11,23 @@
 namespace flexcore {
 
 namespace {
-constexpr std::size_t kPackedAlignment = 64;
+
+/// visit(index, offset) for every module that is whole, packed one after the other; returns the bytes of all.
+template <class Visit>
+std::size_t over_own_modules(OpContext& context, const AdapterLayout& layout, DType dtype, Visit&& visit) {
+  constexpr std::size_t kAlignment = 64;
+  std::size_t offset = 0;
+  for (std::size_t i = 0; i < layout.modules.size(); ++i) {
+    const AdapterModule& m = layout.modules[i];
+    if (m.bypass.kind != BypassKind::kOwnWeight) continue;
+    visit(i, offset);
+    std::size_t bytes = 0;
+    run(context, PackedWeightBytesArgs{m.out_features, m.in_features, dtype, &bytes});
+    offset += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  return offset;
+}
+
 }  // namespace
 
 std::vector<float> Adapter::download() const {
@@ -124,21 +140,15 @@ void AdapterStore::allocate(Adapter& adapter) const {
   adapter.params_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters, bytes(adapter.layout.num_parameters));
   if (adapter.layout.num_derived > 0)
     adapter.derived_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters, bytes(adapter.layout.num_derived));
-  const bool any = std::any_of(adapter.layout.modules.begin(), adapter.layout.modules.end(),
-                               [](const auto& m) { return m.bypass.kind == BypassKind::kOwnWeight; });
-  if (!any) return;
   const DType dtype = weights_.matrix(base_.params.front().name).dtype;
-  adapter.own_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters, own_module_bytes(context_, adapter.layout, dtype));
+  const std::size_t own = own_module_bytes(context_, adapter.layout, dtype);
+  if (own == 0) return;
+  adapter.own_ = Buffer(allocator_, ledger_, MemoryTag::kAdapters, own);
   adapter.own_weights_.assign(adapter.layout.modules.size(), {});
-  std::size_t at = 0;
-  for (std::size_t i = 0; i < adapter.layout.modules.size(); ++i) {
+  over_own_modules(context_, adapter.layout, dtype, [&](std::size_t i, std::size_t offset) {
     const AdapterModule& m = adapter.layout.modules[i];
-    if (m.bypass.kind != BypassKind::kOwnWeight) continue;
-    std::size_t packed = 0;
-    run(context_, PackedWeightBytesArgs{m.out_features, m.in_features, dtype, &packed});
-    adapter.own_weights_[i] = {adapter.own_.data() + at, dtype, m.out_features, m.in_features, true};
-    at += (packed + kPackedAlignment - 1) / kPackedAlignment * kPackedAlignment;
-  }
+    adapter.own_weights_[i] = {adapter.own_.data() + offset, dtype, m.out_features, m.in_features, true};
+  });
 }
 
 std::shared_ptr<Adapter> AdapterStore::place(const std::string& name, const AdapterConfig& config,
@@ -204,14 +214,7 @@ void AdapterStore::pack_modules(Adapter& adapter) const {
 }
 
 std::size_t own_module_bytes(OpContext& context, const AdapterLayout& layout, DType dtype) {
-  std::size_t total = 0;
-  for (const auto& m : layout.modules) {
-    if (m.bypass.kind != BypassKind::kOwnWeight) continue;
-    std::size_t bytes = 0;
-    run(context, PackedWeightBytesArgs{m.out_features, m.in_features, dtype, &bytes});
-    total += (bytes + kPackedAlignment - 1) / kPackedAlignment * kPackedAlignment;
-  }
-  return total;
+  return over_own_modules(context, layout, dtype, [](std::size_t, std::size_t) {});
 }
 
 // Virtual tokens begin as these, in turn.

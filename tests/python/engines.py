@@ -38,6 +38,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 MakeEngine = Callable[..., fc.Engine]
 
 
+def pool_of(plan: Any) -> int:
+    """All pages: what is left for requests, and what training sequences keep and add up in them."""
+    return int(plan.kv_pages + plan.saved_activations + plan.gradients - plan.optimizer // 2)
+
+
 def least_pool(directory: Path, adapter: Any, length: int, **changes: Any) -> int:
     """Bytes of the smallest pool of pages in which a sequence of `length` tokens trains."""
 

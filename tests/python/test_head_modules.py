@@ -14,6 +14,7 @@ from engines import EXACT, MODELS, MakeEngine
 from running import generate, greedy, is_idle, random_examples, random_tokens, relative, run
 from safetensors.numpy import load_file, save_file
 from test_gradients import LENGTHS, SPLIT_TOLERANCE, TOLERANCE, assert_close
+from test_methods import trains_alike
 
 import flexcore as fc
 
@@ -119,14 +120,7 @@ def test_training(case: str, shared_engine: MakeEngine, tiny_hf: Any, tmp_path: 
     model = peft_model(tiny_hf("llama3"), case)
     model.save_pretrained(tmp_path / "a")
     engine.load_adapter("a", tmp_path / "a")
-    examples = random_examples((33, 21, 40, 12), seed=4)
-    config = fc.FinetuneConfig(learning_rate=0.01, num_epochs=3, batch_size=2, shuffle=False)
-    job = engine.finetune("a", examples, config)
-    ours = run(engine).losses(job)
-    batches = [examples[:2], examples[2:]] * 3
-    theirs = oracle.train(model, batches, lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0))
-    assert ours == pytest.approx([loss for loss, _ in theirs], rel=1e-3)
-    assert ours[-1] < ours[0]
+    trains_alike(engine, model, rate=0.01)
 
 
 def test_side_by_side(shared_engine: MakeEngine, tiny_hf: Any, tmp_path: Path) -> None:

@@ -131,6 +131,18 @@ def test_bottleneck_files(case: str, shared_engine: MakeEngine, tmp_path: Path) 
     assert {info.peft_type for info in engine.adapters()} == {"BOTTLENECK"}
 
 
+def trains_alike(engine: fc.Engine, model: Any, rate: float) -> None:
+    """Adapter "a" of the engine, and the same one in torch, with AdamW."""
+    examples = random_examples((33, 21, 40, 12), seed=4)
+    config = fc.FinetuneConfig(learning_rate=rate, num_epochs=3, batch_size=2, shuffle=False)
+    job = engine.finetune("a", examples, config)
+    ours = run(engine).losses(job)
+    batches = [examples[:2], examples[2:]] * 3
+    theirs = oracle.train(model, batches, lambda p: torch.optim.AdamW(p, lr=rate, weight_decay=0.0))
+    assert ours == pytest.approx([loss for loss, _ in theirs], rel=1e-3)
+    assert ours[-1] < ours[0]
+
+
 @pytest.mark.parametrize("case", ["dora", "ia3", "series-all"])
 def test_training(case: str, shared_engine: MakeEngine, tiny_hf: Any, tmp_path: Path) -> None:
     """The losses of AdamW, step by step. DoRA's norms follow its parameters."""
@@ -139,14 +151,7 @@ def test_training(case: str, shared_engine: MakeEngine, tiny_hf: Any, tmp_path: 
     for parameter in model.parameters():  # as loaded
         parameter.grad = None
     engine.load_adapter("a", tmp_path / "a")
-    examples = random_examples((33, 21, 40, 12), seed=4)
-    config = fc.FinetuneConfig(learning_rate=0.02, num_epochs=3, batch_size=2, shuffle=False)
-    job = engine.finetune("a", examples, config)
-    ours = run(engine).losses(job)
-    batches = [examples[:2], examples[2:]] * 3
-    theirs = oracle.train(model, batches, lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.0))
-    assert ours == pytest.approx([loss for loss, _ in theirs], rel=1e-3)
-    assert ours[-1] < ours[0]
+    trains_alike(engine, model, rate=0.02)
 
 
 def test_side_by_side(shared_engine: MakeEngine, tiny_hf: Any, tmp_path: Path) -> None:

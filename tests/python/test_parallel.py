@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from engines import pool_of
 
 import flexcore as fc
 from flexcore import cli
@@ -49,11 +50,6 @@ def test_sites(name: str, tiny_dir: Any) -> None:
         assert site.candidates > 100 and 1 <= len(site.kept) < site.candidates
         assert site.kept[0].plan == site.plan and 0 <= site.equal <= site.candidates - len(site.kept)
         assert all(kept.memory_bytes > 0 and kept.forward_us > 0 for kept in site.kept)
-
-
-def pool_of(plan: Any) -> int:
-    """All pages: what is left for requests, and what training sequences keep and add up in them."""
-    return int(plan.kv_pages + plan.saved_activations + plan.gradients - plan.optimizer // 2)
 
 
 def test_memory_of_a_rank(tiny_dir: Any) -> None:

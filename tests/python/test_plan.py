@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 import pytest
-from engines import EXACT, MakeEngine
+from engines import EXACT, MakeEngine, pool_of
 from running import generate, greedy, is_idle, random_examples, random_tokens, run
 
 import flexcore as fc
@@ -23,11 +23,6 @@ TARGETS: dict[str, Any] = {
 
 def planned(directory: Any, lora: fc.LoraConfig | None, length: int, **changes: Any) -> fc.MemoryPlan:
     return fc.plan(directory, fc.EngineConfig(**(EXACT | changes)), lora, length)
-
-
-def pool_of(plan: fc.MemoryPlan) -> int:
-    """All pages: what is left for requests, and what training sequences keep and add up in them."""
-    return plan.kv_pages + plan.saved_activations + plan.gradients - plan.optimizer // 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

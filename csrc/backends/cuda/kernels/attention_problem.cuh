@@ -78,7 +78,7 @@ struct AttentionSums {
   float *grad_k, *grad_v;
 };
 
-/// A token of the batch and where its keys and values go: the row of the page's first head;
+/// A token of the batch and where its keys and values go: page * page_rows + slot in the page;
 /// row -1: none.
 struct KvSlot {
   std::int64_t token, row;
@@ -86,9 +86,8 @@ struct KvSlot {
 
 /// What all blocks of a call share.
 struct AttentionProblem {
-  Rows keys,
-      values;  // rows of head_dim; a page is [num_kv_heads, block_size] of them, `page_rows` after the one before
-  std::int64_t page_rows = 0;
+  Rows keys, values;           // rows of head_dim; a page is [num_kv_heads, block_size] of them
+  std::int64_t page_rows = 0;  // from one page to the next
   bool page_packs = false;
   const std::int32_t* block_tables = nullptr;  // of all spans, one after the other
   int num_kv_heads = 0, group = 1, head_dim = 0, block_size = 0;
