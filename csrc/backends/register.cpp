@@ -45,6 +45,11 @@ std::unique_ptr<DeviceRuntime> open_device(Device device) {
   return std::make_unique<HostRuntime>();
 }
 
+std::int64_t memory_bytes(Device device) {
+  if (device.kind == DeviceKind::kCuda) return cuda_memory_bytes(device.index);
+  return static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::int64_t>(sysconf(_SC_PAGE_SIZE));
+}
+
 ScratchBytes scratch_bytes(Device device, const ScratchShape& shape) {
   if (device.kind == DeviceKind::kCuda) return cuda_scratch_bytes(device.index, shape);
   return {cpu::scratch_bytes(shape), 0};

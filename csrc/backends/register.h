@@ -63,6 +63,9 @@ class DeviceRuntime {
 /// stays what it was.
 std::unique_ptr<DeviceRuntime> open_device(Device device);
 std::unique_ptr<DeviceRuntime> open_cuda_device(int index);  // backends/cuda
+/// Bytes that a device has in all: of a GPU that is not there as in a plan for one (backends/scratch.h).
+std::int64_t memory_bytes(Device device);
+std::int64_t cuda_memory_bytes(int index);  // backends/cuda
 /// Those that this build can use: 0 without the backend, a driver or a GPU.
 int num_cuda_devices();  // backends/cuda
 

@@ -33,6 +33,9 @@ std::string job_status_name(JobStatus status) {
   return "unknown";
 }
 
+// Until pages were copied and timed: PCI Express 4.0 x16, both ways alike.
+constexpr double kHostBytesPerMs = 25e6;
+
 Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
     : config(config_),
       model(ModelConfig::load(model_path)),
@@ -47,8 +50,7 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
                joins_outputs(sizes.device)),
       weights(context, device->allocator(), ledger, sizes.compute, sizes.linears),
       adapters(compiled.base(), context, weights, device->allocator(), ledger),
-      blocks(sizes.limits.num_blocks = pool_blocks(model, config, sizes, compiled), sizes.limits.block_size,
-             config.enable_prefix_caching),
+      blocks(pool()),
       scheduler(scheduler_config(model, config, sizes, compiled), blocks, cost) {
   compiled.set_rates(operator_rates(sizes));
   const ScratchBytes scratch_sizes = scratch_bytes(model, config, sizes);
@@ -63,6 +65,13 @@ Engine::Impl::Impl(const std::string& model_path, const EngineConfig& config_)
   attainment.resize(slo_classes.size());
   calibrate();
   entered.reset();
+}
+
+BlockManager Engine::Impl::pool() {
+  size_pool(model, config, compiled, sizes);
+  cost.set_swap_ms(static_cast<double>(sizes.block_bytes) / kHostBytesPerMs);
+  const ExecutorLimits& limits = sizes.limits;
+  return {limits.num_blocks, limits.block_size, config.enable_prefix_caching, limits.num_host_blocks};
 }
 
 Engine::Impl::~Impl() {
@@ -345,6 +354,8 @@ std::map<std::string, double> Engine::stats() const {
   stats["requests_running"] = static_cast<double>(impl.scheduler.num_running());
   stats["kv_blocks"] = static_cast<double>(impl.blocks.num_blocks());
   stats["kv_blocks_free"] = static_cast<double>(impl.blocks.num_free());
+  stats["swap_blocks"] = static_cast<double>(impl.blocks.num_host_blocks());
+  stats["swap_blocks_free"] = static_cast<double>(impl.blocks.num_free_host());
   stats["prefix_cache_queries"] = static_cast<double>(impl.blocks.prefix_queries());
   stats["prefix_cache_hits"] = static_cast<double>(impl.blocks.prefix_hits());
   stats["graphs_recorded"] = static_cast<double>(impl.executor->num_recorded());

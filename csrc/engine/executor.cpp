@@ -99,6 +99,9 @@ Executor::Executor(OpContext& context, DeviceRuntime& device, MemoryLedger& ledg
   block_bytes_ = static_cast<std::size_t>(block_elements) * dtype_size(compute);
   pages_buffer_ =
       Buffer(allocator, ledger, MemoryTag::kKvPages, static_cast<std::size_t>(limits.num_blocks) * block_bytes_);
+  if (limits.num_host_blocks > 0)
+    host_pages_ = Buffer(device.pinned(), ledger, MemoryTag::kSwapSpace,
+                         static_cast<std::size_t>(limits.num_host_blocks) * block_bytes_);
   for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
     const auto half = [&](std::int64_t index) {
       std::byte* first =

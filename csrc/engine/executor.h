@@ -59,11 +59,13 @@ class Executor {
   /// Every row of every group in one pass. Logits of the sampled rows [sum of sampled, vocab_size] on the device, in
   /// the order of the groups; valid until the next call.
   TensorView forward(std::span<const RowGroup> groups);
-  /// Where a block of the pool is: block_bytes, and those of the next ones behind it.
+  /// Where a block of the pool is, or a host block behind them: block_bytes, and those of the next ones behind it.
   std::byte* block(std::int64_t index) const {
-    return pages_buffer_.data() + static_cast<std::size_t>(index) * block_bytes_;
+    const Buffer& pages = index < limits_.num_blocks ? pages_buffer_ : host_pages_;
+    return pages.data() +
+           static_cast<std::size_t>(index < limits_.num_blocks ? index : index - limits_.num_blocks) * block_bytes_;
   }
-  /// Copies blocks, in order, while nothing runs.
+  /// Copies blocks, in order, while nothing runs; they are there when it returns.
   void move_blocks(std::span<const BlockMove> moves);
   /// Waits for whatever was given to the device, and forgets what it was for: after an error, before memory that it may
   /// still use is given to others.
@@ -133,7 +135,7 @@ class Executor {
   MemoryLedger& ledger_;
   std::vector<WeightView> matrices_;  // by ParamId
   std::vector<TensorView> vectors_;
-  Buffer pages_buffer_, rotary_;
+  Buffer pages_buffer_, host_pages_, rotary_;
   std::size_t block_bytes_ = 0;
   std::vector<KvPages> pages_;  // by layer
   Lane forward_;

@@ -61,10 +61,18 @@ SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& c
                                  CompiledModel& compiled);
 /// What one training sequence of `length` tokens keeps for its backward.
 std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& program, std::int64_t length);
-/// Blocks of the pool: what kv_cache_memory_bytes says or, without it, room for the requests and for as much training
-/// as finetune_memory_bytes, or the tokens that may be in flight, take.
-std::int64_t pool_blocks(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
-                         CompiledModel& compiled);
+/// Sets the blocks of the pool: what kv_cache_memory_bytes says or, without it, room for the requests and for as much
+/// training as finetune_memory_bytes, or the tokens that may be in flight, take, as far as the device has it beside the
+/// weights and the workspace. And those of host memory.
+void size_pool(const ModelConfig& model, const EngineConfig& config, CompiledModel& compiled, EngineSizes& sizes);
+std::int64_t weight_bytes(const CompiledModel& compiled, const EngineSizes& sizes);
+/// Of one version of an adapter.
+std::int64_t adapter_bytes(const AdapterLayout& layout, const EngineSizes& sizes);
+/// Of all workspaces of an engine that is ready for LoRA at every linear, which it is when it is loaded.
+std::int64_t workspace_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
+                             CompiledModel& compiled);
+/// What the programs of a training step run in.
+std::int64_t programs_bytes(CompiledModel& compiled, const TrainingProgram& program, const EngineSizes& sizes);
 /// The pages of the pool that it keeps that in.
 std::int64_t store_blocks(const ModelConfig& model, const EngineSizes& sizes, const TrainingProgram& program,
                           std::int64_t length);
@@ -106,6 +114,7 @@ struct Engine::Impl {
   };
 
   // engine.cpp
+  BlockManager pool();
   double now_ms() const;
   void set_slo(const SLO& slo, const std::string& name);
   std::uint64_t request_seed(RequestId id, const SamplingParams& sampling, std::int64_t index) const;
@@ -120,6 +129,7 @@ struct Engine::Impl {
 
   // step.cpp
   StepReport step();
+  double move_blocks(const StepPlan& plan);
   void run_plan(StepPlan& plan, double begin_ms, StepReport& report);
   void count(const StepPlan& plan, StepReport& report);
   bool fail_training(const StepPlan& plan, const std::string& error);
@@ -168,8 +178,8 @@ struct Engine::Impl {
   WeightStore weights;
   AdapterStore adapters;
   std::unique_ptr<Executor> executor;
-  BlockManager blocks;
   CostModel cost;
+  BlockManager blocks;
   Scheduler scheduler;
 
   struct Attainment {

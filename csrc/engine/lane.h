@@ -18,6 +18,7 @@ struct ExecutorLimits {
   std::int64_t max_sampled_rows = 0;
   std::int64_t max_positions = 0;
   std::int64_t num_blocks = 0, block_size = 0;
+  std::int64_t num_host_blocks = 0;
 };
 
 /// Names the batch for as long as its spans stay.

@@ -58,17 +58,6 @@ std::string bytes_text(std::int64_t bytes) {
   return text;
 }
 
-/// Asks the device's ops for sizes, without the device.
-template <class Ask>
-std::int64_t ask_sizes(const EngineSizes& sizes, Ask&& ask) {
-  MemoryLedger ledger;
-  Arena scratch(host_allocator(), ledger);
-  ThreadPool threads(1);
-  const OpRegistry registry = make_op_registry();
-  OpContext context{&registry, sizes.device, &threads, &scratch, nullptr};
-  return static_cast<std::int64_t>(ask(context));
-}
-
 // One decoder layer stands for all: not the lowest, which keeps less, nor the last, whose output goes to the loss head.
 void explain(MemoryPlan& plan, const TrainingProgram& program, std::int64_t num_layers) {
   const int layer = static_cast<int>(num_layers > 2 ? num_layers - 2 : num_layers - 1);
@@ -100,26 +89,14 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   CompiledModel compiled(base_graph(model, config, sizes), attach_bypasses, row_capacity(sizes.limits),
                          joins_outputs(sizes.device));
   compiled.set_rates(operator_rates(sizes));
-  sizes.limits.num_blocks = pool_blocks(model, config, sizes, compiled);
+  size_pool(model, config, compiled, sizes);
   MemoryPlan plan;
   plan.num_layers = model.num_layers;
   plan.sequence_length = sequence_length;
-  plan.weights = ask_sizes(sizes, [&](OpContext& context) {
-    return WeightStore::planned_bytes(context, weight_specs(compiled.base()), sizes.compute, sizes.linears);
-  });
+  plan.weights = weight_bytes(compiled, sizes);
   plan.kv_pages = sizes.block_bytes * sizes.limits.num_blocks;
-  const std::int64_t rotary = sizes.limits.max_positions * model.head_dim * static_cast<std::int64_t>(sizeof(float));
-  const bool two_lanes = sizes.device.kind != DeviceKind::kCpu;
-  const auto programs_bytes = [&](const TrainingProgram& program) {
-    return static_cast<std::int64_t>(Executor::workspace_bytes(compiled, program, sizes.limits.max_rows, two_lanes));
-  };
-  const ScratchBytes scratch = scratch_bytes(model, config, sizes);
-  // An engine is ready for LoRA at every linear when it is loaded.
-  const std::int64_t programs = programs_bytes(compiled.training(compiled.lora_everywhere()));
-  plan.workspace = rotary + static_cast<std::int64_t>((two_lanes ? 2 : 1) * Lane::indices_bytes(sizes.limits)) +
-                   static_cast<std::int64_t>(Executor::losses_bytes(sizes.limits)) + scratch.forward +
-                   scratch.backward + programs;
-  if (two_lanes && !config.enforce_eager) plan.workspace += static_cast<std::int64_t>(Executor::kMostRecordedBytes);
+  plan.swap_space = sizes.block_bytes * sizes.limits.num_host_blocks;
+  plan.workspace = workspace_bytes(model, config, sizes, compiled);
   const auto add_parallel = [&](ParallelWork work) {
     if (parallel.tensor_parallel_size == 1) return;
     work.kv_pages = plan.kv_pages;
@@ -137,16 +114,16 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
       fitting_program(model, config, sizes, compiled, layout.bypasses(), sequence_length, "sequence_length");
   const std::int64_t pages = (sequence_length + config.block_size - 1) / config.block_size +
                              store_blocks(model, sizes, program, sequence_length);
-  plan.workspace += std::max<std::int64_t>(0, programs_bytes(program) - programs);
+  plan.workspace +=
+      std::max<std::int64_t>(0, programs_bytes(compiled, program, sizes) -
+                                    programs_bytes(compiled, compiled.training(compiled.lora_everywhere()), sizes));
   const std::int64_t tokens =
       std::min(scheduler_config(model, config, sizes, compiled).finetune_tokens_in_flight(sequence_length),
                sizes.limits.num_blocks / pages * sequence_length);
   plan.tokens_in_flight = tokens;
   const std::int64_t parameter_bytes = layout.num_parameters * static_cast<std::int64_t>(sizeof(float));
   plan.saved_activations = static_cast<std::int64_t>(TrainState::saved_bytes(program, tokens));
-  const std::int64_t own =
-      ask_sizes(sizes, [&](OpContext& context) { return own_module_bytes(context, layout, sizes.compute); });
-  plan.adapters = 2 * (parameter_bytes + own + layout.num_derived * static_cast<std::int64_t>(sizeof(float)));
+  plan.adapters = 2 * adapter_bytes(layout, sizes);
   plan.optimizer = 2 * parameter_bytes;
   plan.gradients = parameter_bytes + finetune_bytes(model, program, tokens) - plan.saved_activations;
   explain(plan, program, model.num_layers);
@@ -170,6 +147,7 @@ std::string MemoryPlan::describe() const {
   line("optimizer", optimizer);
   line("workspace", workspace);
   line("total", total());
+  if (swap_space > 0) line("swap space (host)", swap_space);
   if (max_sequence_length > 0) {
     char buffer[128];
     std::snprintf(buffer, sizeof buffer, "tokens in training at once %lld, of sequences of at most %lld\n",

@@ -1,5 +1,3 @@
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
@@ -27,8 +25,15 @@ std::optional<KeepMode> keep_mode(const EngineConfig& config) {
   return {};
 }
 
-std::int64_t physical_bytes() {
-  return static_cast<std::int64_t>(sysconf(_SC_PHYS_PAGES)) * static_cast<std::int64_t>(sysconf(_SC_PAGE_SIZE));
+/// Asks the device's ops for sizes, without the device.
+template <class Ask>
+std::int64_t ask_sizes(const EngineSizes& sizes, Ask&& ask) {
+  MemoryLedger ledger;
+  Arena scratch(host_allocator(), ledger);
+  ThreadPool threads(1);
+  const OpRegistry registry = make_op_registry();
+  OpContext context{&registry, sizes.device, &threads, &scratch, nullptr};
+  return static_cast<std::int64_t>(ask(context));
 }
 
 // What a training sequence of that length may keep: of the pool, what its own keys and values leave.
@@ -88,6 +93,7 @@ void check(const EngineConfig& c) {
           ", wanted 0 to 1");
   make_policy(c.policy);
   if (c.kv_cache_memory_bytes) positive(*c.kv_cache_memory_bytes, "kv_cache_memory_bytes");
+  require(c.swap_space_bytes.value_or(0) >= 0, "swap_space_bytes: ", c.swap_space_bytes.value_or(0), ", wanted >= 0");
   if (c.finetune_memory_bytes) positive(*c.finetune_memory_bytes, "finetune_memory_bytes");
   weight_format(c);
   parse_device(c.device);
@@ -136,7 +142,8 @@ EngineSizes engine_sizes(const ModelConfig& model, const EngineConfig& config) {
     require(num_blocks <= kMaxCount, "kv_cache_memory_bytes: ", *config.kv_cache_memory_bytes, " is ", num_blocks,
             " pages, wanted at most ", kMaxCount);
   } else {
-    num_blocks = std::max(std::min(num_blocks, physical_bytes() / 4 / sizes.block_bytes), blocks_per_sequence);
+    num_blocks =
+        std::max(std::min(num_blocks, memory_bytes(sizes.device) / 4 / sizes.block_bytes), blocks_per_sequence);
   }
   // Every running sequence may need a row in one step.
   const std::int64_t max_seqs = std::min(config.max_num_seqs, config.max_num_batched_tokens);
@@ -156,16 +163,60 @@ std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& pro
       TrainState::gradient_bytes({model.hidden_size, model.num_kv_heads * model.head_dim}, length));
 }
 
-std::int64_t pool_blocks(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
-                         CompiledModel& compiled) {
-  if (config.kv_cache_memory_bytes) return sizes.limits.num_blocks;
-  const std::int64_t tokens = std::max(SchedulerConfig{}.max_finetune_tokens_in_flight, sizes.max_model_len);
-  const std::int64_t bytes = config.finetune_memory_bytes.value_or(
-      std::min(finetune_bytes(model, compiled.training(compiled.lora_everywhere()), tokens), physical_bytes() / 2));
-  // Runs and pages are whole blocks.
-  const std::int64_t blocks =
-      bytes / sizes.block_bytes + 2 * std::max<std::int64_t>(1, sizes.limits.max_sampled_rows / 2);
-  return std::min(sizes.limits.num_blocks + blocks, kMaxCount);
+void size_pool(const ModelConfig& model, const EngineConfig& config, CompiledModel& compiled, EngineSizes& sizes) {
+  constexpr double kUsed = 0.9;  // of memory, by default
+  constexpr std::int64_t kMostSwapSpace = std::int64_t{4} << 30;
+  const std::int64_t of_requests = sizes.limits.num_blocks;
+  std::int64_t& blocks = sizes.limits.num_blocks;
+  if (!config.kv_cache_memory_bytes) {
+    const std::int64_t memory = memory_bytes(sizes.device);
+    const std::int64_t tokens = std::max(SchedulerConfig{}.max_finetune_tokens_in_flight, sizes.max_model_len);
+    const TrainingProgram& program = compiled.training(compiled.lora_everywhere());
+    const std::int64_t training =
+        config.finetune_memory_bytes.value_or(std::min(finetune_bytes(model, program, tokens), memory / 2));
+    // Runs and pages are whole blocks.
+    blocks += training / sizes.block_bytes + 2 * std::max<std::int64_t>(1, sizes.limits.max_sampled_rows / 2);
+    const std::int64_t rest = static_cast<std::int64_t>(kUsed * static_cast<double>(memory)) -
+                              weight_bytes(compiled, sizes) - workspace_bytes(model, config, sizes, compiled);
+    const std::int64_t one_sequence = (sizes.max_model_len + config.block_size - 1) / config.block_size;
+    // Where not even the rest fits, loading says so.
+    if (rest > 0) blocks = std::min(blocks, std::max(rest / sizes.block_bytes, one_sequence));
+    blocks = std::min(blocks, kMaxCount);
+  }
+  const bool on_host = sizes.device.kind == DeviceKind::kCpu;
+  const std::int64_t of_training = config.kv_cache_memory_bytes ? blocks : blocks - std::min(blocks, of_requests);
+  const std::int64_t swap_space =
+      config.swap_space_bytes.value_or(on_host ? 0 : std::min(kMostSwapSpace, of_training * sizes.block_bytes));
+  sizes.limits.num_host_blocks = std::min(swap_space / sizes.block_bytes, kMaxCount - blocks);
+}
+
+std::int64_t weight_bytes(const CompiledModel& compiled, const EngineSizes& sizes) {
+  return ask_sizes(sizes, [&](OpContext& context) {
+    return WeightStore::planned_bytes(context, weight_specs(compiled.base()), sizes.compute, sizes.linears);
+  });
+}
+
+std::int64_t adapter_bytes(const AdapterLayout& layout, const EngineSizes& sizes) {
+  const std::int64_t own =
+      ask_sizes(sizes, [&](OpContext& context) { return own_module_bytes(context, layout, sizes.compute); });
+  return own + (layout.num_parameters + layout.num_derived) * static_cast<std::int64_t>(sizeof(float));
+}
+
+std::int64_t programs_bytes(CompiledModel& compiled, const TrainingProgram& program, const EngineSizes& sizes) {
+  const bool two_lanes = sizes.device.kind != DeviceKind::kCpu;
+  return static_cast<std::int64_t>(Executor::workspace_bytes(compiled, program, sizes.limits.max_rows, two_lanes));
+}
+
+std::int64_t workspace_bytes(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
+                             CompiledModel& compiled) {
+  const std::int64_t rotary = sizes.limits.max_positions * model.head_dim * static_cast<std::int64_t>(sizeof(float));
+  const bool two_lanes = sizes.device.kind != DeviceKind::kCpu;
+  const ScratchBytes scratch = scratch_bytes(model, config, sizes);
+  const std::int64_t recorded =
+      two_lanes && !config.enforce_eager ? static_cast<std::int64_t>(Executor::kMostRecordedBytes) : 0;
+  return rotary + static_cast<std::int64_t>((two_lanes ? 2 : 1) * Lane::indices_bytes(sizes.limits)) +
+         static_cast<std::int64_t>(Executor::losses_bytes(sizes.limits)) + scratch.forward + scratch.backward +
+         recorded + programs_bytes(compiled, compiled.training(compiled.lora_everywhere()), sizes);
 }
 
 std::int64_t store_blocks(const ModelConfig& model, const EngineSizes& sizes, const TrainingProgram& program,

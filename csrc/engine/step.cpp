@@ -14,19 +14,19 @@ StepReport Engine::Impl::step() {
   const double begin = now_ms();
   StepReport report;
   StepPlan plan = scheduler.plan(begin);
-  executor->move_blocks(plan.moves);
-  counters["kv_blocks_moved"] += static_cast<double>(plan.moves.size());
+  const double move_ms = move_blocks(plan);
   for (auto* sequence : plan.restarted) state_of(*sequence).restart();
-  for (const auto& window : plan.forward) {
-    TrainState& state = state_of(*window.sequence);
-    if (!state.placed()) state.place(executor->block(window.sequence->store.first), ledger, executor->shape());
-  }
+  for (auto* sequence : plan.swapped) state_of(*sequence).release();
+  for (auto* sequence : plan.started)
+    state_of(*sequence).place(executor->block(sequence->store.first), ledger, executor->shape());
   counters["preemptions"] += static_cast<double>(plan.preempted.size());
   counters["finetune_restarts"] += static_cast<double>(plan.restarted.size());
+  counters["finetune_swaps"] += static_cast<double>(plan.swapped.size());
   if (!plan.empty()) {
     try {
       run_plan(plan, begin, report);
-      cost.observe(plan.features, now_ms() - begin);  // optimizer steps come after and are no part of the model's time
+      // Optimizer steps come after and are no part of the model's time.
+      cost.observe(plan.features, now_ms() - begin - move_ms);
     } catch (const std::exception& error) {
       executor->abandon();
       // Requests are as they were, and what was planned for them is planned again. Without training, nothing would
@@ -46,6 +46,20 @@ StepReport Engine::Impl::step() {
   report.elapsed_ms = now_ms() - begin;
   if (!plan.empty()) counters["busy_ms"] += report.elapsed_ms;
   return report;
+}
+
+// How long it took.
+double Engine::Impl::move_blocks(const StepPlan& plan) {
+  if (plan.moves.empty()) return 0.0;
+  const double begin = now_ms();
+  executor->move_blocks(plan.moves);
+  const double ms = now_ms() - begin;
+  const std::int64_t swapped = plan.blocks_swapped(sizes.limits.num_blocks);
+  const auto moved = static_cast<std::int64_t>(plan.moves.size()) - swapped;
+  if (moved == 0) cost.observe_swap(swapped, ms);
+  counters["kv_blocks_moved"] += static_cast<double>(moved);
+  counters["kv_blocks_swapped"] += static_cast<double>(swapped);
+  return ms;
 }
 
 // After an error in the middle of a plan, losses and gradients hold part of its sums: their jobs cannot go on. False:

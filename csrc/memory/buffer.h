@@ -19,8 +19,8 @@ class Allocator {
   /// Gives back what it keeps for the next allocations of the same size, if it does.
   virtual void trim() noexcept {}
   virtual Device device() const = 0;
-  /// From host memory to this device's, back, and within it. They see the work given to the device before; when upload
-  /// and download return, the bytes are there.
+  /// From host memory to this device's, back, and within it, where memory that the device reads itself belongs to it
+  /// too. They see the work given to the device before; when upload and download return, the bytes are there.
   virtual void upload(void* to, const void* from, std::size_t bytes) = 0;
   virtual void download(void* to, const void* from, std::size_t bytes) = 0;
   virtual void copy(void* to, const void* from, std::size_t bytes) = 0;

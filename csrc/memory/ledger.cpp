@@ -22,6 +22,8 @@ std::string_view memory_tag_name(MemoryTag tag) {
       return "optimizer";
     case MemoryTag::kWorkspace:
       return "workspace";
+    case MemoryTag::kSwapSpace:
+      return "swap_space";
     case MemoryTag::kCount:
       break;
   }

@@ -18,6 +18,7 @@ enum class MemoryTag : std::uint8_t {
   kGradients,
   kOptimizer,
   kWorkspace,
+  kSwapSpace,  // in host memory
   kCount,
 };
 

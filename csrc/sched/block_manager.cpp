@@ -13,13 +13,18 @@ namespace flexcore {
 // before, own tokens), all three compared. By induction a hit has the same tokens from the beginning on: the hash only
 // picks the chain to look in, so that no collision can give wrong pages.
 
-BlockManager::BlockManager(std::int64_t num_blocks, std::int64_t block_size, bool enable_prefix_caching)
-    : block_size_(block_size), caching_(enable_prefix_caching) {
-  require(num_blocks >= 0 && num_blocks <= std::numeric_limits<std::int32_t>::max(), "BlockManager: num_blocks is ",
-          num_blocks, ", wanted 0 to 2^31 - 1");
+BlockManager::BlockManager(std::int64_t num_blocks, std::int64_t block_size, bool enable_prefix_caching,
+                           std::int64_t num_host_blocks)
+    : block_size_(block_size), caching_(enable_prefix_caching), num_host_blocks_(num_host_blocks) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  require(num_blocks >= 0 && num_blocks <= kMost, "BlockManager: num_blocks is ", num_blocks, ", wanted 0 to 2^31 - 1");
+  require(num_host_blocks >= 0 && num_host_blocks <= kMost - num_blocks, "BlockManager: num_host_blocks is ",
+          num_host_blocks, ", wanted 0 to ", kMost - num_blocks);
   require(block_size >= 1, "BlockManager: block_size is ", block_size, ", wanted at least 1");
   pages_.resize(static_cast<std::size_t>(num_blocks));
   for (std::int64_t i = 0; i < num_blocks; ++i) blank_.push_back(static_cast<std::int32_t>(i));
+  for (std::int64_t i = num_host_blocks; i > 0; --i)
+    free_host_.push_back(static_cast<std::int32_t>(num_blocks + i - 1));
   if (caching_) {
     contents_.resize(static_cast<std::size_t>(num_blocks * block_size));
     buckets_.assign(std::bit_ceil(static_cast<std::size_t>(2 * num_blocks + 1)), -1);
@@ -94,6 +99,40 @@ void BlockManager::release_run(BlockRun& run) {
     push_free(index);
   }
   run = {};
+}
+
+bool BlockManager::swap_out(std::vector<std::int32_t>& block_table, BlockRun& run,
+                            std::vector<std::int32_t>& host_table, std::vector<BlockMove>& moves) {
+  if (static_cast<std::int64_t>(block_table.size()) + run.count > num_free_host()) return false;
+  const auto send = [&](std::int32_t page) {
+    require<Error>(checked(page).references == 1 && !checked(page).cached, "BlockManager.swap_out: page ", page,
+                   " has ", checked(page).references, " holders, wanted one that nobody can find");
+    host_table.push_back(free_host_.back());
+    free_host_.pop_back();
+    moves.push_back({page, host_table.back()});
+  };
+  for (const std::int32_t page : block_table) send(page);
+  for (std::int64_t i = 0; i < run.count; ++i) send(static_cast<std::int32_t>(run.first + i));
+  release(block_table);
+  release_run(run);
+  return true;
+}
+
+void BlockManager::swap_in(std::vector<std::int32_t>& host_table, std::span<const std::int32_t> block_table,
+                           const BlockRun& run, std::vector<BlockMove>& moves) {
+  require<Error>(host_table.size() == block_table.size() + static_cast<std::size_t>(run.count),
+                 "BlockManager.swap_in: ", host_table.size(), " host pages for ", block_table.size(),
+                 " pages and a run of ", run.count);
+  for (std::size_t i = 0; i < host_table.size(); ++i)
+    moves.push_back({host_table[i], i < block_table.size()
+                                        ? block_table[i]
+                                        : run.first + static_cast<std::int32_t>(i - block_table.size())});
+  release_host(host_table);
+}
+
+void BlockManager::release_host(std::vector<std::int32_t>& host_table) {
+  free_host_.insert(free_host_.end(), host_table.rbegin(), host_table.rend());
+  host_table.clear();
 }
 
 void BlockManager::move(std::int32_t from, std::int32_t to) {

@@ -13,7 +13,7 @@ struct BlockRun {
   explicit operator bool() const { return count > 0; }
 };
 
-/// A page whose content goes to another.
+/// A page whose content goes to another. Pages from num_blocks() on are in host memory.
 struct BlockMove {
   std::int32_t from, to;
 };
@@ -21,10 +21,14 @@ struct BlockMove {
 /// Which page of the pool belongs to whom. Pages are counted by reference; full pages of inference sequences can be
 /// found again by content: (cache_key, all tokens up to the block's end). Free pages keep their content until they are
 /// reused: pages without content first, then the least recently used. Not thread-safe.
+///
+/// Behind the pool's pages, [0, num_blocks), are those of host memory, [num_blocks, num_blocks + num_host_blocks),
+/// which only keep what was swapped out.
 class BlockManager {
  public:
-  /// Throws InvalidArgument unless num_blocks >= 0 and block_size >= 1.
-  BlockManager(std::int64_t num_blocks, std::int64_t block_size, bool enable_prefix_caching);
+  /// Throws InvalidArgument unless num_blocks >= 0, block_size >= 1 and num_host_blocks >= 0.
+  BlockManager(std::int64_t num_blocks, std::int64_t block_size, bool enable_prefix_caching,
+               std::int64_t num_host_blocks = 0);
 
   std::int64_t num_blocks() const { return static_cast<std::int64_t>(pages_.size()); }
   std::int64_t block_size() const { return block_size_; }
@@ -44,6 +48,18 @@ class BlockManager {
   BlockRun reserve_run(std::int64_t count, std::vector<BlockMove>& moves);
   /// Gives a run back and clears it.
   void release_run(BlockRun& run);
+
+  /// Sends pages that nobody shares, and a run, to host pages, and gives them back: `moves` gets the copies, in order,
+  /// and `host_table` the host pages, the table's first. False, and nothing changed, when too few of those are free.
+  bool swap_out(std::vector<std::int32_t>& block_table, BlockRun& run, std::vector<std::int32_t>& host_table,
+                std::vector<BlockMove>& moves);
+  /// The way back, to as many pages, which are reserved before. Gives the host pages back and clears their table.
+  void swap_in(std::vector<std::int32_t>& host_table, std::span<const std::int32_t> block_table, const BlockRun& run,
+               std::vector<BlockMove>& moves);
+  /// Gives host pages back, and with them what they kept, and clears their table.
+  void release_host(std::vector<std::int32_t>& host_table);
+  std::int64_t num_host_blocks() const { return num_host_blocks_; }
+  std::int64_t num_free_host() const { return static_cast<std::int64_t>(free_host_.size()); }
 
   /// Longest cached prefix of `tokens` in whole blocks, at most tokens.size() - 1 tokens; its pages are referenced and
   /// put in `block_table` (empty before). Returns the number of tokens found.
@@ -96,6 +112,8 @@ class BlockManager {
       blank_;  // free pages without content: a heap, the lowest first, so that runs find room above
   std::int32_t lru_first_ = -1, lru_last_ = -1;
   std::int64_t lru_size_ = 0;
+  std::int64_t num_host_blocks_ = 0;
+  std::vector<std::int32_t> free_host_;  // the last one is used next
   std::uint64_t next_serial_ = 1;
   std::int64_t prefix_queries_ = 0, prefix_hits_ = 0;
 };

@@ -239,4 +239,12 @@ double CostModel::usual_error() const {
   return std::max(kMinUsualError, 1.48 * static_cast<double>(*nth));
 }
 
+void CostModel::observe_swap(std::int64_t blocks, double measured_ms) {
+  constexpr double kWeight = 0.25;  // of the newest
+  if (blocks < 1 || !(measured_ms > 0.0) || !std::isfinite(measured_ms)) return;
+  const double ms = measured_ms / static_cast<double>(blocks);
+  swap_block_ms_ = swap_observed_ ? (1.0 - kWeight) * swap_block_ms_ + kWeight * ms : ms;
+  swap_observed_ = true;
+}
+
 }  // namespace flexcore

@@ -58,6 +58,11 @@ class CostModel {
   std::int64_t num_observed() const { return num_observed_; }
   double overrun_share() const { return overrun_share_; }  // share of recent steps that took > 1.1 x predicted
 
+  /// Of copying so many pages of the pool to host memory, or back; until some were, at the rate of set_swap_ms.
+  double swap_ms(std::int64_t blocks) const { return static_cast<double>(blocks) * swap_block_ms_; }
+  void set_swap_ms(double ms_per_block) { swap_block_ms_ = ms_per_block; }
+  void observe_swap(std::int64_t blocks, double measured_ms);
+
   static constexpr std::int64_t kWarmup = 16;  // observations that count as a fit
 
  private:
@@ -81,6 +86,8 @@ class CostModel {
   std::int64_t num_observed_ = 0;
   double margin_ = 0.0, margin_quantile_ = 0.95;
   double overrun_share_ = 0.0;
+  double swap_block_ms_ = 0.0;
+  bool swap_observed_ = false;
   bool fitted_ = false;
 };
 

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <string>
 #include <vector>
@@ -37,6 +38,8 @@ struct StepPlan {
   std::vector<BackwardUnit> backward;     // in order of execution, after the forward
   std::vector<Sequence*> preempted;       // gave their pages back; will be recomputed
   std::vector<TrainSequence*> restarted;  // gave their pages back, and what they kept in them is lost
+  std::vector<TrainSequence*> swapped;    // gave their pages back, and what they kept in them is in host memory
+  std::vector<TrainSequence*> started;    // took pages, their first or, after they were swapped, others
   std::vector<BlockMove> moves;           // of pages, in order, before anything else
   StepFeatures features;
   double predicted_ms = 0.0;
@@ -48,6 +51,11 @@ struct StepPlan {
   std::string reason;               // for the budget, where there is more to say than the objective
   std::string explain;              // "decode 12, prefill 0, s=48, units 6: predicted 41.2 of 45 ms"
 
+  /// Of the moves, those from and to host memory.
+  std::int64_t blocks_swapped(std::int64_t num_blocks) const {
+    return std::count_if(moves.begin(), moves.end(),
+                         [&](const BlockMove& move) { return move.from >= num_blocks || move.to >= num_blocks; });
+  }
   bool empty() const { return inference.empty() && forward.empty() && backward.empty(); }
 };
 

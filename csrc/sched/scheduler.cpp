@@ -18,15 +18,20 @@ bool is_decode(const Sequence& sequence) {
   return sequence.num_generated() > 0 && num_tokens(sequence) - sequence.num_computed_tokens == 1;
 }
 
+std::int64_t num_blocks(const TrainSequence& sequence) {
+  return static_cast<std::int64_t>(sequence.block_table.size()) + sequence.store.count;
+}
+
 std::string explain(const StepPlan& plan) {
   const StepFeatures& f = plan.features;
-  char text[160];
+  char text[192];
   int length = std::snprintf(text, sizeof text, "decode %lld, prefill %lld, s=%lld, units %lld",
                              static_cast<long long>(f.decode_rows), static_cast<long long>(f.prefill_tokens),
                              static_cast<long long>(f.finetune_tokens), static_cast<long long>(f.backward_units));
   const auto rest = [&] { return sizeof text - static_cast<std::size_t>(length); };
   if (!plan.preempted.empty()) length += std::snprintf(text + length, rest(), ", preempted %zu", plan.preempted.size());
   if (!plan.restarted.empty()) length += std::snprintf(text + length, rest(), ", restarted %zu", plan.restarted.size());
+  if (!plan.swapped.empty()) length += std::snprintf(text + length, rest(), ", swapped out %zu", plan.swapped.size());
   length += std::snprintf(text + length, rest(), ": predicted %.1f of %.1f ms", plan.predicted_ms, plan.budget_ms);
   std::snprintf(text + length, rest(), "%s%s", plan.reason.empty() ? "" : ", ", plan.reason.c_str());
   return text;
@@ -104,6 +109,7 @@ void Scheduler::pause_job(std::int64_t job_id, bool paused) { job(job_id, "pause
 
 void Scheduler::remove_job(std::int64_t job_id) {
   for (TrainSequence* sequence : job(job_id, "remove_job").sequences) {
+    blocks_.release_host(sequence->host_table);
     if (!sequence->started) continue;
     release(*sequence);
     std::erase(started_, sequence);
@@ -164,9 +170,10 @@ StepPlan Scheduler::plan(double now_ms) {
     step.serves = true;
     plan_inference(step);
   }
-  plan.predicted_ms = cost_.predict_ms(plan.features);
+  const double work_ms = cost_.predict_ms(plan.features);
+  plan.finetune_ms = work_ms - cost_.predict_ms(inference);
+  plan.predicted_ms = work_ms + cost_.swap_ms(plan.blocks_swapped(blocks_.num_blocks()));
   plan.predicted_upper_ms = plan.predicted_ms * (1.0 + cost_.margin());
-  plan.finetune_ms = plan.predicted_ms - cost_.predict_ms(inference);
   plan.explain = explain(plan);
   return plan;
 }
@@ -226,30 +233,62 @@ BlockRun Scheduler::reserve_run(std::int64_t count, std::vector<BlockMove>& move
   return run;
 }
 
-std::int64_t Scheduler::blocks_held(bool in_backward) const {
-  std::int64_t sum = 0;
-  for (const TrainSequence* sequence : started_)
-    if (sequence->in_backward() == in_backward)
-      sum += static_cast<std::int64_t>(sequence->block_table.size()) + sequence->store.count;
-  return sum;
+Scheduler::BlocksHeld Scheduler::blocks_held() {
+  BlocksHeld held;
+  std::int64_t free_host = blocks_.num_free_host();
+  for (const TrainSequence* sequence : started_) {
+    const std::int64_t blocks = num_blocks(*sequence);
+    const bool to_host = sequence->in_backward() && backward_yields(*sequence, free_host);
+    (to_host || !sequence->in_backward() ? held.yielding : held.staying) += blocks;
+    if (to_host) free_host -= blocks;
+  }
+  return held;
 }
 
-bool Scheduler::restart_one(StepPlan& plan, bool paused_only) {
+/// To host pages and back.
+double Scheduler::swap_ms(const TrainSequence& sequence) const {
+  return 2.0 * cost_.swap_ms(blocks_.blocks_for(sequence.length) + sequence.store_blocks);
+}
+
+/// Whether a backward phase goes to host pages for requests: nobody else would end it, or its end is further away.
+bool Scheduler::backward_yields(const TrainSequence& sequence, std::int64_t free_host_blocks) {
+  if (num_blocks(sequence) > free_host_blocks) return false;
+  if (job(sequence.job_id, "plan").paused || !cost_.fitted()) return true;
+  const std::int64_t whole_layers = sequence.layer - sequence.first_layer, rows = sequence.rows_left;
+  StepFeatures left;
+  left.backward_layer_tokens = whole_layers * sequence.length + rows;
+  left.recomputed_layer_tokens = static_cast<double>(left.backward_layer_tokens) * (sequence.backward_cost - 1.0);
+  left.backward_layer_context = whole_layers * context_sum(0, sequence.length) + context_sum(0, rows);
+  left.backward_units = whole_layers + 1;
+  return cost_.predict_ms(left) > swap_ms(sequence);
+}
+
+/// One training sequence gives its pages back.
+bool Scheduler::yield_one(StepPlan& plan, bool paused_only) {
+  // Sequences of paused jobs go first, then forward phases; the last one started has done least.
   TrainSequence* victim = nullptr;
-  bool victim_paused = false;
-  // The last one started has done least; sequences of paused jobs go first.
-  for (auto it = started_.rbegin(); it != started_.rend() && !victim_paused; ++it) {
-    if ((*it)->in_backward()) continue;
-    const bool paused = job((*it)->job_id, "plan").paused;
-    if (victim == nullptr ? paused || !paused_only : paused) {
-      victim = *it;
-      victim_paused = paused;
-    }
+  int victim_rank = 0;
+  for (auto it = started_.rbegin(); it != started_.rend(); ++it) {
+    const TrainSequence& candidate = **it;
+    const bool paused = job(candidate.job_id, "plan").paused, backward = candidate.in_backward();
+    if ((paused_only && !paused) || (backward && !backward_yields(candidate, blocks_.num_free_host()))) continue;
+    const int rank = 1 + 2 * paused + !backward;
+    if (rank <= victim_rank) continue;
+    victim = *it;
+    victim_rank = rank;
   }
   if (victim == nullptr) return false;
+  std::erase(started_, victim);
+  const std::int64_t done = victim->forward_done;
+  const double again_ms = cost_.predict_ms({.finetune_tokens = done, .finetune_context = context_sum(0, done)});
+  if ((victim->in_backward() || again_ms > swap_ms(*victim)) &&
+      blocks_.swap_out(victim->block_table, victim->store, victim->host_table, plan.moves)) {
+    victim->started = false;
+    plan.swapped.push_back(victim);
+    return true;
+  }
   release(*victim);
   victim->forward_done = 0;
-  std::erase(started_, victim);
   plan.restarted.push_back(victim);
   return true;
 }
@@ -266,13 +305,13 @@ void Scheduler::preempt(StepPlan& plan, Sequence* sequence) {
 bool Scheduler::reserve_decode(Step& step, Sequence& sequence) {
   while (!blocks_.reserve(sequence.block_table, sequence.num_computed_tokens + 1)) {
     step.short_of_pages = true;
-    if (restart_one(step.plan, false)) continue;
+    if (yield_one(step.plan, false)) continue;
     if (running_.back() != &sequence) {
       preempt(step.plan, running_.back());
       continue;
     }
     // The youngest itself. Pages in backward come back for certain, so that it waits with its work kept.
-    if (blocks_held(true) > 0) {
+    if (blocks_held().staying > 0) {
       step.drain = true;
       return false;
     }
@@ -320,19 +359,17 @@ std::int64_t Scheduler::prefill_chunk(const Step& step, std::int64_t begin, std:
 
 /// Gets `missing_blocks` pages and a slot free for the first request in line, at the cost of training if need be.
 bool Scheduler::make_room(Step& step, std::int64_t missing_blocks) {
-  const auto slots_taken = [&] { return static_cast<std::int64_t>(running_.size() + started_.size()); };
-  if (missing_blocks <= blocks_.num_free() && slots_taken() < config_.max_num_seqs) return true;
-  const std::int64_t forward = blocks_held(false), backward = blocks_held(true);
+  const auto slot = [&] { return static_cast<std::int64_t>(running_.size() + started_.size()) < config_.max_num_seqs; };
+  const auto room = [&] { return missing_blocks <= blocks_.num_free() && slot(); };
+  if (room()) return true;
+  const auto [yielding, staying] = blocks_held();
+  if ((slot() || yielding > 0) && missing_blocks <= blocks_.num_free() + yielding)
+    while (yield_one(step.plan, false))
+      if (room()) return true;
   const bool slot_possible = num_running() < config_.max_num_seqs;
-  const bool slot_now = slots_taken() < config_.max_num_seqs || forward > 0;
-  if (slot_now && missing_blocks <= blocks_.num_free() + forward) {
-    while (missing_blocks > blocks_.num_free() || slots_taken() >= config_.max_num_seqs)
-      if (!restart_one(step.plan, false)) return false;
-    return true;
-  }
   step.blocked = true;
   step.drain =
-      step.drain || (backward > 0 && slot_possible && missing_blocks <= blocks_.num_free() + forward + backward);
+      step.drain || (staying > 0 && slot_possible && missing_blocks <= blocks_.num_free() + yielding + staying);
   return false;
 }
 

@@ -43,8 +43,10 @@ struct StepLimits;
 ///
 /// Pages. A request takes the pages of all its tokens at admission, then one at a time; a training sequence takes at
 /// its start all of its pages, and a run of others for what it keeps for its backward. When they run out: training
-/// sequences in their forward phase give theirs back first (plan.restarted), then the youngest request is preempted.
-/// Backward phases keep theirs, and run until they are done.
+/// sequences in their forward phase give theirs back first, then those in their backward phase, if there are host pages
+/// and there is so much left to do that the way there and back is shorter; then the youngest request is preempted. A
+/// forward is done again (plan.restarted) or goes to host pages (plan.swapped), whichever takes less time. Backward
+/// phases that stay keep their pages, and run until they are done.
 class Scheduler {
  public:
   /// Throws InvalidArgument on a limit below 1, an objective that is not positive, an unknown policy.
@@ -136,8 +138,13 @@ class Scheduler {
   // scheduler.cpp: life cycle and inference
   Job& job(std::int64_t job_id, const char* op);
   void release(TrainSequence& sequence);
-  std::int64_t blocks_held(bool in_backward) const;
-  bool restart_one(StepPlan& plan, bool paused_only);
+  struct BlocksHeld {
+    std::int64_t yielding = 0, staying = 0;  // by training sequences that would give them to requests, and by others
+  };
+  BlocksHeld blocks_held();
+  double swap_ms(const TrainSequence& sequence) const;
+  bool backward_yields(const TrainSequence& sequence, std::int64_t free_host_blocks);
+  bool yield_one(StepPlan& plan, bool paused_only);
   void preempt(StepPlan& plan, Sequence* sequence);
   bool reserve_decode(Step& step, Sequence& sequence);
   bool make_room(Step& step, std::int64_t missing_blocks);
@@ -159,6 +166,9 @@ class Scheduler {
   Outcome give(Step& step, Job& job, bool force);
   Outcome give_forward(Step& step, Job& job, bool force);
   Outcome give_backward(Step& step, Job& job, bool force);
+  Outcome swap_in(Step& step, const Job& job, bool force);
+  bool start(Step& step, TrainSequence& sequence);
+  void add_flight(TrainSequence& sequence);
   bool take_store(Step& step, TrainSequence& sequence);
   bool room_to_start(Step& step, const TrainSequence& sequence, bool force);
   std::int64_t growth_blocks(std::int64_t tokens) const;

@@ -40,8 +40,8 @@ void Scheduler::begin_jobs(Step& step) {
     j.idle = !has_work(j);
     j.forward_closed = j.exhausted = false;
     j.windows = 0;
-    const auto in_forward =
-        std::find_if(j.sequences.begin(), j.sequences.end(), [](const TrainSequence* s) { return !s->in_backward(); });
+    const auto in_forward = std::find_if(j.sequences.begin(), j.sequences.end(),
+                                         [](const TrainSequence* s) { return !s->in_backward() || s->swapped_out(); });
     j.forward_work = in_forward != j.sequences.end();
     if (j.paused || !j.forward_work || !step.starved) continue;
     // Slots and pages too, when it has none or what it has in flight is not enough to catch up.
@@ -65,11 +65,7 @@ double Scheduler::least_piece_ms() const {
 
 void Scheduler::plan_finetune(Step& step, Load load, const StepLimits& limits) {
   flights_.clear();
-  for (TrainSequence* sequence : started_) {
-    const auto owner = static_cast<std::size_t>(&job(sequence->job_id, "plan") - jobs_.data());
-    const bool backward = sequence->in_backward();
-    flights_.push_back({sequence, owner, backward ? sequence->layer : 0, backward ? sequence->rows_left : 0});
-  }
+  for (TrainSequence* sequence : started_) add_flight(*sequence);
   // When only paused jobs could give the pages, the others go on meanwhile; they start nothing new, so that this ends.
   step.drain = step.drain && std::any_of(flights_.begin(), flights_.end(), [&](const Flight& flight) {
                  return flight.rows > 0 && !jobs_[flight.job].paused;
@@ -87,7 +83,7 @@ void Scheduler::plan_finetune(Step& step, Load load, const StepLimits& limits) {
 
   const Allowance allowance = policy_->allowance(load);
   constexpr std::int64_t kMost = std::numeric_limits<std::int64_t>::max();
-  step.finetune_budget_ms = allowance.step_ms;
+  step.finetune_budget_ms = allowance.step_ms - cost_.swap_ms(step.plan.blocks_swapped(blocks_.num_blocks()));
   step.finetune_layer_rows =
       allowance.tokens > kMost / config_.num_layers ? kMost : allowance.tokens * config_.num_layers;
   step.starved = step.starved && allowance.floor;
@@ -159,7 +155,7 @@ Scheduler::Outcome Scheduler::give(Step& step, Job& job, bool force) {
 
 Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
   const auto index = static_cast<std::size_t>(&job - jobs_.data());
-  Outcome outcome = Outcome::kNothing;
+  Outcome outcome = swap_in(step, job, force);
   Flight* flight = nullptr;
   std::int64_t count = 0;
   for (Flight& candidate : flights_) {
@@ -176,14 +172,11 @@ Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
         std::find_if(job.sequences.begin(), job.sequences.end(), [](const TrainSequence* s) { return !s->started; });
     if (pending == job.sequences.end()) return outcome;
     TrainSequence& sequence = **pending;
+    if (sequence.swapped_out()) return outcome;  // nobody overtakes it
     if (!room_to_start(step, sequence, force)) return step.holds_admission && !force ? Outcome::kNoFit : outcome;
     count = forward_rows(step, sequence, force);
     if (count == 0) return Outcome::kNoFit;
-    if (!take_store(step, sequence)) return Outcome::kNoFit;
-    blocks_.reserve(sequence.block_table, sequence.length);
-    sequence.started = true;
-    started_.push_back(&sequence);
-    flights_.push_back({&sequence, index, 0, 0});
+    if (!start(step, sequence)) return force ? Outcome::kNothing : Outcome::kNoFit;
     flight = &flights_.back();
   }
   TrainSequence& sequence = *flight->sequence;
@@ -199,6 +192,38 @@ Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
   flight->used = true;
   ++job.windows;
   return Outcome::kGiven;
+}
+
+/// Brings the job's sequences back from host pages, as far as there is room and time.
+Scheduler::Outcome Scheduler::swap_in(Step& step, const Job& job, bool force) {
+  // What no force helps with leaves it to another job.
+  const Outcome no_room = force ? Outcome::kNothing : Outcome::kNoFit;
+  for (TrainSequence* sequence : job.sequences) {
+    if (!sequence->swapped_out()) continue;
+    const double ms = swap_ms(*sequence) / 2.0;
+    if (!force && step.finetune_budget_ms < cost_.predict_ms(step.plan.features) + ms) return Outcome::kNoFit;
+    if (!room_to_start(step, *sequence, force) || !start(step, *sequence)) return no_room;
+    blocks_.swap_in(sequence->host_table, sequence->block_table, sequence->store, step.plan.moves);
+    step.finetune_budget_ms -= ms;
+  }
+  return Outcome::kNothing;
+}
+
+/// Gives a pending sequence its pages.
+bool Scheduler::start(Step& step, TrainSequence& sequence) {
+  if (!take_store(step, sequence)) return false;
+  blocks_.reserve(sequence.block_table, sequence.length);
+  sequence.started = true;
+  started_.push_back(&sequence);
+  step.plan.started.push_back(&sequence);
+  add_flight(sequence);
+  return true;
+}
+
+void Scheduler::add_flight(TrainSequence& sequence) {
+  const auto owner = static_cast<std::size_t>(&job(sequence.job_id, "plan") - jobs_.data());
+  const bool backward = sequence.in_backward();
+  flights_.push_back({&sequence, owner, backward ? sequence.layer : 0, backward ? sequence.rows_left : 0});
 }
 
 /// Whether a pending sequence may take its pages now. Sequences of paused jobs make room when nobody else is at work.
@@ -218,7 +243,7 @@ bool Scheduler::room_to_start(Step& step, const TrainSequence& sequence, bool fo
   if (room()) return true;
   for (const TrainSequence* s : started_)
     if (!job(s->job_id, "plan").paused) return false;
-  while (restart_one(step.plan, true)) {
+  while (yield_one(step.plan, true)) {
     std::erase_if(flights_, [](const Flight& flight) { return !flight.sequence->started; });
     if (room()) return true;
   }
@@ -235,7 +260,7 @@ bool Scheduler::take_store(Step& step, TrainSequence& sequence) {
     step.short_of_runs = true;
     for (const TrainSequence* s : started_)
       if (!job(s->job_id, "plan").paused) return false;
-    if (!restart_one(step.plan, true)) {
+    if (!yield_one(step.plan, true)) {
       step.held_by_paused = true;
       return false;
     }

@@ -55,12 +55,14 @@ struct TrainSequence {
   std::int64_t store_blocks = 0;            // pages that hold what it keeps for its backward
   std::vector<std::int32_t> block_table;
   BlockRun store;
+  std::vector<std::int32_t> host_table;  // of pages in host memory that hold all of this while it is swapped out
 
   bool started = false;           // pages and saved activations are held
   std::int64_t forward_done = 0;  // tokens [0, forward_done) are through the forward
   std::int64_t layer = 0;         // backward: layer in work; starts at num_layers - 1 when the forward is done
   std::int64_t rows_left = 0;     // backward: rows [0, rows_left) of `layer` are to do
-  bool in_backward() const { return started && forward_done == length; }
+  bool in_backward() const { return forward_done == length; }
+  bool swapped_out() const { return !host_table.empty(); }
   bool done = false;  // backward finished down to first_layer
 };
 

@@ -38,13 +38,12 @@ class TrainState {
   /// restarted.
   std::int64_t output_gradients_end = 0;
 
-  /// Where it keeps things from the first window on: store_bytes of the pool of pages, whose tag they leave meanwhile.
+  /// Where it keeps things from now on: store_bytes of the pool of pages, whose tag they leave meanwhile.
   void place(std::byte* store, MemoryLedger& ledger, const TrainShape& shape);
   /// Forgets the forward done so far, after the scheduler has restarted the sequence.
   void restart();
   /// Its pages are somebody else's from now on.
   void release();
-  bool placed() const { return store_ != nullptr; }
 
   TensorView saved(std::size_t index, std::int64_t begin, std::int64_t end) const;  // [rows, width], as it is kept
   std::byte* store() const { return store_; }                                       // of all saved tensors

@@ -36,6 +36,7 @@ class EngineConfig:
     max_num_batched_tokens: int
     block_size: int
     kv_cache_memory_bytes: int | None
+    swap_space_bytes: int | None
     finetune_memory_bytes: int | None
     finetune_activations: str
     enable_prefix_caching: bool
@@ -57,6 +58,7 @@ class EngineConfig:
         max_num_batched_tokens: int = 512,
         block_size: int = 16,
         kv_cache_memory_bytes: int | None = None,
+        swap_space_bytes: int | None = None,
         finetune_memory_bytes: int | None = None,
         finetune_activations: str = "exact",
         enable_prefix_caching: bool = True,
@@ -506,6 +508,8 @@ class MemoryPlan:
     def optimizer(self) -> int: ...
     @property
     def workspace(self) -> int: ...
+    @property
+    def swap_space(self) -> int: ...
     @property
     def total(self) -> int: ...
     @property

@@ -151,23 +151,23 @@ TEST_F(EngineTest, EveryMethodHasTheSameGradients) {
   }
 }
 
-TEST_F(EngineTest, SmallPoolPreemptsAndFinishesEverything) {
-  const std::int64_t block = 2 * kLayers * kKvHeads * (kHidden / kHeads) * 16 * 4;
-  const int count = test::emulated() ? 4 : 7;
-  // Just enough for the longest example and what it keeps.
-  std::int64_t pool = count;
-  const auto refused = [&] {
-    EngineConfig config = EngineTest::small();
-    config.kv_cache_memory_bytes = pool * block;
+/// Bytes of one that holds a sequence of so many tokens and what it keeps for its backward.
+std::int64_t smallest_pool(const std::string& model, EngineConfig config, std::int64_t length) {
+  const std::int64_t page = 2 * kLayers * kKvHeads * (kHidden / kHeads) * 16 * 4;
+  for (std::int64_t pool = page;; pool += page) {
+    config.kv_cache_memory_bytes = pool;
     try {
-      plan(path(), config, LoraConfig{.r = 2}, 29);
+      plan(model, config, LoraConfig{.r = 2}, length);
+      return pool;
     } catch (const InvalidArgument&) {
-      return true;
     }
-    return false;
-  };
-  while (refused()) ++pool;
-  Engine large = load(), small = load({.kv_cache_memory_bytes = pool * block});
+  }
+}
+
+TEST_F(EngineTest, SmallPoolPreemptsAndFinishesEverything) {
+  const int count = test::emulated() ? 4 : 7;
+  const std::int64_t pool = smallest_pool(path(), EngineTest::small(), 29);
+  Engine large = load(), small = load({.kv_cache_memory_bytes = pool});
   std::vector<Request> requests;
   for (int i = 0; i < count; ++i)
     requests.push_back({.prompt_token_ids = tokens(10 + i, static_cast<std::uint64_t>(i)),
@@ -178,7 +178,43 @@ TEST_F(EngineTest, SmallPoolPreemptsAndFinishesEverything) {
   const JobId job = small.finetune("a", examples(3), {.batch_size = 2});
   EXPECT_EQ(drain(small), drain(large));
   EXPECT_EQ(small.job(job).status, JobStatus::kSucceeded);
-  EXPECT_GT(small.stats().at("preemptions") + small.stats().at("finetune_restarts"), 0);
+  auto stats = small.stats();
+  EXPECT_GT(stats["preemptions"] + stats["finetune_restarts"] + stats["finetune_swaps"], 0);
+}
+
+TEST_F(EngineTest, RequestsGetThePagesOfBackwardPhases) {
+  const std::int64_t pool = smallest_pool(path(), EngineTest::small(), 29);
+  const FinetuneConfig job{.num_epochs = 2, .batch_size = 2, .learning_rate = 1e-2};
+  std::vector<Example> all = examples(3);
+  std::swap(all[0], all[2]);  // the longest first
+  const std::vector<Request> requests = {
+      {.prompt_token_ids = tokens(40, 1), .sampling = {.max_tokens = 8, .temperature = 0.0, .ignore_eos = true}}};
+  // Alone and together: the same tokens and losses, whichever pages they were in.
+  std::vector<std::vector<double>> losses;
+  std::vector<std::map<RequestId, std::vector<std::int32_t>>> answers;
+  for (const bool together : {false, true}) {
+    Engine engine = load({.kv_cache_memory_bytes = pool, .swap_space_bytes = 3 * pool, .policy = "token-cap:5"});
+    EXPECT_EQ(engine.memory().at("swap_space"), 3 * pool);
+    engine.create_adapter("a", {.r = 2}, 1);
+    engine.finetune("a", {all[0], all[1]}, job);
+    std::vector<FinetuneEvent> events;
+    while (engine.step().num_backward_units == 0) {
+    }
+    if (!together) drain(engine, &events);
+    engine.submit_batch(requests);
+    answers.push_back(drain(engine, &events));
+    auto& own = losses.emplace_back();
+    for (const auto& event : events) own.push_back(event.loss);
+    auto stats = engine.stats();
+    EXPECT_EQ(stats["finetune_swaps"] > 0, together);
+    EXPECT_EQ(stats["kv_blocks_swapped"] > 0, together);
+    EXPECT_GT(stats["swap_blocks"], 0);
+    EXPECT_EQ(stats["swap_blocks_free"], stats["swap_blocks"]);
+    EXPECT_EQ(stats["kv_blocks_free"], stats["kv_blocks"]);
+  }
+  EXPECT_EQ(answers[0], answers[1]);
+  ASSERT_EQ(losses[0].size(), 2u);
+  for (std::size_t i = 0; i < 2; ++i) EXPECT_NEAR(losses[0][i], losses[1][i], 1e-4);
 }
 
 TEST_F(EngineTest, CheckpointGoesOnAsIfNothingHadHappened) {

@@ -25,8 +25,9 @@ struct World {
   double now_ms = 0.0;
   std::string log;  // every plan in words, to compare runs
 
-  World(const SchedulerConfig& c, std::int64_t num_blocks, std::int64_t block_size = 16, bool caching = true)
-      : config(c), blocks(num_blocks, block_size, caching), scheduler(config, blocks, cost) {}
+  World(const SchedulerConfig& c, std::int64_t num_blocks, std::int64_t block_size = 16, bool caching = true,
+        std::int64_t host_blocks = 0)
+      : config(c), blocks(num_blocks, block_size, caching, host_blocks), scheduler(config, blocks, cost) {}
 
   Sequence& request(std::vector<std::int32_t> prompt, std::int64_t max_tokens) {
     auto owned = std::make_unique<Sequence>();
@@ -65,7 +66,11 @@ struct World {
     StepPlan plan = scheduler.plan(now_ms);
     for (const auto& [from, to] : plan.moves)
       contents[static_cast<std::size_t>(to)] = contents[static_cast<std::size_t>(from)];
-    moves += static_cast<std::int64_t>(plan.moves.size());
+    const std::int64_t swapped = plan.blocks_swapped(blocks.num_blocks());
+    moves += static_cast<std::int64_t>(plan.moves.size()) - swapped;
+    blocks_swapped += swapped;
+    forwards_swapped += std::count_if(plan.swapped.begin(), plan.swapped.end(),
+                                      [](const TrainSequence* s) { return !s->in_backward(); });
     check(plan);
     write(plan);
     now_ms += elapsed_ms >= 0.0 ? elapsed_ms : std::max(1.0, plan.predicted_ms);
@@ -100,8 +105,9 @@ struct World {
 
   std::int32_t next_token = 0;
   /// What each page holds: a number for the tokens up to there and whose they are.
-  std::vector<std::size_t> contents = std::vector<std::size_t>(static_cast<std::size_t>(blocks.num_blocks()));
-  std::int64_t moves = 0;
+  std::vector<std::size_t> contents =
+      std::vector<std::size_t>(static_cast<std::size_t>(blocks.num_blocks() + blocks.num_host_blocks()));
+  std::int64_t moves = 0, blocks_swapped = 0, forwards_swapped = 0;
 
  private:
   void write(const StepPlan& plan);
@@ -144,6 +150,11 @@ inline void World::check_contents() const {
           << "request " << s->id << " block " << i;
   }
   for (const auto& s : training) {
+    if (s->swapped_out()) {
+      const std::size_t pages = s->host_table.size() - static_cast<std::size_t>(s->store_blocks);
+      for (std::size_t i = 0; i < s->host_table.size(); ++i)
+        ASSERT_EQ(page(s->host_table[i]), content_of(*s, i < pages ? i : 1000 + i - pages));
+    }
     if (!s->started) continue;
     ASSERT_EQ(s->store.count, s->store_blocks);
     for (std::size_t i = 0; i < s->block_table.size(); ++i) ASSERT_EQ(page(s->block_table[i]), content_of(*s, i));
@@ -210,7 +221,12 @@ inline void World::check(const StepPlan& plan) {
   EXPECT_TRUE(started < 2 || in_flight <= config.max_finetune_tokens_in_flight);
   for (const Sequence* s : plan.preempted) EXPECT_TRUE(s->block_table.empty() && s->num_computed_tokens == 0);
   for (const TrainSequence* s : plan.restarted)
-    EXPECT_TRUE(s->block_table.empty() && !s->store && s->forward_done == 0 && !s->started);
+    EXPECT_TRUE(s->block_table.empty() && !s->store && s->forward_done == 0 && !s->started && !s->swapped_out());
+  // Who is back in the same plan has pages again.
+  for (const TrainSequence* s : plan.swapped)
+    EXPECT_TRUE(s->forward_done > 0 &&
+                (s->swapped_out() ? s->block_table.empty() && !s->store && !s->started : s->started));
+  for (const TrainSequence* s : plan.started) EXPECT_TRUE(s->started && !s->swapped_out());
   EXPECT_FALSE(plan.explain.empty());
   log += plan.explain + "\n";
   for (const SequenceWork& w : plan.inference)
@@ -228,8 +244,8 @@ inline void World::check_pages() const {
     std::size_t index = 0;
     bool held = false;
   };
-  std::vector<Holder> holders(static_cast<std::size_t>(blocks.num_blocks()));
-  std::int64_t held = 0;
+  std::vector<Holder> holders(static_cast<std::size_t>(blocks.num_blocks() + blocks.num_host_blocks()));
+  std::int64_t held = 0, held_host = 0;
   bool somebody_waits = false;
   for (const auto& s : sequences) {
     somebody_waits = somebody_waits || s->state == Sequence::State::kWaiting;
@@ -252,6 +268,12 @@ inline void World::check_pages() const {
   }
   for (const auto& s : training) {
     EXPECT_EQ(s->started, !s->block_table.empty());
+    for (const std::int32_t page : s->host_table) {
+      Holder& holder = holders[static_cast<std::size_t>(page)];
+      ASSERT_FALSE(holder.held || page < blocks.num_blocks()) << "host page " << page << " is held twice";
+      holder.held = true;
+      ++held_host;
+    }
     for (const std::int32_t page : s->block_table) {
       Holder& holder = holders[static_cast<std::size_t>(page)];
       ASSERT_FALSE(holder.held) << "page " << page << " is held twice";
@@ -266,6 +288,7 @@ inline void World::check_pages() const {
     }
   }
   EXPECT_EQ(blocks.num_free() + held, blocks.num_blocks());
+  EXPECT_EQ(blocks.num_free_host() + held_host, blocks.num_host_blocks());
 }
 
 }  // namespace flexcore::testing

@@ -43,8 +43,12 @@ CostModel fitted(Dice& dice) {
   return model;
 }
 
-/// One workload from its seed; returns its plans in words. `moves`: counts the pages that were moved.
-std::string play(unsigned seed, std::int64_t* moves = nullptr) {
+struct Counts {
+  std::int64_t moves = 0, blocks_swapped = 0, forwards_swapped = 0;
+};
+
+/// One workload from its seed; returns its plans in words.
+std::string play(unsigned seed, Counts* counts = nullptr) {
   Dice dice{std::mt19937(seed)};
   SchedulerConfig config;
   config.max_num_seqs = dice.one_of({1, 2, 3, 8, 64});
@@ -57,8 +61,9 @@ std::string play(unsigned seed, std::int64_t* moves = nullptr) {
   const int block_size = dice.one_of({1, 4, 16});
   const int longest = dice.between(2, 120);
   const int pool = (longest + block_size - 1) / block_size + dice.one_of({0, 0, 1, 5, 20, 60});
-  World world(config, pool, block_size, dice(2) == 0);
+  World world(config, pool, block_size, dice(2) == 0, dice.one_of({0, 0, pool / 2, 2 * pool}));
   if (dice(3) > 0) world.cost = fitted(dice);
+  world.cost.set_swap_ms(dice.one_of({0.01, 1.0, 20.0}));
 
   const int num_jobs = dice(4), num_events = dice.between(5, 60);
   for (int id = 0; id < num_jobs; ++id) world.scheduler.add_job(id, dice.between(1, 3));
@@ -118,17 +123,24 @@ std::string play(unsigned seed, std::int64_t* moves = nullptr) {
   for (const auto& s : world.sequences) EXPECT_EQ(s->state, Sequence::State::kFinished);
   for (const auto& s : world.training) EXPECT_TRUE(s->done || removed.contains(s->job_id));
   EXPECT_EQ(world.blocks.num_free(), pool);
-  if (moves != nullptr) *moves += world.moves;
+  EXPECT_EQ(world.blocks.num_free_host(), world.blocks.num_host_blocks());
+  if (counts != nullptr) {
+    counts->moves += world.moves;
+    counts->blocks_swapped += world.blocks_swapped;
+    counts->forwards_swapped += world.forwards_swapped;
+  }
   return world.log;
 }
 
 TEST(SchedulerProperty, EveryWorkloadEndsWithinItsLimits) {
-  std::int64_t moves = 0;
+  Counts counts;
   for (unsigned seed = 0; seed < 1500; ++seed) {
-    play(seed, &moves);
+    play(seed, &counts);
     ASSERT_FALSE(::testing::Test::HasFailure()) << "seed " << seed;
   }
-  EXPECT_GT(moves, 10);
+  EXPECT_GT(counts.moves, 10);
+  EXPECT_GT(counts.blocks_swapped, 100);
+  EXPECT_GT(counts.forwards_swapped, 3);
 }
 
 TEST(SchedulerProperty, SameInputSamePlan) {

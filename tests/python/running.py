@@ -104,6 +104,6 @@ def is_idle(engine: fc.Engine) -> bool:
     stats, memory = engine.stats(), engine.memory()
     held = {name: memory[name] for name in ("saved_activations", "gradients", "optimizer") if memory[name]}
     assert not held, held
-    assert stats["kv_blocks_free"] == stats["kv_blocks"]
+    assert stats["kv_blocks_free"] == stats["kv_blocks"] and stats["swap_blocks_free"] == stats["swap_blocks"]
     assert stats["requests_running"] == stats["requests_waiting"] == 0
     return True

@@ -251,3 +251,13 @@ def test_gil_is_released(shared_engine: MakeEngine) -> None:
         thread.join()
     assert advanced > 0
     assert is_idle(engine)
+
+
+def test_swap_space(make_engine: MakeEngine, tiny_dir: Any) -> None:
+    plan = planned(tiny_dir("llama"), None, 100, swap_space_bytes=300_000)
+    assert 0 < plan.swap_space <= 300_000
+    assert make_engine(swap_space_bytes=300_000).memory()["swap_space"] == plan.swap_space
+    assert plan.total == planned(tiny_dir("llama"), None, 100).total  # which is of the device
+    assert planned(tiny_dir("llama"), None, 100, device="cpu").swap_space == 0
+    with pytest.raises(fc.InvalidArgument, match="swap_space_bytes: -1, wanted >= 0"):
+        planned(tiny_dir("llama"), None, 100, swap_space_bytes=-1)

@@ -174,6 +174,7 @@ def test_walk(
     engine = make_engine(
         "mistral",
         kv_cache_memory_bytes=small_pool(tiny_dir) + 16 * seed * PAGE,
+        swap_space_bytes=seed % 2 * small_pool(tiny_dir),
         block_size=4,
         max_num_seqs=4 + seed,
         max_num_batched_tokens=16 + 5 * seed,
@@ -200,9 +201,8 @@ def resident_bytes() -> int:
 def test_soak(make_engine: MakeEngine, reference: fc.Engine, directories: dict[str, Path], tiny_dir: Any) -> None:
     """One engine for a long time (FLEXCORE_SOAK_SECONDS=600), objectives and policies changing too: the same answers
     and losses, and after each round the memory that it began with."""
-    engine = make_engine(
-        "mistral", kv_cache_memory_bytes=small_pool(tiny_dir) + 30 * PAGE, block_size=4, max_num_seqs=6
-    )
+    pool = small_pool(tiny_dir) + 30 * PAGE
+    engine = make_engine("mistral", kv_cache_memory_bytes=pool, swap_space_bytes=2 * pool, block_size=4, max_num_seqs=6)
     # A GPU keeps the tables of the steps that it has recorded, and records new kinds of steps as they come.
     kept = () if engine.model().device == "cpu" else ("workspace",)
 

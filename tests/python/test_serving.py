@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import oracle
 import pytest
 from engines import MakeEngine, least_pool
@@ -228,6 +229,53 @@ def test_small_pool_with_training(
         assert is_idle(trained)
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
     assert trained.stats()["finetune_restarts"] > 0
+
+
+def in_backward(log: Log) -> bool:
+    return any(report.num_backward_units > 0 for report in log.reports)
+
+
+def test_backward_phases_give_pages_to_requests(engine: fc.Engine, make_engine: MakeEngine, tiny_dir: Any) -> None:
+    """What they keep waits in host memory meanwhile: answers, losses and the adapter are as without requests."""
+    examples = random_examples((200, 150, 180), seed=3)
+    config = fc.FinetuneConfig(batch_size=3, num_epochs=2, learning_rate=1e-2, backward_window_tokens=8)
+    wanted = generate(engine, PROMPTS, greedy(60))
+    method = fc.LoraConfig(r=4)
+    pool = least_pool(tiny_dir("llama"), method, 200)
+    losses, adapters = [], []
+    for prompts in ([], PROMPTS):
+        trained = make_engine(policy="token-cap:8", kv_cache_memory_bytes=pool, swap_space_bytes=2 * pool)
+        trained.create_adapter("a", method, seed=1)
+        job = trained.finetune("a", examples, config)
+        log = run(trained, until=in_backward)
+        ids = [trained.submit(prompt, greedy(60)) for prompt in prompts]
+        run(trained, log=log)
+        losses.append(log.losses(job))
+        adapters.append(trained.loss_and_gradients("a", examples[:1]))
+        assert trained.job(job).status == "succeeded"
+        assert [log.tokens(request) for request in ids] == wanted[: len(ids)]
+        assert (trained.stats()["finetune_swaps"] > 0) == bool(prompts)
+        assert is_idle(trained)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    for name, value in adapters[0].items():
+        assert np.allclose(adapters[1][name], value, rtol=1e-3, atol=1e-5), name
+
+
+def test_a_job_that_ends_while_swapped_out(make_engine: MakeEngine, tiny_dir: Any) -> None:
+    method = fc.LoraConfig(r=4)
+    pool = least_pool(tiny_dir("llama"), method, 200)
+    engine = make_engine(policy="token-cap:8", kv_cache_memory_bytes=pool, swap_space_bytes=pool)
+    engine.create_adapter("a", method, seed=1)
+    job = engine.finetune("a", random_examples((200,), seed=3), fc.FinetuneConfig(backward_window_tokens=8))
+    log = run(engine, until=in_backward)
+    engine.submit(random_examples((240,), seed=4)[0].input_ids, greedy(4))
+    run(engine, log=log, until=lambda log: engine.stats()["finetune_swaps"] > 0)
+    assert engine.memory()["saved_activations"] == 0
+    assert engine.stats()["swap_blocks_free"] < engine.stats()["swap_blocks"]
+    engine.cancel_job(job)
+    assert engine.stats()["swap_blocks_free"] == engine.stats()["swap_blocks"]
+    run(engine, log=log)
+    assert is_idle(engine)
 
 
 def test_cancel_frees_at_once(engine: fc.Engine) -> None:

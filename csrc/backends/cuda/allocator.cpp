@@ -98,9 +98,7 @@ void DeviceAllocator::download(void* to, const void* from, std::size_t bytes) {
   require_cuda(cudaStreamSynchronize(streams_[0]->handle), "a kernel or copy before");
 }
 
-void DeviceAllocator::copy(void* to, const void* from, std::size_t bytes) {
-  copy(to, from, bytes, cudaMemcpyDeviceToDevice);
-}
+void DeviceAllocator::copy(void* to, const void* from, std::size_t bytes) { copy(to, from, bytes, cudaMemcpyDefault); }
 
 void DeviceAllocator::copy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind) {
   if (bytes > 0) require_cuda(cudaMemcpyAsync(to, from, bytes, kind, streams_[0]->handle), "cudaMemcpyAsync");

@@ -21,6 +21,13 @@ DeviceSize size_of(int index) {
 
 }  // namespace cuda
 
+std::int64_t cuda_memory_bytes(int index) {
+  cudaDeviceProp properties;
+  if (index < num_cuda_devices() && cudaGetDeviceProperties(&properties, index) == cudaSuccess)
+    return static_cast<std::int64_t>(properties.totalGlobalMem);
+  return std::int64_t{139} << 30;
+}
+
 ScratchBytes cuda_scratch_bytes(int index, const ScratchShape& s) {
   constexpr std::int64_t kLeast = 1 << 20;  // for what is a few bytes a row or a chunk: elementwise, optimizers
   const cuda::DeviceSize device = cuda::size_of(index);

@@ -43,6 +43,7 @@ void register_engine_config(py::module_& m) {
       .field("max_num_batched_tokens", &EngineConfig::max_num_batched_tokens)
       .field("block_size", &EngineConfig::block_size)
       .field("kv_cache_memory_bytes", &EngineConfig::kv_cache_memory_bytes)
+      .field("swap_space_bytes", &EngineConfig::swap_space_bytes)
       .field("finetune_memory_bytes", &EngineConfig::finetune_memory_bytes)
       .field("finetune_activations", &EngineConfig::finetune_activations)
       .field("enable_prefix_caching", &EngineConfig::enable_prefix_caching)

@@ -31,6 +31,9 @@ struct EngineConfig {
                               // a quarter of memory, and room for finetune_memory_bytes, or for 1,024 tokens or a
                               // sequence of max_model_len in training within half of it
   std::optional<std::int64_t>
+      swap_space_bytes;  // page-locked host memory that pages of finetuning go to when requests need the pool. Default:
+                         // on a GPU as much as the pool has for training, up to 4 GiB; on a CPU none
+  std::optional<std::int64_t>
       finetune_memory_bytes;  // saved activations and gradients in flight; sequences that do not fit recompute what
                               // costs least time; default: no limit of its own, nothing is recomputed
   /// How activations wait for their backward: "exact", or "int8", in groups of 64 with a minimum and a step each: a bit

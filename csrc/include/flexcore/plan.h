@@ -75,6 +75,7 @@ struct ParallelPlan {
 struct MemoryPlan {
   std::int64_t weights = 0, kv_pages = 0, saved_activations = 0, adapters = 0, gradients = 0, optimizer = 0,
                workspace = 0;
+  std::int64_t swap_space = 0;  // page-locked host memory, which total() leaves out
   std::int64_t num_layers = 0, sequence_length = 0;
   std::int64_t tokens_in_flight = 0;     // of training sequences at once, as scheduler and pool limit them
   std::int64_t max_sequence_length = 0;  // the longest one that pool and finetune_memory_bytes would hold

@@ -107,6 +107,12 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-cache-memory-bytes", type=byte_count, metavar="BYTES", help="the pool that requests and training share"
     )
+    group.add_argument(
+        "--swap-space-bytes",
+        type=byte_count,
+        metavar="BYTES",
+        help="host memory for pages of finetuning that requests need (default: on a GPU up to 4GiB)",
+    )
     group.add_argument("--finetune-memory-bytes", type=byte_count, metavar="BYTES")
     group.add_argument(
         "--finetune-activations", choices=["exact", "int8", "read", "all"], default=defaults.finetune_activations
