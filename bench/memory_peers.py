@@ -1,6 +1,7 @@
 """Memory and longest sequences of LoRA finetuning: flexcore beside transformers + PEFT, each run a fresh process.
 
-usage: python bench/memory_peers.py [--model DIR] [--lengths 512 1024 2048] [--limits 2 4 8] [--out memory_peers_cpu]
+usage: python bench/memory_peers.py [--model DIR] [--lengths 512 1024 2048] [--limits 2 4 8] [--positions 131072]
+[--out memory_peers_cpu]
 
 For each length: peak resident memory above the weights, and tokens per second, of optimizer steps on one sequence. For
 each limit in GB: the longest sequence that trains in a process of so much resident memory in all, weights and libraries
@@ -16,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -45,12 +47,20 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=240.0, help="no trial of a longest sequence takes longer")
+    parser.add_argument(
+        "--positions", type=int, metavar="N", help="max_position_embeddings, for sequences longer than the model's own"
+    )
     parser.add_argument("--out", default="memory_peers_cpu", metavar="NAME")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
         return child(json.loads(args.child))
-    directory = args.model or default_model()
+    with tempfile.TemporaryDirectory() as made:
+        directory = args.model or default_model()
+        return run(args, extended(directory, args.positions, Path(made)) if args.positions else directory)
+
+
+def run(args: argparse.Namespace, directory: str) -> int:
     record: dict[str, Any] = {"machine": machine(args), "model": Path(directory).name, "lengths": [], "longest": []}
     record["workload"] = {"rank": RANK, "alpha": ALPHA, "target_modules": TARGETS, "optimizer": "adamw", "batch": 1}
     for length in args.lengths:
@@ -68,6 +78,18 @@ def main() -> int:
     target.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record))
     return 0
+
+
+def extended(directory: str, positions: int, made: Path) -> str:
+    """The same files, of a model that takes more positions."""
+    target = made / Path(directory).name
+    target.mkdir()
+    for file in Path(directory).iterdir():
+        if file.name != "config.json":
+            (target / file.name).symlink_to(file.resolve())
+    config = json.loads((Path(directory) / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+    return str(target)
 
 
 def default_model() -> str:

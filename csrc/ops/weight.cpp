@@ -34,6 +34,8 @@ void check(const PackWeightArgs& args) {
   require(source.dtype() == DType::kFloat32 || source.dtype() == DType::kBFloat16 || source.dtype() == DType::kFloat16,
           op, ": source is ", source, ", wanted float32, bfloat16 or float16");
   require(source.stride(1) == 1, op, ": source has stride ", source.stride(1), " in its last dimension, wanted 1");
+  require(!args.on_device || source.stride(0) == source.shape(1), op, ": source has stride ", source.stride(0),
+          " on the device, wanted ", source.shape(1));
   require_packed_dtype(op, args.dtype);
   require_format(op, args.format);
   require(source.shape(0) == 0 || source.data() != nullptr, op, ": source is ", source, " without memory");

@@ -40,10 +40,11 @@ struct WeightView {
 /// look-up.
 struct PackWeightArgs {
   static constexpr std::string_view kName = "pack_weight";
-  TensorView source;       // [out_features, in_features] float32, bfloat16 or float16, in host memory
+  TensorView source;       // [out_features, in_features] float32, bfloat16 or float16
   DType dtype;             // that products are computed in: float32 or bfloat16
   void* packed = nullptr;  // packed_weight_bytes(...) bytes
   WeightFormat format = {};
+  bool on_device = false;  // source is in the device's memory, rows next to each other; else in the host's
 };
 void check(const PackWeightArgs& args);
 

@@ -206,10 +206,11 @@ void AdapterStore::pack_modules(Adapter& adapter) const {
     const WeightView& weight = adapter.own_weights_[i];
     if (weight.data == nullptr) continue;
     const AdapterModule& m = adapter.layout.modules[i];
-    std::vector<float> values(static_cast<std::size_t>(m.out_features * m.in_features));
-    allocator_.download(values.data(), adapter.parameters() + m.weight_offset, values.size() * sizeof(float));
-    run(context_, PackWeightArgs{TensorView(values.data(), DType::kFloat32, {m.out_features, m.in_features}),
-                                 weight.dtype, const_cast<void*>(weight.data)});
+    run(context_, PackWeightArgs{.source = TensorView(adapter.parameters() + m.weight_offset, DType::kFloat32,
+                                                      {m.out_features, m.in_features}),
+                                 .dtype = weight.dtype,
+                                 .packed = const_cast<void*>(weight.data),
+                                 .on_device = true});
   }
 }
 

@@ -239,6 +239,18 @@ TEST_P(LinearTest, PacksFloat16) {
   EXPECT_EQ(std::memcmp(y.floats(), wanted, sizeof wanted), 0);
 }
 
+TEST_P(LinearTest, PacksWhatIsOnTheDevice) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16})
+    for (const auto& [rows, width] : {std::pair(1, 5), std::pair(37, 64), std::pair(130, 33)}) {
+      Weight weight(ops_, dtype, rows, width, rng_);
+      Matrix values = Matrix::random(DType::kFloat32, rows, width, rng_);
+      SharedVector<std::byte> packed(weight.bytes.size(), std::byte{0xff});
+      ops_.run(PackWeightArgs{.source = values.view(), .dtype = dtype, .packed = weight.bytes.data()});
+      ops_.run(PackWeightArgs{.source = values.view(), .dtype = dtype, .packed = packed.data(), .on_device = true});
+      EXPECT_EQ(packed, weight.bytes) << rows << " x " << width;
+    }
+}
+
 TEST_P(LinearTest, ChecksArguments) {
   Weight weight(ops_, DType::kFloat32, 8, 6, rng_);
   Matrix x(DType::kFloat32, 2, 6), wrong(DType::kFloat32, 2, 7), y(DType::kFloat32, 2, 8), bias(DType::kFloat32, 1, 7);
@@ -251,6 +263,9 @@ TEST_P(LinearTest, ChecksArguments) {
   EXPECT_THROW(run(x.view(), {WeightView{nullptr, DType::kFloat32, 8, 6, true}, {}, y.view()}), InvalidArgument);
   EXPECT_THROW(ops_.run(LinearBackwardArgs{{}, x.view()}), InvalidArgument);
   EXPECT_THROW(ops_.run(PackWeightArgs{x.view(), DType::kInt32, y.floats()}), InvalidArgument);
+  TensorView strided(y.floats(), DType::kFloat32, {2, 6});
+  strided.set_stride(0, 8);
+  EXPECT_THROW(ops_.run(PackWeightArgs{.source = strided, .packed = x.floats(), .on_device = true}), InvalidArgument);
   EXPECT_THROW(weight.view(true).plain(), InvalidArgument);
   // No rows: nothing to do, no memory needed.
   const LinearArgs::Member none{weight.view(true), {}, TensorView(nullptr, DType::kFloat32, {0, 8})};

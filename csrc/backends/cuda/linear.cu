@@ -177,7 +177,19 @@ void linear_backward(OpContext& context, const LinearBackwardArgs& args) {
 
 constexpr std::int64_t kPartBytes = std::int64_t{16} << 20;
 
-// The source is the host's: parts of it pass through scratch and are converted on the device.
+// Rows of the host's on the device, in scratch.
+TensorView upload_rows(OpContext& context, const TensorView& rows) {
+  const std::int64_t width = rows.shape(1);
+  const auto row_bytes = static_cast<std::size_t>(width) * dtype_size(rows.dtype());
+  const TensorView part = context.scratch->tensor(rows.dtype(), {rows.shape(0), width});
+  const bool whole = rows.stride(0) == width;
+  for (std::int64_t row = 0; row < rows.shape(0); row += whole ? rows.shape(0) : 1)
+    stream_of(context).staging.upload(part.rows(row, row + 1).data(), rows.rows(row, row + 1).data(),
+                                      row_bytes * static_cast<std::size_t>(whole ? rows.shape(0) : 1));
+  return part;
+}
+
+// In parts, converted on the device.
 void pack_weight(OpContext& context, const PackWeightArgs& args) {
   const std::int64_t width = args.source.shape(1);
   const auto element = static_cast<std::int64_t>(dtype_size(args.source.dtype()));
@@ -186,17 +198,8 @@ void pack_weight(OpContext& context, const PackWeightArgs& args) {
   for (std::int64_t begin = 0; begin < args.source.shape(0); begin += rows_at_once) {
     const std::int64_t end = std::min(begin + rows_at_once, args.source.shape(0));
     const Arena::Scope scope(*context.scratch);
-    const TensorView part = context.scratch->tensor(args.source.dtype(), {end - begin, width});
-    for (std::int64_t row = begin; row < end; ++row) {
-      if (args.source.stride(0) == width) {
-        stream_of(context).staging.upload(part.data(), args.source.as<std::byte>() + begin * width * element,
-                                          static_cast<std::size_t>((end - begin) * width * element));
-        break;
-      }
-      stream_of(context).staging.upload(part.as<std::byte>() + (row - begin) * width * element,
-                                        args.source.as<std::byte>() + row * args.source.stride(0) * element,
-                                        static_cast<std::size_t>(width * element));
-    }
+    const TensorView source = args.source.rows(begin, end),
+                     part = args.on_device ? source : upload_rows(context, source);
     const WeightView rows = joined(packed, begin, end);
     if (args.format.quantized()) {
       quantize(context, part, args.format, const_cast<void*>(rows.data));
