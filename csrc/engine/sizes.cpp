@@ -166,8 +166,9 @@ std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& pro
 void size_pool(const ModelConfig& model, const EngineConfig& config, CompiledModel& compiled, EngineSizes& sizes) {
   constexpr double kUsed = 0.9;  // of memory, by default
   constexpr std::int64_t kMostSwapSpace = std::int64_t{4} << 30;
-  const std::int64_t of_requests = sizes.limits.num_blocks;
+  constexpr std::int64_t kShareOfHost = 8;
   std::int64_t& blocks = sizes.limits.num_blocks;
+  std::int64_t of_training = blocks;
   if (!config.kv_cache_memory_bytes) {
     const std::int64_t memory = memory_bytes(sizes.device);
     const std::int64_t tokens = std::max(SchedulerConfig{}.max_finetune_tokens_in_flight, sizes.max_model_len);
@@ -175,7 +176,8 @@ void size_pool(const ModelConfig& model, const EngineConfig& config, CompiledMod
     const std::int64_t training =
         config.finetune_memory_bytes.value_or(std::min(finetune_bytes(model, program, tokens), memory / 2));
     // Runs and pages are whole blocks.
-    blocks += training / sizes.block_bytes + 2 * std::max<std::int64_t>(1, sizes.limits.max_sampled_rows / 2);
+    of_training = training / sizes.block_bytes + 2 * std::max<std::int64_t>(1, sizes.limits.max_sampled_rows / 2);
+    blocks += of_training;
     const std::int64_t rest = static_cast<std::int64_t>(kUsed * static_cast<double>(memory)) -
                               weight_bytes(compiled, sizes) - workspace_bytes(model, config, sizes, compiled);
     const std::int64_t one_sequence = (sizes.max_model_len + config.block_size - 1) / config.block_size;
@@ -183,10 +185,11 @@ void size_pool(const ModelConfig& model, const EngineConfig& config, CompiledMod
     if (rest > 0) blocks = std::min(blocks, std::max(rest / sizes.block_bytes, one_sequence));
     blocks = std::min(blocks, kMaxCount);
   }
-  const bool on_host = sizes.device.kind == DeviceKind::kCpu;
-  const std::int64_t of_training = config.kv_cache_memory_bytes ? blocks : blocks - std::min(blocks, of_requests);
-  const std::int64_t swap_space =
-      config.swap_space_bytes.value_or(on_host ? 0 : std::min(kMostSwapSpace, of_training * sizes.block_bytes));
+  const bool none = sizes.device.kind == DeviceKind::kCpu || !make_policy(config.policy)->trains();
+  const std::int64_t swap_space = config.swap_space_bytes.value_or(
+      none ? 0
+           : std::min(
+                 {kMostSwapSpace, std::min(blocks, of_training) * sizes.block_bytes, memory_bytes({}) / kShareOfHost}));
   sizes.limits.num_host_blocks = std::min(swap_space / sizes.block_bytes, kMaxCount - blocks);
 }
 

@@ -77,6 +77,15 @@ void CostModel::set_theta(const Vector& theta) {
   for (int i = 0; i < kTerms; ++i) coefficients_[i] = std::max(0.0, theta[i]) * time_scale_ / scale_[i];
 }
 
+// What is no part of the linear model stays.
+void CostModel::forget_steps() {
+  CostModel fresh;
+  fresh.margin_quantile_ = margin_quantile_;
+  fresh.swap_block_ms_ = swap_block_ms_;
+  fresh.swap_observed_ = swap_observed_;
+  *this = fresh;
+}
+
 void CostModel::fit(std::span<const Sample> samples) {
   std::vector<Vector> terms;
   std::vector<double> measured;
@@ -86,9 +95,7 @@ void CostModel::fit(std::span<const Sample> samples) {
     terms.push_back(t);
     measured.push_back(sample.measured_ms);
   }
-  const double quantile_asked = margin_quantile_;
-  *this = CostModel();
-  margin_quantile_ = quantile_asked;
+  forget_steps();
   if (terms.empty()) return;
 
   std::vector<double> sorted = measured;
@@ -134,9 +141,7 @@ void CostModel::fit(std::span<const Sample> samples) {
 }
 
 void CostModel::restore(std::span<const double> coefficients) {
-  const double quantile = margin_quantile_;
-  *this = CostModel();
-  margin_quantile_ = quantile;
+  forget_steps();
   double typical_ms = 0.0;
   for (int i = 0; i < kTerms; ++i) {
     coefficients_[i] = std::max(0.0, coefficients[static_cast<std::size_t>(i)]);

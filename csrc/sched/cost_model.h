@@ -76,6 +76,7 @@ class CostModel {
   void record(double relative_error);
   void update_statistics();
   double usual_error() const;
+  void forget_steps();
 
   Vector coefficients_{};
   Vector scale_{};                         // typical size of each term

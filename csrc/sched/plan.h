@@ -22,6 +22,7 @@ struct SequenceWork {
 struct TrainWindow {
   TrainSequence* sequence = nullptr;
   std::int64_t begin = 0, end = 0;
+  double predicted_ms = 0.0;  // its share of the step
 };
 
 /// One layer's backward for windows of several sequences with the same program.
@@ -44,7 +45,7 @@ struct StepPlan {
   StepFeatures features;
   double predicted_ms = 0.0;
   double predicted_upper_ms = 0.0;  // with the margin
-  double finetune_ms = 0.0;         // of it, for finetuning
+  double finetune_ms = 0.0;         // of it, for finetuning, its ways back from host memory among it
   double budget_ms = 0.0;           // that finetuning was to keep
   bool floor = false;               // a piece was given in spite of it
   bool counts_for_floor = false;    // finetuning had work, and the policy has a floor

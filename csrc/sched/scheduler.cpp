@@ -171,7 +171,7 @@ StepPlan Scheduler::plan(double now_ms) {
     plan_inference(step);
   }
   const double work_ms = cost_.predict_ms(plan.features);
-  plan.finetune_ms = work_ms - cost_.predict_ms(inference);
+  plan.finetune_ms += work_ms - cost_.predict_ms(inference);
   plan.predicted_ms = work_ms + cost_.swap_ms(plan.blocks_swapped(blocks_.num_blocks()));
   plan.predicted_upper_ms = plan.predicted_ms * (1.0 + cost_.margin());
   plan.explain = explain(plan);
@@ -253,7 +253,9 @@ double Scheduler::swap_ms(const TrainSequence& sequence) const {
 /// Whether a backward phase goes to host pages for requests: nobody else would end it, or its end is further away.
 bool Scheduler::backward_yields(const TrainSequence& sequence, std::int64_t free_host_blocks) {
   if (num_blocks(sequence) > free_host_blocks) return false;
-  if (job(sequence.job_id, "plan").paused || !cost_.fitted()) return true;
+  if (job(sequence.job_id, "plan").paused) return true;
+  if (sequence.stay_ms > 0.0) return false;
+  if (!cost_.fitted()) return true;
   const std::int64_t whole_layers = sequence.layer - sequence.first_layer, rows = sequence.rows_left;
   StepFeatures left;
   left.backward_layer_tokens = whole_layers * sequence.length + rows;
@@ -346,12 +348,13 @@ std::int64_t Scheduler::prefill_chunk(const Step& step, std::int64_t begin, std:
   const StepFeatures& base = step.plan.features;
   const std::int64_t rows = std::min(end - begin, step.rows_left - step.rows_for_finetune);
   if (rows <= 0 || base.decode_rows == 0 || !cost_.fitted()) return std::max<std::int64_t>(rows, 0);
+  const double budget_ms = step.prefill_budget_ms - cost_.swap_ms(step.plan.blocks_swapped(blocks_.num_blocks()));
   const std::int64_t in_time = largest_that(rows, [&](std::int64_t count) {
     StepFeatures f = base;
     f.prefill_tokens += count;
     f.prefill_context += context_sum(begin, begin + count);
     f.sampled_rows += begin + count == end;
-    return cost_.predict_ms(f) <= step.prefill_budget_ms;
+    return cost_.predict_ms(f) <= budget_ms;
   });
   if (!step.first_token_due) return in_time;
   return std::max(in_time, std::min(rows, config_.min_prefill_tokens - base.prefill_tokens));
@@ -362,14 +365,15 @@ bool Scheduler::make_room(Step& step, std::int64_t missing_blocks) {
   const auto slot = [&] { return static_cast<std::int64_t>(running_.size() + started_.size()) < config_.max_num_seqs; };
   const auto room = [&] { return missing_blocks <= blocks_.num_free() && slot(); };
   if (room()) return true;
-  const auto [yielding, staying] = blocks_held();
-  if ((slot() || yielding > 0) && missing_blocks <= blocks_.num_free() + yielding)
+  BlocksHeld held = blocks_held();
+  if ((slot() || held.yielding > 0) && missing_blocks <= blocks_.num_free() + held.yielding)
     while (yield_one(step.plan, false))
       if (room()) return true;
+  held = blocks_held();  // host pages may have been too few for all of them
   const bool slot_possible = num_running() < config_.max_num_seqs;
   step.blocked = true;
-  step.drain =
-      step.drain || (staying > 0 && slot_possible && missing_blocks <= blocks_.num_free() + yielding + staying);
+  step.drain = step.drain || (held.staying > 0 && slot_possible &&
+                              missing_blocks <= blocks_.num_free() + held.yielding + held.staying);
   return false;
 }
 
@@ -384,9 +388,10 @@ void Scheduler::plan_prefill(Step& step) {
     Sequence& sequence = *waiting_.front();
     BlockManager::Prefix prefix;
     if (sequence.use_prefix_cache) prefix = blocks_.find_prefix(sequence.cache_key, sequence.tokens);
-    const std::int64_t count = prefill_chunk(step, prefix.num_tokens, num_tokens(sequence));
-    if (count == 0) return;
+    if (prefill_chunk(step, prefix.num_tokens, num_tokens(sequence)) == 0) return;
     if (!make_room(step, blocks_.blocks_for(num_tokens(sequence)) - prefix.blocks_in_use)) return;
+    const std::int64_t count = prefill_chunk(step, prefix.num_tokens, num_tokens(sequence));
+    if (count == 0) return;  // making room took its time
     if (sequence.use_prefix_cache) blocks_.match_prefix(sequence.cache_key, sequence.tokens, sequence.block_table);
     sequence.num_computed_tokens = prefix.num_tokens;
     if (sequence.num_generated() == 0) sequence.num_cached_tokens = prefix.num_tokens;
@@ -411,6 +416,7 @@ void Scheduler::commit(const StepPlan& plan) {
   for (const TrainWindow& window : plan.forward) {
     TrainSequence& sequence = *window.sequence;
     if (!sequence.started) continue;
+    sequence.stay_ms -= window.predicted_ms;
     sequence.forward_done = window.end;
     if (window.end == sequence.length) {
       sequence.layer = config_.num_layers - 1;
@@ -431,6 +437,7 @@ std::int64_t Scheduler::commit_backward(const BackwardUnit& unit) {
   for (const TrainWindow& window : unit.windows) {
     TrainSequence& sequence = *window.sequence;
     if (!sequence.started) continue;
+    sequence.stay_ms -= window.predicted_ms;
     sequence.rows_left = window.begin;
     if (window.begin > 0) continue;
     if (unit.layer > sequence.first_layer) {

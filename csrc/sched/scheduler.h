@@ -166,7 +166,7 @@ class Scheduler {
   Outcome give(Step& step, Job& job, bool force);
   Outcome give_forward(Step& step, Job& job, bool force);
   Outcome give_backward(Step& step, Job& job, bool force);
-  Outcome swap_in(Step& step, const Job& job, bool force);
+  Outcome swap_in(Step& step, Job& job, bool force);
   bool start(Step& step, TrainSequence& sequence);
   void add_flight(TrainSequence& sequence);
   bool take_store(Step& step, TrainSequence& sequence);

@@ -87,7 +87,7 @@ void Scheduler::plan_finetune(Step& step, Load load, const StepLimits& limits) {
   step.finetune_layer_rows =
       allowance.tokens > kMost / config_.num_layers ? kMost : allowance.tokens * config_.num_layers;
   step.starved = step.starved && allowance.floor;
-  step.plan.budget_ms = step.finetune_budget_ms;
+  step.plan.budget_ms = allowance.step_ms;
   step.plan.counts_for_floor = allowance.floor && load.training;
   if (!step.serves)
     step.plan.reason = "requests wait";
@@ -184,9 +184,10 @@ Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
   StepFeatures& f = step.plan.features;
   const double before = cost_.predict_ms(f);
   f = with_forward(f, begin, end);
-  charge(job, cost_.fitted() ? cost_.predict_ms(f) - before
-                             : kForwardProxyMs * static_cast<double>(count * config_.num_layers));
-  step.plan.forward.push_back({&sequence, begin, end});
+  const double ms =
+      cost_.fitted() ? cost_.predict_ms(f) - before : kForwardProxyMs * static_cast<double>(count * config_.num_layers);
+  charge(job, ms);
+  step.plan.forward.push_back({&sequence, begin, end, ms});
   step.rows_left -= count;
   step.finetune_layer_rows -= std::min(step.finetune_layer_rows, count * config_.num_layers);
   flight->used = true;
@@ -194,17 +195,30 @@ Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
   return Outcome::kGiven;
 }
 
-/// Brings the job's sequences back from host pages, as far as there is room and time.
-Scheduler::Outcome Scheduler::swap_in(Step& step, const Job& job, bool force) {
+/// Brings the job's sequences back from host pages, as far as there is room and time: now, or saved up over steps that
+/// had too little. With force one, for a job that has nothing else.
+Scheduler::Outcome Scheduler::swap_in(Step& step, Job& job, bool force) {
+  const auto index = static_cast<std::size_t>(&job - jobs_.data());
+  const auto own = [&](const Flight& flight) { return flight.job == index; };
+  if (force && std::any_of(flights_.begin(), flights_.end(), own)) return Outcome::kNothing;
   // What no force helps with leaves it to another job.
   const Outcome no_room = force ? Outcome::kNothing : Outcome::kNoFit;
   for (TrainSequence* sequence : job.sequences) {
     if (!sequence->swapped_out()) continue;
     const double ms = swap_ms(*sequence) / 2.0;
-    if (!force && step.finetune_budget_ms < cost_.predict_ms(step.plan.features) + ms) return Outcome::kNoFit;
+    const double left_ms = step.finetune_budget_ms - cost_.predict_ms(step.plan.features);
+    if (!force && has_inference() && left_ms < ms) {
+      if (sequence->waited_ms < ms) sequence->waited_ms += std::max(0.0, left_ms);
+      if (sequence->waited_ms < ms) return Outcome::kNoFit;
+    }
     if (!room_to_start(step, *sequence, force) || !start(step, *sequence)) return no_room;
     blocks_.swap_in(sequence->host_table, sequence->block_table, sequence->store, step.plan.moves);
+    sequence->waited_ms = 0.0;
+    sequence->stay_ms = 2.0 * ms;
     step.finetune_budget_ms -= ms;
+    step.plan.finetune_ms += ms;
+    charge(job, ms);
+    if (force) break;
   }
   return Outcome::kNothing;
 }
@@ -340,8 +354,9 @@ Scheduler::Outcome Scheduler::give_backward(Step& step, Job& job, bool force) {
   unit.layer = layer;
   for (const Rows& rows : unit_) {
     Flight& flight = flights_[rows.flight];
-    unit.windows.push_back({flight.sequence, flight.rows - rows.count, flight.rows});
-    charge(jobs_[flight.job], ms * static_cast<double>(rows.count) / all_rows);
+    const double own_ms = ms * static_cast<double>(rows.count) / all_rows;
+    unit.windows.push_back({flight.sequence, flight.rows - rows.count, flight.rows, own_ms});
+    charge(jobs_[flight.job], own_ms);
     flight.rows -= rows.count;
     if (flight.rows == 0 && flight.layer > flight.sequence->first_layer) {
       --flight.layer;

@@ -274,5 +274,23 @@ TEST(CostModel, StaysSaneForever) {
   expect_sane(model);
 }
 
+TEST(CostModel, SwapsAreTimedApart) {
+  CostModel model;
+  model.set_swap_ms(2.0);
+  model.restore(std::vector<double>(CostModel::kTerms, 1.0));
+  EXPECT_EQ(model.swap_ms(3), 6.0);
+  model.fit({});
+  EXPECT_EQ(model.swap_ms(3), 6.0);
+  model.observe_swap(10, 5.0);  // the first takes the place of what was assumed
+  EXPECT_EQ(model.swap_ms(2), 1.0);
+  model.observe_swap(10, 9.0);
+  EXPECT_DOUBLE_EQ(model.swap_ms(1), 0.75 * 0.5 + 0.25 * 0.9);
+  const double before = model.swap_ms(1);
+  model.observe_swap(0, 5.0);
+  model.observe_swap(1, -1.0);
+  model.observe_swap(1, std::numeric_limits<double>::infinity());
+  EXPECT_EQ(model.swap_ms(1), before);
+}
+
 }  // namespace
 }  // namespace flexcore

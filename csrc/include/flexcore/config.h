@@ -30,9 +30,9 @@ struct EngineConfig {
                               // these keep for their backward. Default: max_num_seqs sequences of max_model_len within
                               // a quarter of memory, and room for finetune_memory_bytes, or for 1,024 tokens or a
                               // sequence of max_model_len in training within half of it
-  std::optional<std::int64_t>
-      swap_space_bytes;  // page-locked host memory that pages of finetuning go to when requests need the pool. Default:
-                         // on a GPU as much as the pool has for training, up to 4 GiB; on a CPU none
+  std::optional<std::int64_t> swap_space_bytes;  // page-locked host memory that pages of finetuning go to when requests
+                                                 // need the pool. Default: on a GPU as much as the pool has for
+                                                 // training, up to 4 GiB and an eighth of host memory; on a CPU none
   std::optional<std::int64_t>
       finetune_memory_bytes;  // saved activations and gradients in flight; sequences that do not fit recompute what
                               // costs least time; default: no limit of its own, nothing is recomputed
