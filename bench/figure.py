@@ -1,8 +1,9 @@
-"""The comparison as one figure: python bench/figure.py bench/results/smollm2_cpu.json"""
+"""A comparison as one figure: python bench/figure.py bench/results/smollm2_cpu.json (or memory_peers_cpu.json)"""
 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -125,6 +126,110 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
+MEMORY_STYLES = {  # name -> label, colour, dashes
+    "PEFT": ("transformers + PEFT", "#8d99ae", "-"),
+    "PEFT checkpointing": ("PEFT, gradient checkpointing", "#8d99ae", (0, (4, 2))),
+    "flexcore": ("flexcore", OWN, "-"),
+    "flexcore int8": ("flexcore, 8-bit activations", OWN, (0, (4, 2))),
+    "flexcore least": ("flexcore, least memory", OWN, (0, (1, 1.5))),
+}
+
+
+def draw_memory(record: dict, target: Path) -> None:
+    """Writes target.svg and target.png, of what memory_peers.py measured."""
+    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "svg.hashsalt": "flexcore"})
+    figure, axes = plt.subplots(1, 3, figsize=(11.2, 4.4), facecolor="white")
+    machine = record["machine"]
+    names = [name for name in MEMORY_STYLES if any(row["system"] == name for row in record["lengths"])]
+    _lines(axes[0], record, names, "peak_above_weights_bytes", 1e-6, "Finetuning memory above weights", "MB", True)
+    _lines(axes[1], record, names, "tokens_per_s", 1.0, "Finetuning", "tokens/s", False)
+    _longest(axes[2], record)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower left", bbox_to_anchor=(0.01, 0.0), ncols=5, frameon=False, fontsize=8.5)
+    model = record["model"].split(".")[0].replace("-Instruct", "")
+    figure.text(
+        0.015, 0.95, f"LoRA finetuning of {model} in little memory", fontsize=15, fontweight="bold", va="center"
+    )
+    note = (
+        f"{machine['cpu']}, {machine['threads']} threads. One sequence a step, LoRA r=16 at every linear, AdamW; peak "
+        f"resident memory. flexcore in {machine['dtype']}, PEFT in {machine['peer_dtype']}."
+    )
+    figure.text(0.015, 0.885, note, fontsize=8.5, color=FAINT, va="center")
+    figure.subplots_adjust(left=0.06, right=0.975, top=0.72, bottom=0.2, wspace=0.3)
+    for suffix in (".svg", ".png"):
+        figure.savefig(target.with_suffix(suffix), dpi=160, metadata={"Date": None} if suffix == ".svg" else {})
+    plt.close(figure)
+
+
+def _lines(axis, record: dict, names: list[str], key: str, scale: float, title: str, unit: str, log: bool) -> None:
+    lengths = sorted({row["length"] for row in record["lengths"]})
+    for name in names:
+        label, colour, dashes = MEMORY_STYLES[name]
+        rows = [row for row in record["lengths"] if row["system"] == name and "error" not in row]
+        points = [(n, [scale * row[key] for row in rows if row["length"] == n]) for n in lengths]
+        points = [(n, statistics.median(values)) for n, values in points if values]
+        axis.plot(
+            *zip(*points, strict=True), color=colour, ls=dashes, marker="o", markersize=3.5, label=label, zorder=3
+        )
+        if log:
+            axis.annotate(
+                f"{points[-1][1]:,.0f}", points[-1], (5, 0), textcoords="offset points", va="center", fontsize=8
+            )
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
+    axis.set_xlim(lengths[0] / 1.1, lengths[-1] * (1.6 if log else 1.1))
+    if log:
+        axis.set_yscale("log")
+        ticks = [
+            tick for tick in (100, 200, 500, 1000, 2000, 5000, 10000) if axis.get_ylim()[0] < tick < axis.get_ylim()[1]
+        ]
+        axis.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+        axis.minorticks_off()
+    else:
+        axis.set_ylim(0)
+    axis.grid(color=GRID, linewidth=0.7, zorder=0)
+    _plain(axis, title, f"{unit}{', less is better' if log else ''}, by tokens of a sequence")
+
+
+def _longest(axis, record: dict) -> None:
+    rows = record["longest"]
+    if not rows:
+        axis.axis("off")
+        return
+    limits = sorted({row["limit_gb"] for row in rows})
+    names = [name for name in MEMORY_STYLES if any(row["system"] == name for row in rows)]
+    height = 0.8 / len(names)
+    top = max(row["length"] for row in rows)
+    for index, limit in enumerate(limits):
+        for at, name in enumerate(names):
+            row = next((r for r in rows if r["limit_gb"] == limit and r["system"] == name), None)
+            if row is None:
+                continue
+            _, colour, dashes = MEMORY_STYLES[name]
+            y = index + (at - (len(names) - 1) / 2) * height
+            axis.barh(
+                y, row["length"], height=0.85 * height, color=colour, alpha=1 if dashes == "-" else 0.55, zorder=2
+            )
+            late = " or more" if row.get("ended_by") == "time" else ""
+            axis.text(row["length"] + 0.02 * top, y, f"{row['length']:,}{late}", va="center", fontsize=8)
+    axis.set_yticks(range(len(limits)), [f"{limit:g} GB" for limit in limits])
+    axis.set_xlim(0, 1.35 * top)
+    axis.set_xticks([])
+    axis.invert_yaxis()
+    _plain(axis, "Longest sequence", "tokens, in a process of so much memory in all")
+
+
+def _plain(axis, title: str, unit: str) -> None:
+    axis.set_title(title, loc="left", fontsize=10.5, fontweight="bold", pad=17)
+    axis.text(0, 1.03, unit, transform=axis.transAxes, fontsize=8.5, color=FAINT)
+    axis.tick_params(axis="both", which="both", length=0, colors=INK)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color(GRID)
+
+
 if __name__ == "__main__":
     path = Path(sys.argv[1])
-    draw(json.loads(path.read_text()), path)
+    record = json.loads(path.read_text())
+    (draw_memory if "lengths" in record else draw)(record, path)
