@@ -33,7 +33,6 @@ TITLES = {
 
 def draw(record: dict, target: Path) -> None:
     """Writes target.svg and target.png."""
-    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "svg.hashsalt": "flexcore"})
     figure, axes = plt.subplots(2, 3, figsize=(11.2, 5.9), facecolor="white")
     names = [name for name in STYLES if name in record["systems"]]
     panels = list(axes.flat)
@@ -52,6 +51,10 @@ def draw(record: dict, target: Path) -> None:
     )
     figure.text(0.015, 0.918, note, fontsize=8.5, color=FAINT, va="center")
     figure.subplots_adjust(left=0.105, right=0.975, top=0.83, bottom=0.045, wspace=0.42, hspace=0.36)
+    _save(figure, target)
+
+
+def _save(figure, target: Path) -> None:
     for suffix in (".svg", ".png"):
         metadata = {"Date": None} if suffix == ".svg" else {}
         figure.savefig(target.with_suffix(suffix), dpi=160, metadata=metadata)
@@ -137,7 +140,6 @@ MEMORY_STYLES = {  # name -> label, colour, dashes
 
 def draw_memory(record: dict, target: Path) -> None:
     """Writes target.svg and target.png, of what memory_peers.py measured."""
-    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "svg.hashsalt": "flexcore"})
     figure, axes = plt.subplots(1, 3, figsize=(11.2, 4.4), facecolor="white")
     machine = record["machine"]
     names = [name for name in MEMORY_STYLES if any(row["system"] == name for row in record["lengths"])]
@@ -156,9 +158,7 @@ def draw_memory(record: dict, target: Path) -> None:
     )
     figure.text(0.015, 0.885, note, fontsize=8.5, color=FAINT, va="center")
     figure.subplots_adjust(left=0.06, right=0.975, top=0.72, bottom=0.2, wspace=0.3)
-    for suffix in (".svg", ".png"):
-        figure.savefig(target.with_suffix(suffix), dpi=160, metadata={"Date": None} if suffix == ".svg" else {})
-    plt.close(figure)
+    _save(figure, target)
 
 
 def _lines(axis, record: dict, names: list[str], key: str, scale: float, title: str, unit: str, log: bool) -> None:
@@ -230,6 +230,7 @@ def _plain(axis, title: str, unit: str) -> None:
 
 
 if __name__ == "__main__":
+    plt.rcParams.update({"font.family": "DejaVu Sans", "font.size": 9, "text.color": INK, "svg.hashsalt": "flexcore"})
     path = Path(sys.argv[1])
     record = json.loads(path.read_text())
     (draw_memory if "lengths" in record else draw)(record, path)

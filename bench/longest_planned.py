@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import random_model
+from compare import commit
 
 import flexcore
 from flexcore.bench._shapes import PRESETS
@@ -63,7 +64,7 @@ def main() -> None:
                         print(
                             f"{name} in {gigabytes} GB, weights {weights}, activations {activations}: {tokens:,} tokens"
                         )
-    RESULT.write_text(json.dumps({"planned": rows, "published": PUBLISHED}, indent=1) + "\n")
+    RESULT.write_text(json.dumps({"commit": commit(), "planned": rows, "published": PUBLISHED}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -291,6 +291,7 @@ bool Scheduler::yield_one(StepPlan& plan, bool paused_only) {
   }
   release(*victim);
   victim->forward_done = 0;
+  victim->stay_ms = 0.0;
   plan.restarted.push_back(victim);
   return true;
 }

@@ -13,6 +13,33 @@
 
 namespace flexcore::testing {
 
+inline SchedulerConfig small() {
+  SchedulerConfig config;
+  config.max_num_batched_tokens = 64;
+  config.num_layers = 4;
+  return config;
+}
+
+/// 5 ms a pass, 0.5 ms a row, 0.1 ms a backward row, 1 ms a unit.
+inline CostModel simple_costs() {
+  std::vector<CostModel::Sample> samples;
+  for (int i = 0; i < 200; ++i) {
+    StepFeatures f;
+    f.decode_rows = i % 5;
+    f.prefill_tokens = i % 3 * 20;
+    f.finetune_tokens = i % 7 * 10;
+    f.backward_units = i % 4;
+    f.backward_layer_tokens = f.backward_units * (10 + i % 11);
+    samples.push_back({f, (f.any_forward() ? 5.0 : 0.0) +
+                              0.5 * static_cast<double>(f.decode_rows + f.prefill_tokens + f.finetune_tokens) +
+                              0.1 * static_cast<double>(f.backward_layer_tokens) +
+                              static_cast<double>(f.backward_units)});
+  }
+  CostModel model;
+  model.fit(samples);
+  return model;
+}
+
 /// Plays the engine: owns sequences, carries plans out in virtual time and checks every plan against the contract.
 struct World {
   SchedulerConfig config;

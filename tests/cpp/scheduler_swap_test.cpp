@@ -1,0 +1,153 @@
+// Training sequences whose pages go to host memory and come back.
+
+#include <gtest/gtest.h>
+
+#include "scheduler_fixture.h"
+
+namespace flexcore {
+namespace {
+
+using testing::simple_costs;
+using testing::small;
+using testing::World;
+
+TEST(SchedulerSwap, BackwardPhasesGoToHostPagesForRequests) {
+  World world(small(), 12, 16, true, 12);
+  world.cost = simple_costs();
+  world.cost.set_swap_ms(0.01);
+  world.scheduler.add_job(1, 1.0);
+  const TrainSequence& t = world.example(1, 100, 0, 10, 4);
+  world.scheduler.set_objective(0, {20.0, 80.0});  // short steps
+  while (!t.in_backward() || t.rows_left == t.length) world.step();
+  const std::int64_t layer = t.layer, rows = t.rows_left;
+  world.request(60, 4);
+  const StepPlan plan = world.step();
+  EXPECT_EQ(plan.features.prefill_tokens, 60);  // at once
+  ASSERT_EQ(plan.swapped.size(), 1u);
+  EXPECT_EQ(plan.swapped[0], &t);
+  EXPECT_EQ(plan.moves.size(), 11u);
+  EXPECT_TRUE(plan.restarted.empty() && t.swapped_out() && !t.started);
+  EXPECT_TRUE(t.layer == layer && t.rows_left == rows);
+  EXPECT_NE(plan.explain.find("swapped out 1"), std::string::npos);
+  world.run();
+  EXPECT_TRUE(t.done);
+  EXPECT_EQ(world.blocks_swapped, 22);
+}
+
+TEST(SchedulerSwap, ForwardPhasesGoToHostPagesWhenThatIsFaster) {
+  for (const bool fast : {true, false}) {
+    World world(small(), 8, 16, true, 8);
+    world.cost = simple_costs();
+    world.cost.set_swap_ms(fast ? 0.01 : 1000.0);
+    world.scheduler.add_job(1, 1.0);
+    const TrainSequence& t = world.example(1, 100);
+    while (t.forward_done == 0) world.step();
+    ASSERT_FALSE(t.in_backward());
+    const std::int64_t done = t.forward_done;
+    world.request(60, 4);
+    const StepPlan plan = world.step();
+    EXPECT_EQ(plan.swapped.size(), fast ? 1u : 0u);
+    EXPECT_EQ(plan.restarted.size(), fast ? 0u : 1u);
+    EXPECT_EQ(t.forward_done, fast ? done : 0);
+    world.run();
+    EXPECT_TRUE(t.done);
+  }
+}
+
+TEST(SchedulerSwap, BackwardPhasesThatAreNearlyDoneStay) {
+  World world(small(), 8, 16, true, 8);
+  world.cost = simple_costs();
+  world.cost.set_swap_ms(1000.0);
+  world.scheduler.add_job(1, 1.0);
+  const TrainSequence& t = world.example(1, 100, 0, 10);
+  while (!t.in_backward()) world.step();
+  world.request(60, 4);
+  world.run();
+  EXPECT_TRUE(t.done);
+  EXPECT_EQ(world.blocks_swapped, 0);
+}
+
+TEST(SchedulerSwap, WhoComesBackStaysForAWhile) {
+  World world(small(), 12, 16, true, 12);
+  world.cost = simple_costs();
+  world.cost.set_swap_ms(1.0);
+  world.scheduler.set_objective(0, {20.0, 80.0});
+  world.scheduler.add_job(1, 1.0);
+  const TrainSequence& t = world.example(1, 100, 0, 10, 4);
+  while (!t.in_backward()) world.step();
+  // Somebody always waits: the floor alone brings it back.
+  int swaps = 0;
+  double worked_ms = 0.0, least_ms = 1e9;
+  bool back = false;
+  for (int i = 0; i < 20000 && !t.done; ++i) {
+    while (world.scheduler.num_waiting() < 3) world.request(60, 4);
+    const StepPlan plan = world.step();
+    for (const auto& unit : plan.backward)
+      for (const auto& window : unit.windows) worked_ms += window.predicted_ms;
+    if (!plan.swapped.empty()) {
+      ++swaps;
+      if (back) least_ms = std::min(least_ms, worked_ms);
+    }
+    if (!plan.started.empty()) worked_ms = 0.0, back = true;
+  }
+  EXPECT_TRUE(t.done);
+  EXPECT_GE(swaps, 1);
+  EXPECT_LE(swaps, 6);
+  EXPECT_GE(least_ms, 15.0);  // of the 22 that the way out and back takes; pieces are not cut to it
+}
+
+TEST(SchedulerSwap, ALongWayBackIsSavedUpFor) {
+  World world(small(), 16, 16, true, 8);
+  world.cost = simple_costs();
+  world.cost.set_swap_ms(5.0);
+  world.scheduler.set_objective(0, {20.0, 80.0});
+  world.scheduler.add_job(1, 1.0);
+  const TrainSequence& t = world.example(1, 100, 0, 10);
+  while (!t.in_backward()) world.step();
+  world.scheduler.pause_job(1, true);
+  Sequence& large = world.request(230, 4);
+  world.step();
+  ASSERT_TRUE(t.swapped_out());
+  world.scheduler.finish(&large);
+  world.scheduler.pause_job(1, false);
+  // 35 ms are more than any step has left beside a request that decodes.
+  world.request(16, 100);
+  world.run();
+  EXPECT_TRUE(t.done);
+  EXPECT_EQ(world.blocks_swapped, 14);
+}
+
+TEST(SchedulerSwap, PausedBackwardPhasesGoToHostPages) {
+  World world(small(), 8, 16, true, 8);
+  world.cost.set_swap_ms(1000.0);
+  world.scheduler.add_job(1, 1.0);
+  TrainSequence& t = world.example(1, 60, 0, 10);
+  world.step();
+  ASSERT_TRUE(t.in_backward());
+  world.scheduler.pause_job(1, true);
+  world.request(100, 4);
+  EXPECT_EQ(world.step().features.prefill_tokens, 64);
+  EXPECT_TRUE(t.swapped_out());
+  world.run();
+  EXPECT_FALSE(t.done);
+  world.scheduler.pause_job(1, false);
+  world.run();
+  EXPECT_TRUE(t.done);
+}
+
+TEST(SchedulerSwap, RemovedJobsGiveHostPagesBack) {
+  World world(small(), 8, 16, true, 8);
+  world.scheduler.add_job(1, 1.0);
+  TrainSequence& t = world.example(1, 60, 0, 10);
+  world.step();
+  world.request(100, 4);
+  world.step();
+  ASSERT_TRUE(t.swapped_out());
+  EXPECT_EQ(world.blocks.num_free_host(), 4);
+  world.scheduler.remove_job(1);
+  EXPECT_EQ(world.blocks.num_free_host(), 8);
+  world.run();
+}
+
+}  // namespace
+}  // namespace flexcore
