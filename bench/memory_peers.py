@@ -154,24 +154,40 @@ def resident(pid: int) -> int:
 
 
 def longest(args: argparse.Namespace, directory: str, name: str, limit: int) -> dict[str, Any]:
-    """The longest sequence that fits, by doubling and halving to one part in sixteen."""
-    fits, fails, best, why = 0, 0, {}, ""
-    length = 256
-    while not fails or fails - fits > max(1, fits // 16):
+    """The longest sequence that fits, to one part in sixteen: memory grows by the token, so that two that fit say where
+    the limit is; halving where they are wrong."""
+    fits: list[tuple[int, dict[str, Any]]] = []
+    fails, why, length = 0, "", 256
+    while not fails or (fails - fits[-1][0] if fits else fails) > max(1, (fits[-1][0] if fits else 0) // 16):
         result = trial(args, directory, name, length, limit)
+        print(f"  {name}, {length} tokens: {result}", file=sys.stderr, flush=True)
         if "error" in result:
             fails, why = length, result["error"]
+            if length <= 16:
+                break
         else:
-            fits, best = length, result
-        if not fails:
-            length *= 2
-        elif fits:
-            length = (fits + fails) // 2
-        elif length <= 16:
-            return {"length": 0, "ended_by": why}
-        else:
-            length //= 2
-    return {"length": fits, "ended_by": why, **best}
+            fits.append((length, result))
+        length = next_length(fits, fails, limit)
+    if not fits:
+        return {"length": 0, "ended_by": why}
+    return {"length": fits[-1][0], "ended_by": why, **fits[-1][1]}
+
+
+def next_length(fits: list[tuple[int, dict[str, Any]]], fails: int, limit: int) -> int:
+    if not fits:
+        return fails // 2
+    last, result = fits[-1]
+    if len(fits) == 1 and not fails:
+        return 2 * last
+    guess = (last + fails) // 2 if fails else 2 * last
+    if len(fits) > 1 and (not fails or len(fits) + 1 < 5):
+        before, earlier = fits[-2]
+        grown = max(1, result["peak_bytes"] - earlier["peak_bytes"]) / (last - before)
+        at_limit = last + int((limit - result["peak_bytes"]) / grown)
+        # Just below where it should fit, then just above, so that two trials are the answer.
+        guess = at_limit * 63 // 64 if at_limit * 63 // 64 > last * 33 // 32 else max(at_limit, last * 17 // 16)
+        guess = min(guess, 8 * last)
+    return guess if not fails or last < guess < fails else (last + fails) // 2
 
 
 def child(task: dict[str, Any]) -> int:
