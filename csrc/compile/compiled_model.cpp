@@ -16,23 +16,28 @@ std::vector<NodeId> nodes_in(const Graph& graph, Phase phase) {
   return nodes;
 }
 
+bool is_saved(const KeptTensor& kept) { return kept.keep == Keep::kKept || kept.keep == Keep::kOffloaded; }
+
 void save_kept(TrainingProgram& program, const Graph& graph, const KeepPlan& plan, const Graph& trunk) {
   program.saved_of_trunk.resize(trunk.tensors.size());
   for (const auto& kept : plan.kept) {
     const auto& tensor = graph.tensor(kept.tensor);
     program.choices.push_back({tensor.name, kept.layer, kept.keep, graph.kept_bytes(tensor)});
-    if (kept.keep != Keep::kKept) continue;
+    if (!is_saved(kept)) continue;
     const TensorId in_trunk = trunk.find(tensor.layer, tensor.name);
     require<Error>(in_trunk != kNoTensor, "training program: ", tensor.name, " is not made by the forward program");
     program.saved_of_trunk[static_cast<std::size_t>(in_trunk)].push_back(static_cast<int>(program.saved.size()));
-    program.saved.push_back({in_trunk, kept.layer, tensor.width, graph.kept_dtype(tensor), tensor.keep_dtype, 0});
+    program.saved.push_back({in_trunk, kept.layer, tensor.width, graph.kept_dtype(tensor), tensor.keep_dtype,
+                             kept.keep == Keep::kOffloaded, 0});
   }
   // What is a whole number of vectors comes first, so that it is aligned whatever the sequence's length.
   for (const bool whole : {true, false})
     for (auto& saved : program.saved) {
       if ((saved.bytes_per_token() % 16 == 0) != whole) continue;
-      saved.offset = program.saved_bytes_per_token;
-      program.saved_bytes_per_token += saved.bytes_per_token();
+      KeptBytes& all = program.saved_bytes_per_token;
+      std::size_t& before = saved.in_host ? all.host : all.device;
+      saved.offset = before;
+      before += saved.bytes_per_token();
     }
 }
 
@@ -83,14 +88,25 @@ const CompiledModel::Options& CompiledModel::options(const BypassSet& bypasses) 
   for (int l = 0; l < d.graph->num_layers; ++l) {
     auto& bytes = found.kept_bytes.emplace_back();
     for (const auto& option : found.of_layer)
-      bytes.push_back(kept_bytes(*d.graph, d.num_forward, l, option.recomputed));
+      bytes.push_back(kept_bytes(*d.graph, d.num_forward, l, option.keep));
   }
+  found.candidates = list_candidates(found);
   return options_.emplace(bypasses, std::move(found)).first->second;
 }
 
-std::vector<CompiledModel::Candidate> CompiledModel::keep_candidates(const BypassSet& bypasses) {
+const std::vector<CompiledModel::Candidate>& CompiledModel::keep_candidates(const BypassSet& bypasses) {
+  return options(bypasses).candidates;
+}
+
+// A layer that is unlike the others keeps less in host memory.
+double CompiledModel::seconds_of(const KeepOption& option, const KeptBytes& kept) const {
+  return option.seconds_per_token -
+         2.0 * rates_.seconds_per_host_byte * (static_cast<double>(option.bytes_per_token.host) - static_cast<double>(kept.host));
+}
+
+std::vector<CompiledModel::Candidate> CompiledModel::list_candidates(const Options& options) const {
   constexpr std::int64_t kParts = 4;  // quarters of the layers: every choice is a program of its own
-  const auto& [all, kept] = options(bypasses);
+  const auto& all = options.of_layer;
   const std::int64_t layers = base_.num_layers;
   std::set<KeepChoice> choices;
   for (int i = 0; i < static_cast<int>(all.size()); ++i) {
@@ -104,8 +120,10 @@ std::vector<CompiledModel::Candidate> CompiledModel::keep_candidates(const Bypas
     Candidate& candidate = candidates.emplace_back(choice);
     for (std::int64_t l = 0; l < layers; ++l) {
       const auto option = static_cast<std::size_t>(l < choice.num_first ? choice.first : choice.others);
-      candidate.bytes_per_token += kept[static_cast<std::size_t>(l)][option];
-      candidate.seconds_per_token += all[option].seconds_per_token;
+      const KeptBytes& kept = options.kept_bytes[static_cast<std::size_t>(l)][option];
+      candidate.bytes_per_token.device += kept.device;
+      candidate.bytes_per_token.host += kept.host;
+      candidate.seconds_per_token += seconds_of(all[option], kept);
     }
   }
   std::stable_sort(candidates.begin(), candidates.end(),
@@ -122,21 +140,25 @@ TrainingProgram& CompiledModel::training(const BypassSet& bypasses, const KeepCh
   const std::size_t num_forward = d.num_forward;
   const TensorId hidden = graph->hidden;
   const BackwardGraph& backward = d.backward;
-  std::vector<std::set<std::string>> recomputed;
+  std::vector<LayerKeep> keep;
   if (choice != KeepChoice{}) {
-    const auto& all = options(bypasses).of_layer;
-    double extra = 0.0, whole = 0.0;
+    const auto& [all, kept_bytes, candidates] = options(bypasses);
+    double extra = 0.0, away = 0.0, whole = 0.0;
     for (int l = 0; l < graph->num_layers; ++l) {
-      const auto& option = all[static_cast<std::size_t>(l < choice.num_first ? choice.first : choice.others)];
-      recomputed.push_back(option.recomputed);
-      if (l >= d.backward.first_layer) extra += option.seconds_per_token;
+      const auto option = static_cast<std::size_t>(l < choice.num_first ? choice.first : choice.others);
+      const KeptBytes& kept = kept_bytes[static_cast<std::size_t>(l)][option];
+      keep.push_back(all[option].keep);
+      if (l < d.backward.first_layer) continue;
+      extra += seconds_of(all[option], kept);
+      away += static_cast<double>(kept.host) * rates_.seconds_per_host_byte;
     }
     for (const Node& node : graph->nodes)
       if (node.phase == Phase::kBackward && node.layer != kNoLayer)
         whole += node.op->flops(*graph, rates_.context) * rates_.seconds_per_flop;
-    program->backward_cost = 1.0 + extra / whole;
+    program->backward_cost = 1.0 + (extra - away) / whole;
+    program->forward_cost = away / whole * (graph->num_layers - d.backward.first_layer);
   }
-  const KeepPlan plan = prune_and_rematerialize(*graph, num_forward, recomputed);
+  const KeepPlan plan = prune_and_rematerialize(*graph, num_forward, keep);
   save_kept(*program, *graph, plan, trunk_.graph());
 
   program->first_layer = backward.first_layer;
@@ -150,7 +172,7 @@ TrainingProgram& CompiledModel::training(const BypassSet& bypasses, const KeepCh
     std::vector<TensorId> inputs = {backward.layer_grad[static_cast<std::size_t>(l) + 1]};
     std::size_t index = 0;
     for (const auto& kept : plan.kept) {
-      if (kept.keep != Keep::kKept) continue;
+      if (!is_saved(kept)) continue;
       if (kept.layer == l) {
         inputs.push_back(kept.tensor);
         layer.saved.push_back(static_cast<int>(index));

@@ -22,11 +22,13 @@ struct SavedTensor {
   std::int64_t width = 0;
   DType dtype = DType::kFloat32;       // as it is kept; uint8: codes in groups (ops/scatter.h)
   DType read_dtype = DType::kFloat32;  // as the backward reads it
-  std::size_t offset = 0;              // bytes per token of the saved tensors before it
+  bool in_host = false;
+  std::size_t offset = 0;  // bytes per token of the saved tensors before it in that memory
   std::size_t bytes_per_token() const { return static_cast<std::size_t>(kept_row_bytes(dtype, width)); }
 };
 
-/// What the backward's layers recompute: an index into keep_options for the first layers, and one for the others.
+/// What the backward's layers recompute and offload: an index into keep_options for the first layers, and one for the
+/// others.
 struct KeepChoice {
   int first = 0, others = 0;
   std::int64_t num_first = 0;
@@ -50,8 +52,9 @@ struct TrainingProgram {
 
   std::vector<SavedTensor> saved;
   std::vector<std::vector<int>> saved_of_trunk;  // by tensor of the trunk: indices into `saved`
-  std::size_t saved_bytes_per_token = 0;
-  double backward_cost = 1.0;  // time of a unit, of one that recomputes nothing
+  KeptBytes saved_bytes_per_token;
+  double backward_cost = 1.0;  // time of a unit, of one that recomputes nothing and has all on the device
+  double forward_cost = 0.0;   // what keeping rows in host memory adds to a token's forward, in that time for a row
   std::vector<Layer> layers;   // empty programs below first_layer
   int first_layer = 0;
   Program loss_head;  // input: hidden state; output: target_grad
@@ -87,10 +90,10 @@ class CompiledModel {
   /// Ways of keeping less, the fastest first.
   struct Candidate {
     KeepChoice choice;
-    std::size_t bytes_per_token = 0;
+    KeptBytes bytes_per_token;
     double seconds_per_token = 0.0;
   };
-  std::vector<Candidate> keep_candidates(const BypassSet& bypasses);
+  const std::vector<Candidate>& keep_candidates(const BypassSet& bypasses);
   std::size_t workspace_bytes() const { return workspace_bytes_; }  // of the serving programs
 
  private:
@@ -108,10 +111,13 @@ class CompiledModel {
   };
   Draft draft(const BypassSet& bypasses) const;
   struct Options {
-    std::vector<KeepOption> of_layer;                  // of one that is like most
-    std::vector<std::vector<std::size_t>> kept_bytes;  // by layer and option
+    std::vector<KeepOption> of_layer;                // of one that is like most
+    std::vector<std::vector<KeptBytes>> kept_bytes;  // by layer and option
+    std::vector<Candidate> candidates;
   };
   const Options& options(const BypassSet& bypasses);
+  std::vector<Candidate> list_candidates(const Options& options) const;
+  double seconds_of(const KeepOption& option, const KeptBytes& kept) const;
 
   OperatorRates rates_;
   std::map<std::pair<BypassSet, KeepChoice>, std::unique_ptr<TrainingProgram>> training_;

@@ -2,6 +2,7 @@
 
 #include <set>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "graph/graph.h"
@@ -26,7 +27,7 @@ BackwardGraph derive_backward(Graph& graph, bool trains_output = false);
 
 /// What the backward of one layer does with a forward tensor that it reads: rebuilt by cheap operators, recomputed by a
 /// GEMM or attention.
-enum class Keep : std::uint8_t { kKept, kRebuilt, kRecomputed, kDropped, kInPages };
+enum class Keep : std::uint8_t { kKept, kOffloaded, kRebuilt, kRecomputed, kDropped, kInPages };
 
 struct KeptTensor {
   TensorId tensor = kNoTensor;
@@ -34,30 +35,40 @@ struct KeptTensor {
   Keep keep = Keep::kDropped;
 };
 
-/// What a layer may do without: the tensors of these names are recomputed instead of kept.
+/// What a layer does not keep on the device: tensors of these names are recomputed, or kept in host memory. One of the
+/// layer below is named with kBelow before it.
+struct LayerKeep {
+  static constexpr std::string_view kBelow = "below.";
+  std::set<std::string> recomputed, offloaded;
+};
+
+struct KeptBytes {
+  std::size_t device = 0, host = 0;
+};
+
 struct KeepOption {
-  std::set<std::string> recomputed;
-  std::size_t bytes_per_token = 0;  // that are kept
-  double seconds_per_token = 0.0;   // that recomputing takes
+  LayerKeep keep;
+  KeptBytes bytes_per_token;
+  double seconds_per_token = 0.0;  // that recomputing takes, and the ways to host memory and back
 };
 
 /// What operators take, from the step-time model.
 struct OperatorRates {
   double seconds_per_flop = 1e-11, seconds_per_byte = 1e-10;
+  double seconds_per_host_byte = 0.0;  // of a copy to host memory, or back; 0: nothing is kept there
   double context = 512;  // positions that a row attends to
 };
 
-/// Of a layer's backward, every choice of tensors for which no other keeps less in less time; the fastest, which
-/// recomputes nothing, first. Exact: all subsets are looked at.
+/// Of a layer's backward, every choice of tensors for which no other keeps less, here and there, in less time; the
+/// fastest, which keeps all on the device, first. Exact: all subsets are looked at.
 std::vector<KeepOption> keep_options(const Graph& graph, std::size_t num_forward_nodes, int layer,
                                      const OperatorRates& rates);
 
 /// Bytes a token that prune_and_rematerialize keeps for a layer.
-std::size_t kept_bytes(const Graph& graph, std::size_t num_forward_nodes, int layer,
-                       const std::set<std::string>& recomputed);
+KeptBytes kept_bytes(const Graph& graph, std::size_t num_forward_nodes, int layer, const LayerKeep& keep);
 
 /// Keeps only the forward tensors that the backward reads; of those, rebuilds what cheap operators make from kept ones,
-/// and recomputes in layer l what `recomputed[l]` names (empty: nothing in any layer). Adds the nodes for it and
+/// and recomputes or offloads in layer l what `keep[l]` names (empty: nothing in any layer). Adds the nodes for it and
 /// rewires the backward to them. `nodes_of_layer[l]`: the layer's backward in order. Every forward tensor of the layers
 /// is in `kept`.
 struct KeepPlan {
@@ -65,6 +76,6 @@ struct KeepPlan {
   std::vector<std::vector<NodeId>> nodes_of_layer;
 };
 KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes,
-                                 const std::vector<std::set<std::string>>& recomputed);
+                                 const std::vector<LayerKeep>& keep);
 
 }  // namespace flexcore

@@ -3,10 +3,12 @@
 #include <memory>
 #include <set>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "compile/passes.h"
+#include "core/check.h"
 #include "graph/layer_ops.h"
 
 namespace flexcore {
@@ -18,13 +20,13 @@ namespace {
 // of decisions.
 class LayerChoice {
  public:
-  LayerChoice(const Graph& graph, int layer, std::set<TensorId> needed, const std::set<std::string>& recomputed)
+  LayerChoice(const Graph& graph, int layer, std::set<TensorId> needed, const LayerKeep& keep)
       : graph_(graph), layer_(layer), needed_(std::move(needed)) {
-    for (const auto tensor : needed_)
-      (rebuildable(tensor)                               ? rebuilt_
-       : recomputed.contains(graph_.tensor(tensor).name) ? recomputed_
-                                                         : kept_)
-          .insert(tensor);
+    for (const auto tensor : needed_) {
+      const std::string name = name_of(tensor);
+      (rebuildable(tensor) ? rebuilt_ : keep.recomputed.contains(name) ? recomputed_ : kept_).insert(tensor);
+      if (kept_.contains(tensor) && keep.offloaded.contains(name)) offloaded_.insert(tensor);
+    }
     possible_ = std::all_of(recomputed_.begin(), recomputed_.end(), [&](TensorId tensor) { return want(tensor); });
     for (const auto tensor : rebuilt_) possible_ = want(tensor) && possible_;
     if (!possible_) return;
@@ -33,17 +35,22 @@ class LayerChoice {
       for (const int index : remake(node, wanted).inputs) ++readers_[node.inputs[static_cast<std::size_t>(index)]];
     }
   }
-  const std::set<TensorId>& kept() const { return kept_; }
+  const std::set<TensorId>& kept() const { return kept_; }            // anywhere
+  const std::set<TensorId>& offloaded() const { return offloaded_; }  // of these, in host memory
   const std::set<TensorId>& rebuilt() const { return rebuilt_; }
   const std::set<TensorId>& recomputed() const { return recomputed_; }
   bool possible() const { return possible_; }
 
-  std::size_t kept_bytes() const {
-    std::size_t bytes = 0;
-    for (const auto tensor : kept_) {
-      bytes += graph_.kept_bytes(graph_.tensor(tensor));
-    }
+  KeptBytes kept_bytes() const {
+    KeptBytes bytes;
+    for (const auto tensor : kept_)
+      (offloaded_.contains(tensor) ? bytes.host : bytes.device) += graph_.kept_bytes(graph_.tensor(tensor));
     return bytes;
+  }
+  /// As LayerKeep has it.
+  std::string name_of(TensorId id) const {
+    const GraphTensor& tensor = graph_.tensor(id);
+    return tensor.layer == layer_ ? tensor.name : str(LayerKeep::kBelow, tensor.name);
   }
   double seconds(const OperatorRates& rates) const {
     double total = 0.0;
@@ -136,7 +143,7 @@ class LayerChoice {
 
   const Graph& graph_;
   int layer_;
-  std::set<TensorId> needed_, kept_, rebuilt_, recomputed_;
+  std::set<TensorId> needed_, kept_, offloaded_, rebuilt_, recomputed_;
   std::map<NodeId, std::vector<bool>> wanted_;  // outputs of nodes that are made again
   std::map<TensorId, int> readers_;             // among these nodes
   std::map<TensorId, TensorId> copy_;
@@ -170,49 +177,75 @@ LayerBackward backward_of(const Graph& graph, std::size_t num_forward_nodes, std
 
 // A layer that is unlike the others and cannot do without what is named keeps it.
 std::unique_ptr<LayerChoice> choose(const Graph& graph, int layer, const std::set<TensorId>& needed,
-                                    const std::set<std::string>& recomputed) {
-  auto choice = std::make_unique<LayerChoice>(graph, layer, needed, recomputed);
-  if (!choice->possible()) choice = std::make_unique<LayerChoice>(graph, layer, needed, std::set<std::string>{});
+                                    const LayerKeep& keep) {
+  auto choice = std::make_unique<LayerChoice>(graph, layer, needed, keep);
+  if (!choice->possible())
+    choice = std::make_unique<LayerChoice>(graph, layer, needed, LayerKeep{.recomputed = {}, .offloaded = keep.offloaded});
   return choice;
+}
+
+/// Those of `options` for which no other keeps less, here and there, in less time; the fastest first.
+std::vector<KeepOption> undominated(std::vector<KeepOption> options) {
+  const auto order = [](const KeepOption& o) {
+    return std::tuple(o.seconds_per_token, o.bytes_per_token.device, o.bytes_per_token.host);
+  };
+  std::stable_sort(options.begin(), options.end(),
+                   [&](const KeepOption& a, const KeepOption& b) { return order(a) < order(b); });
+  std::vector<KeepOption> best;
+  for (auto& option : options) {
+    const auto dominates = [&](const KeepOption& other) {
+      return other.bytes_per_token.device <= option.bytes_per_token.device &&
+             other.bytes_per_token.host <= option.bytes_per_token.host;
+    };
+    if (std::none_of(best.begin(), best.end(), dominates)) best.push_back(std::move(option));
+  }
+  return best;
 }
 
 }  // namespace
 
-std::size_t kept_bytes(const Graph& graph, std::size_t num_forward_nodes, int layer,
-                       const std::set<std::string>& recomputed) {
+KeptBytes kept_bytes(const Graph& graph, std::size_t num_forward_nodes, int layer, const LayerKeep& keep) {
   const auto is_forward = forward_tensors(graph, num_forward_nodes);
   const auto backward = backward_of(graph, num_forward_nodes, graph.nodes.size(), is_forward, layer);
-  return choose(graph, layer, backward.needed, recomputed)->kept_bytes();
+  return choose(graph, layer, backward.needed, keep)->kept_bytes();
 }
 
 std::vector<KeepOption> keep_options(const Graph& graph, std::size_t num_forward_nodes, int layer,
                                      const OperatorRates& rates) {
   const auto is_forward = forward_tensors(graph, num_forward_nodes);
   const auto needed = backward_of(graph, num_forward_nodes, graph.nodes.size(), is_forward, layer).needed;
-  const LayerChoice nothing(graph, layer, needed, {});
+  const LayerChoice nothing(graph, layer, needed, LayerKeep{});
   const double least = nothing.seconds(rates);
   std::vector<std::string> names;
   for (const auto tensor : nothing.kept())
     if (graph.tensor(tensor).layer == layer) names.push_back(graph.tensor(tensor).name);
   std::vector<KeepOption> options;
   for (std::size_t subset = 0; subset < std::size_t{1} << names.size(); ++subset) {
-    std::set<std::string> recomputed;
+    LayerKeep keep;
     for (std::size_t n = 0; n < names.size(); ++n)
-      if (subset >> n & 1) recomputed.insert(names[n]);
-    const LayerChoice choice(graph, layer, needed, recomputed);
-    if (choice.possible()) options.push_back({recomputed, choice.kept_bytes(), choice.seconds(rates) - least});
+      if (subset >> n & 1) keep.recomputed.insert(names[n]);
+    const LayerChoice choice(graph, layer, needed, keep);
+    if (!choice.possible()) continue;
+    const double seconds = choice.seconds(rates) - least;
+    const std::vector<TensorId> kept(choice.kept().begin(), choice.kept().end());
+    const std::size_t num_offloaded = rates.seconds_per_host_byte > 0.0 ? kept.size() : 0;
+    for (std::size_t away = 0; away < std::size_t{1} << num_offloaded; ++away) {
+      keep.offloaded.clear();
+      KeptBytes bytes = choice.kept_bytes();
+      for (std::size_t n = 0; n < num_offloaded; ++n) {
+        if ((away >> n & 1) == 0) continue;
+        const std::size_t moved = graph.kept_bytes(graph.tensor(kept[n]));
+        keep.offloaded.insert(choice.name_of(kept[n]));
+        bytes.device -= moved, bytes.host += moved;
+      }
+      options.push_back({keep, bytes, seconds + 2.0 * static_cast<double>(bytes.host) * rates.seconds_per_host_byte});
+    }
   }
-  std::stable_sort(options.begin(), options.end(), [](const KeepOption& a, const KeepOption& b) {
-    return std::pair(a.seconds_per_token, a.bytes_per_token) < std::pair(b.seconds_per_token, b.bytes_per_token);
-  });
-  std::vector<KeepOption> best;
-  for (auto& option : options)
-    if (best.empty() || option.bytes_per_token < best.back().bytes_per_token) best.push_back(std::move(option));
-  return best;
+  return undominated(std::move(options));
 }
 
 KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes,
-                                 const std::vector<std::set<std::string>>& recomputed) {
+                                 const std::vector<LayerKeep>& keep) {
   const std::size_t num_nodes = graph.nodes.size();
   const auto layers = static_cast<std::size_t>(graph.num_layers);
   KeepPlan plan;
@@ -223,12 +256,12 @@ KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes,
   for (std::size_t l = 0; l < layers; ++l) {
     const int layer = static_cast<int>(l);
     const auto backward = backward_of(graph, num_forward_nodes, num_nodes, is_forward, layer);
-    const auto choice =
-        choose(graph, layer, backward.needed, recomputed.empty() ? std::set<std::string>{} : recomputed[l]);
+    const auto choice = choose(graph, layer, backward.needed, keep.empty() ? LayerKeep{} : keep[l]);
     const auto list = [&](const std::set<TensorId>& tensors, Keep keep) {
       for (const auto tensor : tensors) plan.kept.push_back({tensor, layer, keep});
     };
-    list(choice->kept(), Keep::kKept);
+    for (const auto tensor : choice->kept())
+      plan.kept.push_back({tensor, layer, choice->offloaded().contains(tensor) ? Keep::kOffloaded : Keep::kKept});
     list(choice->rebuilt(), Keep::kRebuilt);
     list(choice->recomputed(), Keep::kRecomputed);
     for (const auto tensor : backward.needed) seen.emplace(tensor, layer);
@@ -255,10 +288,10 @@ KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes,
       return true;
     }();
     const bool read_next = seen.contains({id, tensor.layer + 1});
-    const Keep keep = graph.keep_mode == KeepMode::kAll ? Keep::kKept
-                      : tensor.in_pages                 ? Keep::kInPages
-                                                        : Keep::kDropped;
-    if (newest && !read_next) plan.kept.push_back({id, tensor.layer, keep});
+    const Keep how = graph.keep_mode == KeepMode::kAll ? Keep::kKept
+                     : tensor.in_pages                 ? Keep::kInPages
+                                                       : Keep::kDropped;
+    if (newest && !read_next) plan.kept.push_back({id, tensor.layer, how});
   }
   return plan;
 }

@@ -74,9 +74,9 @@ void Engine::Impl::calibrate() {
     std::vector<std::int32_t> table;
     std::vector<BlockMove> moves;  // nobody is there
     state.block_table = &table;
-    BlockRun store = scheduler.reserve_run(store_blocks(model, sizes, program, rows), moves);
+    BlockRun store = scheduler.reserve_run(store_blocks(model, sizes, program, rows).device, moves);
     if (store && blocks.reserve(table, rows)) {
-      state.place(executor->block(store.first), ledger, executor->shape());
+      state.place({.device = executor->block(store)}, ledger, executor->shape());
       const RowGroup group{
           .tokens = example.input_ids, .block_table = table.data(), .adapter = adapter.get(), .train = &state};
       timed({.finetune_tokens = rows, .finetune_context = rows * (rows + 1) / 2},

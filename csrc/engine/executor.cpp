@@ -20,20 +20,21 @@ std::uint64_t adapter_key(const Adapter* adapter) { return adapter == nullptr ? 
 // Copies the rows of finetune windows to their sequences' stores as the forward makes them.
 class Saver final : public ProgramObserver {
  public:
-  Saver(OpContext& context, const TrainingProgram& program, std::span<const SaveSpan> spans)
-      : context_(context), program_(program), spans_(spans) {}
+  Saver(OpContext& context, const TrainingProgram& program, std::span<const SaveSpan> device,
+        std::span<const SaveSpan> host)
+      : context_(context), program_(program), device_(device), host_(host) {}
 
   void ready(TensorId tensor, const TensorView& value) override {
     for (const int index : program_.saved_of_trunk[static_cast<std::size_t>(tensor)]) {
       const SavedTensor& saved = program_.saved[static_cast<std::size_t>(index)];
-      run(context_, SaveRowsArgs{value, spans_, saved.dtype, saved.offset});
+      run(context_, SaveRowsArgs{value, saved.in_host ? host_ : device_, saved.dtype, saved.offset});
     }
   }
 
  private:
   OpContext& context_;
   const TrainingProgram& program_;
-  std::span<const SaveSpan> spans_;
+  std::span<const SaveSpan> device_, host_;
 };
 
 // For windows of several programs.
@@ -235,14 +236,16 @@ void Executor::add_segment(Lane& lane, const Segment& segment, float* gradients)
 
 // Windows by program, in memory that is never moved: recordings read it.
 void Executor::list_windows(const Layout& layout) {
-  for (auto& [program, spans] : windows_) spans.clear();
+  for (auto& [program, windows] : windows_) windows.device.clear(), windows.host.clear();
   for (std::size_t g = 0; g < layout.groups.size(); ++g) {
     const auto& group = layout.groups[g];
     if (group.train == nullptr) continue;
-    auto& spans = windows_[group.train->program];
-    spans.reserve(static_cast<std::size_t>(limits_.max_rows));
-    spans.push_back(
-        {layout.row_begin[g], layout.row_end(g), group.train->store(), group.train->length(), group.position});
+    Windows& windows = windows_[group.train->program];
+    const auto& store = group.train->store();
+    for (const auto& [spans, to] : {std::pair(&windows.device, store.device), std::pair(&windows.host, store.host)}) {
+      spans->reserve(static_cast<std::size_t>(limits_.max_rows));
+      spans->push_back({layout.row_begin[g], layout.row_end(g), to, group.train->length(), group.position});
+    }
   }
 }
 
@@ -251,13 +254,13 @@ void Executor::list_windows(const Layout& layout) {
 bool Executor::fix(Layout& layout, std::span<const Segment> segments, std::vector<std::int32_t>& tokens,
                    std::vector<std::int32_t>& positions) {
   const std::int64_t rows = layout.num_rows, fixed = std::min(round_rows(rows), limits_.max_rows);
-  const auto in_use = [](const auto& entry) { return !entry.second.empty(); };
+  const auto in_use = [](const auto& entry) { return !entry.second.device.empty(); };
   const auto num_programs = std::count_if(windows_.begin(), windows_.end(), in_use);
   const auto windows = std::find_if(windows_.begin(), windows_.end(), in_use);
   const auto plain = [](const Segment& segment) { return segment.adapter->plain_lora() && segment.dropout == nullptr; };
   if (!record_ || rows == 0 || !std::all_of(segments.begin(), segments.end(), plain) ||
       spans_.size() > kMostFixedSpans || segments.size() > Lane::kMostFixedSegments || num_programs > 1 ||
-      (num_programs == 1 && windows->second.size() > kMostFixedWindows))
+      (num_programs == 1 && windows->second.device.size() > kMostFixedWindows))
     return false;
   layout.num_rows = fixed;
   tokens.resize(static_cast<std::size_t>(fixed)), positions.resize(static_cast<std::size_t>(fixed));
@@ -265,8 +268,9 @@ bool Executor::fix(Layout& layout, std::span<const Segment> segments, std::vecto
   layout.key = {.rows = fixed, .spans = spans_.size()};
   if (!segments.empty()) layout.key.adapters = std::bit_ceil(segments.size());
   if (num_programs == 1) {
-    windows->second.resize(std::bit_ceil(windows->second.size()));
-    layout.key.windows = windows->second.size(), layout.key.program = windows->first;
+    const std::size_t count = std::bit_ceil(windows->second.device.size());
+    windows->second.device.resize(count), windows->second.host.resize(count);
+    layout.key.windows = count, layout.key.program = windows->first;
   }
   forward_.begin_fixed_segments(layout.key.adapters, fixed);
   for (std::size_t i = 0; i < segments.size(); ++i)
@@ -283,8 +287,8 @@ TensorView Executor::forward(std::span<const RowGroup> groups) {
   const RowCounts rows = {layout.num_rows, 0, 0};
   const auto trunk = [&] {
     Savers savers;
-    for (const auto& [program, spans] : windows_)
-      if (!spans.empty()) savers.add(Saver(forward_.context(), *program, spans));
+    for (const auto& [program, windows] : windows_)
+      if (!windows.device.empty()) savers.add(Saver(forward_.context(), *program, windows.device, windows.host));
     model_.trunk().run(state(forward_), rows, forward_.workspace(), {}, savers.empty() ? nullptr : &savers);
   };
   layout.fixed ? run_recorded(layout.key, trunk) : trunk();

@@ -65,6 +65,8 @@ class Executor {
     return pages.data() +
            static_cast<std::size_t>(index < limits_.num_blocks ? index : index - limits_.num_blocks) * block_bytes_;
   }
+  /// Where a run of them begins; null: it is empty.
+  std::byte* block(const BlockRun& run) const { return run ? block(run.first) : nullptr; }
   /// Copies blocks, in order, while nothing runs; they are there when it returns.
   void move_blocks(std::span<const BlockMove> moves);
   /// Waits for whatever was given to the device, and forgets what it was for: after an error, before memory that it may
@@ -151,7 +153,10 @@ class Executor {
   std::vector<AttentionSpan> spans_;  // of the last forward; never moved
   std::uint64_t num_batches_ = 0;
 
-  std::map<TrainingProgram*, std::vector<SaveSpan>> windows_;  // of the last forward
+  struct Windows {
+    std::vector<SaveSpan> device, host;  // the same rows, with the stores there
+  };
+  std::map<TrainingProgram*, Windows> windows_;  // of the last forward
 
   struct Recorded {
     bool seen = false;

@@ -51,7 +51,9 @@ Executor::BackwardLayout Executor::lay_out_backward(std::span<const BackwardRows
   return layout;
 }
 
-// One window is read where it is stored; several are brought together, and codes made numbers again.
+// One window is read where it is stored; several are brought together, codes made numbers again, and what is in host
+// memory comes to the device, once: a GPU's kernels read page-locked memory over the bus at any address (CUDA
+// Programming Guide, unified virtual addressing).
 std::vector<TensorView> Executor::gather(const BackwardLayout& layout, const TrainingProgram& program,
                                          const TrainingProgram::Layer& unit) {
   std::vector<TensorView> inputs;
@@ -63,11 +65,11 @@ std::vector<TensorView> Executor::gather(const BackwardLayout& layout, const Tra
     };
     const TensorView first = view(layout.parts.front());
     const bool codes = first.dtype() == DType::kUInt8;
-    if (layout.parts.size() == 1 && !codes) {
+    const SavedTensor* saved = i == 0 ? nullptr : &program.saved[static_cast<std::size_t>(unit.saved[i - 1])];
+    if (layout.parts.size() == 1 && !codes && (saved == nullptr || !saved->in_host)) {
       inputs.push_back(first);
       continue;
     }
-    const SavedTensor* saved = i == 0 ? nullptr : &program.saved[static_cast<std::size_t>(unit.saved[i - 1])];
     inputs.emplace_back(gathered, codes ? saved->read_dtype : first.dtype(),
                         std::initializer_list<std::int64_t>{layout.num_rows, codes ? saved->width : first.shape(1)});
     gathered += Lane::aligned(inputs.back().bytes());

@@ -128,6 +128,7 @@ void Engine::Impl::start_batch(TrainingJob& job) {
     executor->reserve(program);
     auto state = std::make_unique<TrainState>(example, adapter, program, job.gradients(), scale);
     state->dropout = {adapter->dropout(), job.config.seed, static_cast<std::uint32_t>(occurrence++)};
+    const StoreBlocks store = store_blocks(model, sizes, program, state->length());
     auto entry = std::make_unique<InFlight>();
     entry->state = state.get();
     entry->sequence = {.id = next_train_sequence++,
@@ -138,7 +139,9 @@ void Engine::Impl::start_batch(TrainingJob& job) {
                        .window_tokens = job.config.window_tokens.value_or(0),
                        .backward_window_tokens = job.config.backward_window_tokens.value_or(0),
                        .backward_cost = program.backward_cost,
-                       .store_blocks = store_blocks(model, sizes, program, state->length())};
+                       .forward_cost = program.forward_cost,
+                       .store_blocks = store.device,
+                       .host_store_blocks = store.host};
     state->id = entry->sequence.id;
     state->block_table = &entry->sequence.block_table;
     scheduler.add_training(&entry->sequence);

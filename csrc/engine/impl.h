@@ -59,7 +59,7 @@ inline bool joins_outputs(Device device) { return device.kind != DeviceKind::kCp
 /// With the tokens in flight that finetune_memory_bytes allows.
 SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
                                  CompiledModel& compiled);
-/// What one training sequence of `length` tokens keeps for its backward.
+/// What one training sequence of `length` tokens keeps on the device for its backward.
 std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& program, std::int64_t length);
 /// Sets the blocks of the pool: what kv_cache_memory_bytes says or, without it, room for the requests and for as much
 /// training as finetune_memory_bytes, or the tokens that may be in flight, take, as far as the device has it beside the
@@ -73,14 +73,17 @@ std::int64_t workspace_bytes(const ModelConfig& model, const EngineConfig& confi
                              CompiledModel& compiled);
 /// What the programs of a training step run in.
 std::int64_t programs_bytes(CompiledModel& compiled, const TrainingProgram& program, const EngineSizes& sizes);
-/// The pages of the pool that it keeps that in.
-std::int64_t store_blocks(const ModelConfig& model, const EngineSizes& sizes, const TrainingProgram& program,
-                          std::int64_t length);
+/// The pages of the pool that it keeps that in, and those of host memory for what it keeps there.
+struct StoreBlocks {
+  std::int64_t device = 0, host = 0;
+};
+StoreBlocks store_blocks(const ModelConfig& model, const EngineSizes& sizes, const TrainingProgram& program,
+                         std::int64_t length);
 /// By what operators take on such a device, relative to each other: what is recomputed depends on nothing that was
 /// measured, so that a plan says what an engine does.
 OperatorRates operator_rates(const EngineSizes& sizes);
 /// The fastest of the backward programs with which a sequence keeps no more than finetune_memory_bytes and the pool
-/// leave it; null: none.
+/// leave it, and no more in host memory than the swap space has; null: none.
 TrainingProgram* find_program(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,
                               CompiledModel& compiled, const BypassSet& bypasses, std::int64_t length);
 /// The longest sequence, up to max_model_len, that there is one for.

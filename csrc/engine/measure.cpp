@@ -29,18 +29,24 @@ class TemporaryPages {
 /// Of a training sequence, with what it keeps.
 class TemporaryRun {
  public:
-  TemporaryRun(Scheduler& scheduler, BlockManager& blocks, Executor& executor, std::int64_t count) : blocks_(blocks) {
+  TemporaryRun(Scheduler& scheduler, BlockManager& blocks, Executor& executor, std::int64_t count, Tier tier)
+      : blocks_(blocks) {
+    if (count == 0) return;
     std::vector<BlockMove> moves;
-    run_ = scheduler.reserve_run(count, moves);
+    run_ = scheduler.reserve_run(count, moves, tier);
     executor.move_blocks(moves);
-    require<OutOfMemory>(static_cast<bool>(run_), "kv pages: ", count,
-                         " next to each other were wanted for a backward, ", blocks_.num_free(), " of ",
-                         blocks_.num_blocks(), " are free; raise kv_cache_memory_bytes");
+    if (run_) return;
+    const bool device = tier == Tier::kDevice;
+    throw OutOfMemory(str(device ? "kv pages: " : "swap space: ", count,
+                          " pages next to each other were wanted for a backward, ",
+                          device ? blocks_.num_free() : blocks_.num_free_host(), " of ",
+                          device ? blocks_.num_blocks() : blocks_.num_host_blocks(), " are free; raise ",
+                          device ? "kv_cache_memory_bytes" : "swap_space_bytes"));
   }
   ~TemporaryRun() { blocks_.release_run(run_); }
   TemporaryRun(const TemporaryRun&) = delete;
   TemporaryRun& operator=(const TemporaryRun&) = delete;
-  std::int64_t first() const { return run_.first; }
+  const BlockRun& run() const { return run_; }
 
  private:
   BlockManager& blocks_;
@@ -126,7 +132,7 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
     std::vector<std::int32_t> block_table;
     std::int64_t forward_done = 0, rows_left = 0;
     std::unique_ptr<TemporaryPages> pages;
-    std::unique_ptr<TemporaryRun> store;
+    std::unique_ptr<TemporaryRun> store, host_store;
     std::unique_ptr<TrainState> state;
   };
   std::vector<std::unique_ptr<Progress>> sequences;
@@ -136,9 +142,11 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
     if (dropout_seed)
       sequence.state->dropout = {adapter->dropout(), *dropout_seed,
                                  static_cast<std::uint32_t>(&example - examples.data())};
-    sequence.store = std::make_unique<TemporaryRun>(scheduler, blocks, *executor,
-                                                    store_blocks(model, sizes, program, sequence.state->length()));
-    sequence.state->place(executor->block(sequence.store->first()), ledger, executor->shape());
+    const StoreBlocks store = store_blocks(model, sizes, program, sequence.state->length());
+    sequence.store = std::make_unique<TemporaryRun>(scheduler, blocks, *executor, store.device, Tier::kDevice);
+    sequence.host_store = std::make_unique<TemporaryRun>(scheduler, blocks, *executor, store.host, Tier::kHost);
+    sequence.state->place({executor->block(sequence.store->run()), executor->block(sequence.host_store->run())}, ledger,
+                          executor->shape());
     sequence.state->block_table = &sequence.block_table;
   }
   // Keys and values go where no store is, and are not moved any more.

@@ -19,6 +19,8 @@ std::string_view choice_name(Keep keep) {
   switch (keep) {
     case Keep::kKept:
       return "kept";
+    case Keep::kOffloaded:
+      return "offloaded";
     case Keep::kRebuilt:
       return "rebuilt";
     case Keep::kRecomputed:
@@ -35,6 +37,8 @@ std::string_view choice_reason(Keep keep) {
   switch (keep) {
     case Keep::kKept:
       return "only a GEMM or attention makes it";
+    case Keep::kOffloaded:
+      return "kept in host memory, to fit the device's";
     case Keep::kRebuilt:
       return "made again from what is kept";
     case Keep::kRecomputed:
@@ -88,8 +92,8 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
           ", wanted 1 to max_model_len (", sizes.max_model_len, ")");
   CompiledModel compiled(base_graph(model, config, sizes), attach_bypasses, row_capacity(sizes.limits),
                          joins_outputs(sizes.device));
-  compiled.set_rates(operator_rates(sizes));
   size_pool(model, config, compiled, sizes);
+  compiled.set_rates(operator_rates(sizes));
   MemoryPlan plan;
   plan.num_layers = model.num_layers;
   plan.sequence_length = sequence_length;
@@ -112,17 +116,23 @@ MemoryPlan plan(const std::string& path, const EngineConfig& config, const std::
   sequence_length += layout.num_virtual_tokens;
   const TrainingProgram& program =
       fitting_program(model, config, sizes, compiled, layout.bypasses(), sequence_length, "sequence_length");
-  const std::int64_t pages = (sequence_length + config.block_size - 1) / config.block_size +
-                             store_blocks(model, sizes, program, sequence_length);
+  const StoreBlocks store = store_blocks(model, sizes, program, sequence_length);
+  const std::int64_t pages = (sequence_length + config.block_size - 1) / config.block_size + store.device;
   plan.workspace +=
       std::max<std::int64_t>(0, programs_bytes(compiled, program, sizes) -
                                     programs_bytes(compiled, compiled.training(compiled.lora_everywhere()), sizes));
+  const std::int64_t sequences =
+      std::min(sizes.limits.num_blocks / pages,
+               store.host == 0 ? sizes.limits.num_blocks : sizes.limits.num_host_blocks / store.host);
   const std::int64_t tokens =
       std::min(scheduler_config(model, config, sizes, compiled).finetune_tokens_in_flight(sequence_length),
-               sizes.limits.num_blocks / pages * sequence_length);
+               sequences * sequence_length);
   plan.tokens_in_flight = tokens;
   const std::int64_t parameter_bytes = layout.num_parameters * static_cast<std::int64_t>(sizeof(float));
-  plan.saved_activations = static_cast<std::int64_t>(TrainState::saved_bytes(program, tokens));
+  const auto [saved, offloaded] = TrainState::saved_bytes(program, tokens);
+  plan.saved_activations = static_cast<std::int64_t>(saved);
+  plan.offloaded_activations = static_cast<std::int64_t>(offloaded);
+  plan.swap_space -= plan.offloaded_activations;
   plan.adapters = 2 * adapter_bytes(layout, sizes);
   plan.optimizer = 2 * parameter_bytes;
   plan.gradients = parameter_bytes + finetune_bytes(model, program, tokens) - plan.saved_activations;
@@ -147,7 +157,8 @@ std::string MemoryPlan::describe() const {
   line("optimizer", optimizer);
   line("workspace", workspace);
   line("total", total());
-  if (swap_space > 0) line("swap space (host)", swap_space);
+  if (swap_space + offloaded_activations > 0) line("swap space (host)", swap_space);
+  if (offloaded_activations > 0) line("offloaded (host)", offloaded_activations);
   if (max_sequence_length > 0) {
     char buffer[128];
     std::snprintf(buffer, sizeof buffer, "tokens in training at once %lld, of sequences of at most %lld\n",

@@ -45,6 +45,15 @@ std::int64_t budget_of(const EngineConfig& config, const EngineSizes& sizes, std
   return std::min(config.finetune_memory_bytes.value_or(pool), pool);
 }
 
+std::int64_t blocks_of(std::size_t bytes, const EngineSizes& sizes) {
+  return (static_cast<std::int64_t>(bytes) + sizes.block_bytes - 1) / sizes.block_bytes;
+}
+
+bool fits_host(const CompiledModel::Candidate& candidate, const EngineSizes& sizes, std::int64_t length) {
+  return blocks_of(candidate.bytes_per_token.host * static_cast<std::size_t>(length), sizes) <=
+         sizes.limits.num_host_blocks;
+}
+
 WeightFormat weight_format(const EngineConfig& c) {
   require(c.quantization_group_size >= kGroupMultiple && c.quantization_group_size <= kMostGroupSize &&
               c.quantization_group_size % kGroupMultiple == 0,
@@ -159,7 +168,7 @@ Graph base_graph(const ModelConfig& model, const EngineConfig& config, const Eng
 
 std::int64_t finetune_bytes(const ModelConfig& model, const TrainingProgram& program, std::int64_t length) {
   return static_cast<std::int64_t>(
-      TrainState::saved_bytes(program, length) +
+      TrainState::saved_bytes(program, length).device +
       TrainState::gradient_bytes({model.hidden_size, model.num_kv_heads * model.head_dim}, length));
 }
 
@@ -222,18 +231,22 @@ std::int64_t workspace_bytes(const ModelConfig& model, const EngineConfig& confi
          recorded + programs_bytes(compiled, compiled.training(compiled.lora_everywhere()), sizes);
 }
 
-std::int64_t store_blocks(const ModelConfig& model, const EngineSizes& sizes, const TrainingProgram& program,
-                          std::int64_t length) {
-  const auto bytes = static_cast<std::int64_t>(
-      TrainState::store_bytes(program, {model.hidden_size, model.num_kv_heads * model.head_dim}, length));
-  return (bytes + sizes.block_bytes - 1) / sizes.block_bytes;
+StoreBlocks store_blocks(const ModelConfig& model, const EngineSizes& sizes, const TrainingProgram& program,
+                         std::int64_t length) {
+  const auto [device, host] =
+      TrainState::store_bytes(program, {model.hidden_size, model.num_kv_heads * model.head_dim}, length);
+  return {.device = blocks_of(device, sizes), .host = blocks_of(host, sizes)};
 }
 
 OperatorRates operator_rates(const EngineSizes& sizes) {
   // FLOP in the time of a byte: of bfloat16 products and of memory.
   constexpr double kOnCpu = 8, kOnGpu = 256;
+  // And of one of a GPU's bus: 990e12 FLOP/s and 55e9 B/s of an H100 are 18,000, 312e12 and 25e9 of an A100 12,500.
+  constexpr double kOnBus = 16384;
+  const bool cpu = sizes.device.kind == DeviceKind::kCpu;
   return {.seconds_per_flop = 1e-12,
-          .seconds_per_byte = 1e-12 * (sizes.device.kind == DeviceKind::kCpu ? kOnCpu : kOnGpu),
+          .seconds_per_byte = 1e-12 * (cpu ? kOnCpu : kOnGpu),
+          .seconds_per_host_byte = sizes.limits.num_host_blocks == 0 ? 0.0 : 1e-12 * (cpu ? kOnCpu : kOnBus),
           .context = static_cast<double>(sizes.max_model_len) / 2};
 }
 
@@ -243,10 +256,11 @@ TrainingProgram* find_program(const ModelConfig& model, const EngineConfig& conf
   TrainingProgram& fastest = compiled.training(bypasses);
   if (finetune_bytes(model, fastest, length) <= budget) return &fastest;
   if (*keep_mode(config) == KeepMode::kAll) return nullptr;  // leaves nothing out
-  const std::int64_t gradients =
-      finetune_bytes(model, fastest, length) - static_cast<std::int64_t>(TrainState::saved_bytes(fastest, length));
+  const std::int64_t gradients = finetune_bytes(model, fastest, length) -
+                                 static_cast<std::int64_t>(TrainState::saved_bytes(fastest, length).device);
   for (const auto& candidate : compiled.keep_candidates(bypasses))
-    if (static_cast<std::int64_t>(candidate.bytes_per_token) * length + gradients <= budget)
+    if (static_cast<std::int64_t>(candidate.bytes_per_token.device) * length + gradients <= budget &&
+        fits_host(candidate, sizes, length))
       return &compiled.training(bypasses, candidate.choice);
   return nullptr;
 }
@@ -263,11 +277,12 @@ TrainingProgram& fitting_program(const ModelConfig& model, const EngineConfig& c
                                  const std::string& what) {
   if (TrainingProgram* program = find_program(model, config, sizes, compiled, bypasses, length)) return *program;
   const TrainingProgram& fastest = compiled.training(bypasses);
-  std::size_t least = fastest.saved_bytes_per_token;
+  std::size_t least = fastest.saved_bytes_per_token.device;
   if (*keep_mode(config) != KeepMode::kAll)
-    for (const auto& candidate : compiled.keep_candidates(bypasses)) least = std::min(least, candidate.bytes_per_token);
+    for (const auto& candidate : compiled.keep_candidates(bypasses))
+      if (fits_host(candidate, sizes, length)) least = std::min(least, candidate.bytes_per_token.device);
   const std::int64_t a_token = static_cast<std::int64_t>(least) + finetune_bytes(model, fastest, 1) -
-                               static_cast<std::int64_t>(fastest.saved_bytes_per_token);
+                               static_cast<std::int64_t>(fastest.saved_bytes_per_token.device);
   const std::int64_t budget = budget_of(config, sizes, length);
   const bool pool = budget < config.finetune_memory_bytes.value_or(std::numeric_limits<std::int64_t>::max());
   throw InvalidArgument(

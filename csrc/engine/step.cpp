@@ -18,7 +18,8 @@ StepReport Engine::Impl::step() {
   for (auto* sequence : plan.restarted) state_of(*sequence).restart();
   for (auto* sequence : plan.swapped) state_of(*sequence).release();
   for (auto* sequence : plan.started)
-    state_of(*sequence).place(executor->block(sequence->store.first), ledger, executor->shape());
+    state_of(*sequence).place({executor->block(sequence->store), executor->block(sequence->host_store)}, ledger,
+                              executor->shape());
   counters["preemptions"] += static_cast<double>(plan.preempted.size());
   counters["finetune_restarts"] += static_cast<double>(plan.restarted.size());
   counters["finetune_swaps"] += static_cast<double>(plan.swapped.size());

@@ -24,6 +24,8 @@ std::string_view memory_tag_name(MemoryTag tag) {
       return "workspace";
     case MemoryTag::kSwapSpace:
       return "swap_space";
+    case MemoryTag::kOffloadedActivations:
+      return "offloaded_activations";
     case MemoryTag::kCount:
       break;
   }

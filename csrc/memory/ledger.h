@@ -18,7 +18,8 @@ enum class MemoryTag : std::uint8_t {
   kGradients,
   kOptimizer,
   kWorkspace,
-  kSwapSpace,  // in host memory
+  kSwapSpace,             // in host memory
+  kOffloadedActivations,  // there too
   kCount,
 };
 

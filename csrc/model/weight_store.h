@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "memory/buffer.h"
+#include "memory/tier.h"
 #include "model/safetensors.h"
 #include "ops/context.h"
 #include "ops/weight.h"
@@ -22,9 +23,6 @@ struct WeightSpec {
   std::int64_t in_features = 0;   // 0: a vector (norm weight, bias), kept in float32
   bool quantizable = false;       // may be stored in the format of the store; not if somebody asks for it as dense
 };
-
-/// Where a weight's bytes live.
-enum class Tier : std::uint8_t { kDevice, kHost, kDisk };
 
 /// The one copy of a model's weights: matrices as the backend's GEMMs want them, vectors in float32, all in one buffer.
 class WeightStore {

@@ -15,16 +15,17 @@ namespace flexcore {
 
 BlockManager::BlockManager(std::int64_t num_blocks, std::int64_t block_size, bool enable_prefix_caching,
                            std::int64_t num_host_blocks)
-    : block_size_(block_size), caching_(enable_prefix_caching), num_host_blocks_(num_host_blocks) {
+    : block_size_(block_size),
+      caching_(enable_prefix_caching),
+      num_blocks_(num_blocks),
+      num_host_blocks_(num_host_blocks) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   require(num_blocks >= 0 && num_blocks <= kMost, "BlockManager: num_blocks is ", num_blocks, ", wanted 0 to 2^31 - 1");
   require(num_host_blocks >= 0 && num_host_blocks <= kMost - num_blocks, "BlockManager: num_host_blocks is ",
           num_host_blocks, ", wanted 0 to ", kMost - num_blocks);
   require(block_size >= 1, "BlockManager: block_size is ", block_size, ", wanted at least 1");
-  pages_.resize(static_cast<std::size_t>(num_blocks));
-  for (std::int64_t i = 0; i < num_blocks; ++i) blank_.push_back(static_cast<std::int32_t>(i));
-  for (std::int64_t i = num_host_blocks; i > 0; --i)
-    free_host_.push_back(static_cast<std::int32_t>(num_blocks + i - 1));
+  pages_.resize(static_cast<std::size_t>(num_blocks + num_host_blocks));
+  for (std::int32_t i = 0; i < static_cast<std::int32_t>(pages_.size()); ++i) blank(tier_of(i)).push_back(i);
   if (caching_) {
     contents_.resize(static_cast<std::size_t>(num_blocks * block_size));
     buckets_.assign(std::bit_ceil(static_cast<std::size_t>(2 * num_blocks + 1)), -1);
@@ -51,26 +52,28 @@ void BlockManager::release(std::vector<std::int32_t>& block_table) {
 }
 
 // The window with the fewest pages in use; of equal ones the last, as single pages are taken from below.
-BlockRun BlockManager::reserve_run(std::int64_t count, std::vector<BlockMove>& moves) {
-  if (count <= 0 || count > num_free()) return {};
+BlockRun BlockManager::reserve_run(std::int64_t count, std::vector<BlockMove>& moves, Tier tier) {
+  const bool device = tier == Tier::kDevice;
+  const std::int64_t begin = device ? 0 : num_blocks_, last = device ? num_blocks_ : num_blocks_ + num_host_blocks_;
+  if (count <= 0 || count > (device ? num_free() : num_free_host())) return {};
   std::int64_t in_use = 0, in_runs = 0, first = -1, least = count;
-  for (std::int64_t i = 0; i < num_blocks(); ++i) {
+  for (std::int64_t i = begin; i < last; ++i) {
     const auto add = [&](std::int64_t at, std::int64_t sign) {
       const Page& page = pages_[static_cast<std::size_t>(at)];
       in_use += page.references > 0 ? sign : 0;
       in_runs += page.in_run ? sign : 0;
     };
     add(i, 1);
-    if (i >= count) add(i - count, -1);
-    if (i + 1 < count || in_runs > 0 || in_use > least) continue;
+    if (i - begin >= count) add(i - count, -1);
+    if (i - begin + 1 < count || in_runs > 0 || in_use > least) continue;
     first = i + 1 - count;
     least = in_use;
   }
   if (first < 0) return {};
   const BlockRun run{static_cast<std::int32_t>(first), count};
   const auto end = static_cast<std::int32_t>(first + count);
-  std::erase_if(blank_, [&](std::int32_t page) { return page >= run.first && page < end; });
-  std::make_heap(blank_.begin(), blank_.end(), std::greater<>());
+  std::erase_if(blank(tier), [&](std::int32_t page) { return page >= run.first && page < end; });
+  std::make_heap(blank(tier).begin(), blank(tier).end(), std::greater<>());
   for (std::int32_t i = run.first; i < end; ++i) {
     const Page& page = pages_[static_cast<std::size_t>(i)];
     if (page.references > 0 || !page.cached) continue;
@@ -80,7 +83,7 @@ BlockRun BlockManager::reserve_run(std::int64_t count, std::vector<BlockMove>& m
   for (std::int32_t i = run.first; i < end; ++i) {
     Page& page = pages_[static_cast<std::size_t>(i)];
     if (page.references > 0) {
-      const std::int32_t to = allocate();
+      const std::int32_t to = allocate(tier);
       move(i, to);
       moves.push_back({i, to});
     }
@@ -107,8 +110,7 @@ bool BlockManager::swap_out(std::vector<std::int32_t>& block_table, BlockRun& ru
   const auto send = [&](std::int32_t page) {
     require<Error>(checked(page).references == 1 && !checked(page).cached, "BlockManager.swap_out: page ", page,
                    " has ", checked(page).references, " holders, wanted one that nobody can find");
-    host_table.push_back(free_host_.back());
-    free_host_.pop_back();
+    host_table.push_back(allocate(Tier::kHost));
     moves.push_back({page, host_table.back()});
   };
   for (const std::int32_t page : block_table) send(page);
@@ -127,12 +129,7 @@ void BlockManager::swap_in(std::vector<std::int32_t>& host_table, std::span<cons
     moves.push_back({host_table[i], i < block_table.size()
                                         ? block_table[i]
                                         : run.first + static_cast<std::int32_t>(i - block_table.size())});
-  release_host(host_table);
-}
-
-void BlockManager::release_host(std::vector<std::int32_t>& host_table) {
-  free_host_.insert(free_host_.end(), host_table.rbegin(), host_table.rend());
-  host_table.clear();
+  release(host_table);
 }
 
 void BlockManager::move(std::int32_t from, std::int32_t to) {
@@ -224,12 +221,12 @@ void BlockManager::forget(std::uint64_t cache_key) {
   }
 }
 
-std::int32_t BlockManager::allocate() {
+std::int32_t BlockManager::allocate(Tier tier) {
   std::int32_t index;
-  if (!blank_.empty()) {
-    std::pop_heap(blank_.begin(), blank_.end(), std::greater<>());
-    index = blank_.back();
-    blank_.pop_back();
+  if (auto& free = blank(tier); !free.empty()) {
+    std::pop_heap(free.begin(), free.end(), std::greater<>());
+    index = free.back();
+    free.pop_back();
   } else {
     index = lru_first_;
     unlink(index);
@@ -274,8 +271,9 @@ void BlockManager::push_free(std::int32_t index) {
   Page& page = pages_[static_cast<std::size_t>(index)];
   if (!page.cached) {
     page.serial = 0;
-    blank_.push_back(index);
-    std::push_heap(blank_.begin(), blank_.end(), std::greater<>());
+    auto& free = blank(tier_of(index));
+    free.push_back(index);
+    std::push_heap(free.begin(), free.end(), std::greater<>());
     return;
   }
   page.previous = lru_last_;

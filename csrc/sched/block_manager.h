@@ -4,6 +4,8 @@
 #include <span>
 #include <vector>
 
+#include "memory/tier.h"
+
 namespace flexcore {
 
 /// Pages next to each other, for what is no keys and values.
@@ -23,14 +25,14 @@ struct BlockMove {
 /// reused: pages without content first, then the least recently used. Not thread-safe.
 ///
 /// Behind the pool's pages, [0, num_blocks), are those of host memory, [num_blocks, num_blocks + num_host_blocks),
-/// which only keep what was swapped out.
+/// which keep what was swapped out, and runs of what training has no room for on the device.
 class BlockManager {
  public:
   /// Throws InvalidArgument unless num_blocks >= 0, block_size >= 1 and num_host_blocks >= 0.
   BlockManager(std::int64_t num_blocks, std::int64_t block_size, bool enable_prefix_caching,
                std::int64_t num_host_blocks = 0);
 
-  std::int64_t num_blocks() const { return static_cast<std::int64_t>(pages_.size()); }
+  std::int64_t num_blocks() const { return num_blocks_; }
   std::int64_t block_size() const { return block_size_; }
   /// Pages that nobody references, cached ones included.
   std::int64_t num_free() const { return static_cast<std::int64_t>(blank_.size()) + lru_size_; }
@@ -39,13 +41,13 @@ class BlockManager {
 
   /// Makes block_table long enough for `num_tokens`. False, and nothing changed, when there are too few free pages.
   bool reserve(std::vector<std::int32_t>& block_table, std::int64_t num_tokens);
-  /// Gives every page back and clears the table.
+  /// Gives every page of a table, or of a host table, back and clears it.
   void release(std::vector<std::int32_t>& block_table);
 
-  /// `count` pages next to each other. Where free ones lie apart, pages in use are moved out of the way: `moves` gets
-  /// them, to be copied in this order, and tables renumbered. Empty, and nothing changed, when there are too few free
-  /// pages or other runs lie in between.
-  BlockRun reserve_run(std::int64_t count, std::vector<BlockMove>& moves);
+  /// `count` pages of a tier next to each other. Where free ones lie apart, pages in use are moved out of the way:
+  /// `moves` gets them, to be copied in this order, and tables renumbered. Empty, and nothing changed, when there are
+  /// too few free pages or other runs lie in between.
+  BlockRun reserve_run(std::int64_t count, std::vector<BlockMove>& moves, Tier tier = Tier::kDevice);
   /// Gives a run back and clears it.
   void release_run(BlockRun& run);
 
@@ -56,10 +58,8 @@ class BlockManager {
   /// The way back, to as many pages, which are reserved before. Gives the host pages back and clears their table.
   void swap_in(std::vector<std::int32_t>& host_table, std::span<const std::int32_t> block_table, const BlockRun& run,
                std::vector<BlockMove>& moves);
-  /// Gives host pages back, and with them what they kept, and clears their table.
-  void release_host(std::vector<std::int32_t>& host_table);
   std::int64_t num_host_blocks() const { return num_host_blocks_; }
-  std::int64_t num_free_host() const { return static_cast<std::int64_t>(free_host_.size()); }
+  std::int64_t num_free_host() const { return static_cast<std::int64_t>(blank_host_.size()); }
 
   /// Longest cached prefix of `tokens` in whole blocks, at most tokens.size() - 1 tokens; its pages are referenced and
   /// put in `block_table` (empty before). Returns the number of tokens found.
@@ -94,7 +94,9 @@ class BlockManager {
     std::size_t bucket = 0;
   };
 
-  std::int32_t allocate();
+  std::int32_t allocate(Tier tier = Tier::kDevice);
+  Tier tier_of(std::int32_t page) const { return page < num_blocks_ ? Tier::kDevice : Tier::kHost; }
+  std::vector<std::int32_t>& blank(Tier tier) { return tier == Tier::kDevice ? blank_ : blank_host_; }
   std::int32_t lookup(std::uint64_t key, std::uint64_t parent, const std::int32_t* tokens) const;
   std::size_t bucket_of(std::uint64_t key, std::uint64_t parent, const std::int32_t* tokens) const;
   void move(std::int32_t from, std::int32_t to);
@@ -105,15 +107,14 @@ class BlockManager {
 
   std::int64_t block_size_;
   bool caching_;
-  std::vector<Page> pages_;
+  std::vector<Page> pages_;              // of both tiers
   std::vector<std::int32_t> contents_;  // [num_blocks, block_size] tokens of cached pages
   std::vector<std::int32_t> buckets_;   // first page of each chain, or -1; a power of two of them
-  std::vector<std::int32_t>
-      blank_;  // free pages without content: a heap, the lowest first, so that runs find room above
+  // Free pages without content: heaps, the lowest first, so that runs find room above.
+  std::vector<std::int32_t> blank_, blank_host_;
   std::int32_t lru_first_ = -1, lru_last_ = -1;
   std::int64_t lru_size_ = 0;
-  std::int64_t num_host_blocks_ = 0;
-  std::vector<std::int32_t> free_host_;  // the last one is used next
+  std::int64_t num_blocks_ = 0, num_host_blocks_ = 0;
   std::uint64_t next_serial_ = 1;
   std::int64_t prefix_queries_ = 0, prefix_hits_ = 0;
 };

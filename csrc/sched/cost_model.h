@@ -16,7 +16,7 @@ struct StepFeatures {
   std::int64_t finetune_tokens = 0;         // forward windows
   std::int64_t finetune_context = 0;        // sum over those rows of their context length
   std::int64_t backward_layer_tokens = 0;   // sum over units of rows
-  double recomputed_layer_tokens = 0.0;     // what making activations again adds to them
+  double recomputed_layer_tokens = 0.0;     // what making activations again, or host memory, adds to them
   std::int64_t backward_layer_context = 0;  // sum over units' rows of their context length
   std::int64_t backward_units = 0;
 

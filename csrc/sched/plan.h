@@ -55,7 +55,7 @@ struct StepPlan {
   /// Of the moves, those from and to host memory.
   std::int64_t blocks_swapped(std::int64_t num_blocks) const {
     return std::count_if(moves.begin(), moves.end(),
-                         [&](const BlockMove& move) { return move.from >= num_blocks || move.to >= num_blocks; });
+                         [&](const BlockMove& move) { return (move.from >= num_blocks) != (move.to >= num_blocks); });
   }
   bool empty() const { return inference.empty() && forward.empty() && backward.empty(); }
 };

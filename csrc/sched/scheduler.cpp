@@ -109,8 +109,6 @@ void Scheduler::pause_job(std::int64_t job_id, bool paused) { job(job_id, "pause
 
 void Scheduler::remove_job(std::int64_t job_id) {
   for (TrainSequence* sequence : job(job_id, "remove_job").sequences) {
-    blocks_.release_host(sequence->host_table);
-    if (!sequence->started) continue;
     release(*sequence);
     std::erase(started_, sequence);
   }
@@ -126,6 +124,9 @@ void Scheduler::add_training(TrainSequence* sequence) {
   const std::int64_t needed = blocks_.blocks_for(sequence->length) + sequence->store_blocks;
   require<OutOfMemory>(needed <= blocks_.num_blocks(), "Scheduler.add_training: sequence ", sequence->id, " needs ",
                        needed, " pages of ", blocks_.block_size(), " tokens, the pool has ", blocks_.num_blocks());
+  require<OutOfMemory>(sequence->host_store_blocks <= blocks_.num_host_blocks(), "Scheduler.add_training: sequence ",
+                       sequence->id, " needs ", sequence->host_store_blocks, " pages of host memory, there are ",
+                       blocks_.num_host_blocks());
   sequence->started = sequence->done = false;
   sequence->forward_done = 0;
   owner.sequences.push_back(sequence);
@@ -210,15 +211,16 @@ bool Scheduler::first_token_is_due(double now_ms) const {
   return false;
 }
 
+/// Whatever it has, wherever.
 void Scheduler::release(TrainSequence& sequence) {
-  blocks_.release(sequence.block_table);
-  blocks_.release_run(sequence.store);
+  for (auto* table : {&sequence.block_table, &sequence.host_table}) blocks_.release(*table);
+  for (auto* run : {&sequence.store, &sequence.host_store}) blocks_.release_run(*run);
   sequence.started = false;
 }
 
-BlockRun Scheduler::reserve_run(std::int64_t count, std::vector<BlockMove>& moves) {
+BlockRun Scheduler::reserve_run(std::int64_t count, std::vector<BlockMove>& moves, Tier tier) {
   const std::size_t before = moves.size();
-  const BlockRun run = blocks_.reserve_run(count, moves);
+  const BlockRun run = blocks_.reserve_run(count, moves, tier);
   const auto renumber = [&](std::vector<std::int32_t>& table) {
     for (auto& page : table)
       for (std::size_t i = before; i < moves.size(); ++i)
@@ -229,7 +231,9 @@ BlockRun Scheduler::reserve_run(std::int64_t count, std::vector<BlockMove>& move
   };
   if (moves.size() == before) return run;
   for (Sequence* sequence : running_) renumber(sequence->block_table);
-  for (TrainSequence* sequence : started_) renumber(sequence->block_table);
+  for (Job& j : jobs_)
+    for (TrainSequence* sequence : j.sequences)
+      for (auto* table : {&sequence->block_table, &sequence->host_table}) renumber(*table);
   return run;
 }
 
@@ -289,11 +293,16 @@ bool Scheduler::yield_one(StepPlan& plan, bool paused_only) {
     plan.swapped.push_back(victim);
     return true;
   }
-  release(*victim);
-  victim->forward_done = 0;
-  victim->stay_ms = 0.0;
-  plan.restarted.push_back(victim);
+  restart(plan, *victim);
   return true;
+}
+
+void Scheduler::restart(StepPlan& plan, TrainSequence& sequence) {
+  release(sequence);
+  sequence.forward_done = 0;
+  sequence.stay_ms = sequence.waited_ms = 0.0;
+  std::erase(plan.swapped, &sequence);
+  plan.restarted.push_back(&sequence);
 }
 
 void Scheduler::preempt(StepPlan& plan, Sequence* sequence) {

@@ -42,7 +42,8 @@ struct StepLimits;
 /// the requests leave. Holds pointers to sequences that the engine owns. Same input, same plan. Not thread-safe.
 ///
 /// Pages. A request takes the pages of all its tokens at admission, then one at a time; a training sequence takes at
-/// its start all of its pages, and a run of others for what it keeps for its backward. When they run out: training
+/// its start all of its pages, and a run of others for what it keeps for its backward, in host memory too if it keeps
+/// some of it there. When they run out: training
 /// sequences in their forward phase give theirs back first, then those in their backward phase, if there are host pages
 /// and there is so much left to do that the way there and back is shorter; then the youngest request is preempted. A
 /// forward is done again (plan.restarted) or goes to host pages (plan.swapped), whichever takes less time. Backward
@@ -73,7 +74,7 @@ class Scheduler {
   void add_training(TrainSequence* sequence);
 
   /// A run of pages; those in the way are moved, and every table says so. As BlockManager::reserve_run.
-  BlockRun reserve_run(std::int64_t count, std::vector<BlockMove>& moves);
+  BlockRun reserve_run(std::int64_t count, std::vector<BlockMove>& moves, Tier tier = Tier::kDevice);
 
   /// Allocates pages and sets state, started and cached tokens of what it admits, starts, preempts or restarts; the
   /// rest is updated by commit. At most one forward window a sequence. Without its commit, the next plan asks for the
@@ -131,7 +132,9 @@ class Scheduler {
     bool stuck = false;                    // nothing was planned: one piece runs whatever its time, paused jobs' too
     bool waking = false;                   // the backward phases of paused jobs run
     bool short_of_runs = false;            // runs of others keep a sequence from starting: nobody else starts
+    bool short_of_host_runs = false;       // or pages in host memory: nobody starts but who comes back from there
     bool held_by_paused = false;           // and all of these are of paused jobs
+    bool host_held = false;                // in host memory: what was swapped out there comes back to be worked off
   };
   enum class Outcome : std::uint8_t { kGiven, kNoFit, kNothing };
 
@@ -145,6 +148,7 @@ class Scheduler {
   double swap_ms(const TrainSequence& sequence) const;
   bool backward_yields(const TrainSequence& sequence, std::int64_t free_host_blocks);
   bool yield_one(StepPlan& plan, bool paused_only);
+  void restart(StepPlan& plan, TrainSequence& sequence);
   void preempt(StepPlan& plan, Sequence* sequence);
   bool reserve_decode(Step& step, Sequence& sequence);
   bool make_room(Step& step, std::int64_t missing_blocks);
@@ -169,7 +173,9 @@ class Scheduler {
   Outcome swap_in(Step& step, Job& job, bool force);
   bool start(Step& step, TrainSequence& sequence);
   void add_flight(TrainSequence& sequence);
-  bool take_store(Step& step, TrainSequence& sequence);
+  bool take_stores(Step& step, TrainSequence& sequence);
+  bool take_run(Step& step, BlockRun& run, std::int64_t count, Tier tier, bool paused);
+  bool give_back_host(Step& step);
   bool room_to_start(Step& step, const TrainSequence& sequence, bool force);
   std::int64_t growth_blocks(std::int64_t tokens) const;
   std::int64_t forward_rows(const Step& step, const TrainSequence& sequence, bool force) const;

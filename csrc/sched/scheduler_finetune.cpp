@@ -19,9 +19,10 @@ constexpr double kBackwardProxyMs = 2e-3;
 constexpr std::int64_t kGrowthTokens = 64;
 constexpr double kDeepDebt = 4.0;  // pieces
 
-StepFeatures with_forward(StepFeatures f, std::int64_t begin, std::int64_t end) {
+StepFeatures with_forward(StepFeatures f, std::int64_t begin, std::int64_t end, double row_cost) {
   f.finetune_tokens += end - begin;
   f.finetune_context += context_sum(begin, end);
+  f.recomputed_layer_tokens += static_cast<double>(end - begin) * row_cost;
   return f;
 }
 
@@ -60,7 +61,7 @@ void Scheduler::begin_jobs(Step& step) {
 /// What the floor has to have saved up for: one minimal window beside requests.
 double Scheduler::least_piece_ms() const {
   const StepFeatures beside{.decode_rows = 1, .sampled_rows = 1};
-  return cost_.predict_ms(with_forward(beside, 0, least_rows())) - cost_.predict_ms(beside);
+  return cost_.predict_ms(with_forward(beside, 0, least_rows(), 0.0)) - cost_.predict_ms(beside);
 }
 
 void Scheduler::plan_finetune(Step& step, Load load, const StepLimits& limits) {
@@ -147,6 +148,7 @@ Scheduler::Outcome Scheduler::give(Step& step, Job& job, bool force) {
     forward = give_forward(step, job, force);
     if (forward == Outcome::kGiven) return forward;
   }
+  if (job.paused && step.host_held) swap_in(step, job, force);
   job.forward_closed = true;
   if (job.windows > 0) return forward;
   const Outcome backward = give_backward(step, job, force);
@@ -183,7 +185,7 @@ Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
   const std::int64_t begin = sequence.forward_done, end = begin + count;
   StepFeatures& f = step.plan.features;
   const double before = cost_.predict_ms(f);
-  f = with_forward(f, begin, end);
+  f = with_forward(f, begin, end, sequence.forward_cost);
   const double ms =
       cost_.fitted() ? cost_.predict_ms(f) - before : kForwardProxyMs * static_cast<double>(count * config_.num_layers);
   charge(job, ms);
@@ -225,7 +227,7 @@ Scheduler::Outcome Scheduler::swap_in(Step& step, Job& job, bool force) {
 
 /// Gives a pending sequence its pages.
 bool Scheduler::start(Step& step, TrainSequence& sequence) {
-  if (!take_store(step, sequence)) return false;
+  if (!take_stores(step, sequence)) return false;
   blocks_.reserve(sequence.block_table, sequence.length);
   sequence.started = true;
   started_.push_back(&sequence);
@@ -240,10 +242,11 @@ void Scheduler::add_flight(TrainSequence& sequence) {
   flights_.push_back({&sequence, owner, backward ? sequence.layer : 0, backward ? sequence.rows_left : 0});
 }
 
-/// Whether a pending sequence may take its pages now. Sequences of paused jobs make room when nobody else is at work.
+/// Whether a pending sequence may take its pages now. Sequences of paused jobs make room for others when nobody is at
+/// work.
 bool Scheduler::room_to_start(Step& step, const TrainSequence& sequence, bool force) {
-  if (step.short_of_pages || step.short_of_runs || step.blocked || (!waiting_.empty() && step.serves && !force))
-    return false;
+  const bool held_up = step.short_of_runs || (step.short_of_host_runs && !sequence.swapped_out());
+  if (step.short_of_pages || held_up || step.blocked || (!waiting_.empty() && step.serves && !force)) return false;
   const std::int64_t pages =
       blocks_.blocks_for(sequence.length) + sequence.store_blocks + growth_blocks(force ? 1 : kGrowthTokens);
   const std::int64_t slots = config_.max_training_seqs();
@@ -255,6 +258,7 @@ bool Scheduler::room_to_start(Step& step, const TrainSequence& sequence, bool fo
            (started == 0 || in_flight + sequence.length <= config_.max_finetune_tokens_in_flight);
   };
   if (room()) return true;
+  if (job(sequence.job_id, "plan").paused) return false;
   for (const TrainSequence* s : started_)
     if (!job(s->job_id, "plan").paused) return false;
   while (yield_one(step.plan, true)) {
@@ -264,22 +268,49 @@ bool Scheduler::room_to_start(Step& step, const TrainSequence& sequence, bool fo
   return false;
 }
 
-/// A run for what the sequence keeps. Where runs of others lie in between it waits for them, and nobody takes more;
-/// those of paused jobs, when nobody else is at work, give way or are worked off.
-bool Scheduler::take_store(Step& step, TrainSequence& sequence) {
-  if (sequence.store_blocks == 0) return true;
+/// Runs for what the sequence keeps; who comes back from host memory has that one already.
+bool Scheduler::take_stores(Step& step, TrainSequence& sequence) {
+  const bool first = !sequence.host_store, paused = job(sequence.job_id, "plan").paused;
+  if (first && !take_run(step, sequence.host_store, sequence.host_store_blocks, Tier::kHost, paused)) return false;
+  if (take_run(step, sequence.store, sequence.store_blocks, Tier::kDevice, paused)) return true;
+  if (first) blocks_.release_run(sequence.host_store);
+  return false;
+}
+
+/// Where runs of others lie in between it waits for them, and nobody takes more; those of paused jobs, when nobody else
+/// is at work, give way or are worked off.
+bool Scheduler::take_run(Step& step, BlockRun& run, std::int64_t count, Tier tier, bool paused) {
+  if (count == 0) return true;
   while (true) {
-    sequence.store = reserve_run(sequence.store_blocks, step.plan.moves);
-    if (sequence.store) return true;
-    step.short_of_runs = true;
-    for (const TrainSequence* s : started_)
-      if (!job(s->job_id, "plan").paused) return false;
-    if (!yield_one(step.plan, true)) {
+    run = reserve_run(count, step.plan.moves, tier);
+    if (run) return true;
+    (tier == Tier::kDevice ? step.short_of_runs : step.short_of_host_runs) = true;
+    const auto at_work = [&](const Job& j) {
+      return !j.paused && std::any_of(j.sequences.begin(), j.sequences.end(), [&](const TrainSequence* s) {
+               return s->started || (tier == Tier::kHost && s->swapped_out());
+             });
+    };
+    if (paused || std::any_of(jobs_.begin(), jobs_.end(), at_work)) return false;
+    if (tier == Tier::kDevice ? !yield_one(step.plan, true) : !give_back_host(step)) {
       step.held_by_paused = true;
+      step.host_held = tier == Tier::kHost;
       return false;
     }
     std::erase_if(flights_, [](const Flight& flight) { return !flight.sequence->started; });
   }
+}
+
+/// One forward phase of a paused job begins again, for its pages in host memory.
+bool Scheduler::give_back_host(Step& step) {
+  for (const Job& j : jobs_) {
+    for (TrainSequence* sequence : j.sequences) {
+      if (!j.paused || sequence->in_backward() || !(sequence->swapped_out() || sequence->host_store)) continue;
+      std::erase(started_, sequence);
+      restart(step.plan, *sequence);
+      return true;
+    }
+  }
+  return false;
 }
 
 /// Pages that the running requests will ask for until each has `tokens` more.
@@ -298,7 +329,7 @@ std::int64_t Scheduler::growth_blocks(std::int64_t tokens) const {
 std::int64_t Scheduler::forward_rows(const Step& step, const TrainSequence& sequence, bool force) const {
   const std::int64_t begin = sequence.forward_done, remaining = sequence.length - begin;
   const auto in_time = [&](std::int64_t count) {
-    return fits(step, with_forward(step.plan.features, begin, begin + count));
+    return fits(step, with_forward(step.plan.features, begin, begin + count, sequence.forward_cost));
   };
   const std::int64_t rows = std::min(step.rows_left, step.finetune_layer_rows / config_.num_layers);
   if (sequence.window_tokens > 0) {

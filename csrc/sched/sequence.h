@@ -52,10 +52,12 @@ struct TrainSequence {
   std::int64_t window_tokens = 0;           // largest forward window; 0: any
   std::int64_t backward_window_tokens = 0;  // largest backward window; 0: any
   double backward_cost = 1.0;               // of its units, in units that make nothing again
+  double forward_cost = 0.0;                // what a forward row adds to its time, in rows of such units
   std::int64_t store_blocks = 0;            // pages that hold what it keeps for its backward
+  std::int64_t host_store_blocks = 0;       // and those in host memory
   std::vector<std::int32_t> block_table;
-  BlockRun store;
-  std::vector<std::int32_t> host_table;  // of pages in host memory that hold all of this while it is swapped out
+  BlockRun store, host_store;
+  std::vector<std::int32_t> host_table;  // of pages in host memory that hold what was on the device while it is swapped out
   double stay_ms = 0.0;                  // of work, before a backward that came back is swapped out again
   double waited_ms = 0.0;                // of finetuning's time, that were too short for its way back
 

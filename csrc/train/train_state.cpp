@@ -30,22 +30,28 @@ TrainState::TrainState(const Example& example_, std::shared_ptr<Adapter> adapter
   num_targets = count_targets(example_, layout);
 }
 
-std::size_t TrainState::saved_bytes(const TrainingProgram& program, std::int64_t length) {
-  return program.saved_bytes_per_token * static_cast<std::size_t>(length);
+KeptBytes TrainState::saved_bytes(const TrainingProgram& program, std::int64_t length) {
+  const auto tokens = static_cast<std::size_t>(length);
+  const KeptBytes& a_token = program.saved_bytes_per_token;
+  return {.device = a_token.device * tokens, .host = a_token.host * tokens};
 }
 
 std::size_t TrainState::gradient_bytes(const TrainShape& shape, std::int64_t length) {
   return static_cast<std::size_t>((shape.hidden_size + 2 * shape.kv_width) * length) * sizeof(float);
 }
 
-std::size_t TrainState::store_bytes(const TrainingProgram& program, const TrainShape& shape, std::int64_t length) {
-  return gradients_offset(saved_bytes(program, length)) + gradient_bytes(shape, length);
+KeptBytes TrainState::store_bytes(const TrainingProgram& program, const TrainShape& shape, std::int64_t length) {
+  KeptBytes bytes = saved_bytes(program, length);
+  bytes.device = gradients_offset(bytes.device) + gradient_bytes(shape, length);
+  return bytes;
 }
 
-void TrainState::place(std::byte* store, MemoryLedger& ledger, const TrainShape& shape) {
+void TrainState::place(const Store& store, MemoryLedger& ledger, const TrainShape& shape) {
   shape_ = shape;
   store_ = store;
-  saved_loan_ = LedgerLoan(ledger, MemoryTag::kKvPages, MemoryTag::kSavedActivations, saved_bytes(*program, length()));
+  const auto [device, host] = saved_bytes(*program, length());
+  saved_loan_ = LedgerLoan(ledger, MemoryTag::kKvPages, MemoryTag::kSavedActivations, device);
+  offloaded_loan_ = LedgerLoan(ledger, MemoryTag::kSwapSpace, MemoryTag::kOffloadedActivations, host);
   gradient_loan_ = LedgerLoan(ledger, MemoryTag::kKvPages, MemoryTag::kGradients, gradient_bytes(shape, length()));
 }
 
@@ -55,19 +61,21 @@ void TrainState::restart() {
 }
 
 void TrainState::release() {
-  store_ = nullptr;
+  store_ = {};
   saved_loan_.end();
+  offloaded_loan_.end();
   gradient_loan_.end();
 }
 
 float* TrainState::gradients_at() const {
-  return reinterpret_cast<float*>(store_ + gradients_offset(saved_bytes(*program, length())));
+  return reinterpret_cast<float*>(store_.device + gradients_offset(saved_bytes(*program, length()).device));
 }
 
 TensorView TrainState::saved(std::size_t index, std::int64_t begin, std::int64_t end) const {
   const auto& tensor = program->saved[index];
   const auto width = static_cast<std::int64_t>(tensor.bytes_per_token() / dtype_size(tensor.dtype));
-  return TensorView(store_ + tensor.offset * static_cast<std::size_t>(length()), tensor.dtype, {length(), width})
+  std::byte* store = tensor.in_host ? store_.host : store_.device;
+  return TensorView(store + tensor.offset * static_cast<std::size_t>(length()), tensor.dtype, {length(), width})
       .rows(begin, end);
 }
 

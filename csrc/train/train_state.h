@@ -38,29 +38,33 @@ class TrainState {
   /// restarted.
   std::int64_t output_gradients_end = 0;
 
-  /// Where it keeps things from now on: store_bytes of the pool of pages, whose tag they leave meanwhile.
-  void place(std::byte* store, MemoryLedger& ledger, const TrainShape& shape);
+  /// Where it keeps things from now on: store_bytes of the pool of pages, and of the swap space (null: nothing there),
+  /// whose tags they leave meanwhile.
+  struct Store {
+    std::byte *device = nullptr, *host = nullptr;
+  };
+  void place(const Store& store, MemoryLedger& ledger, const TrainShape& shape);
   /// Forgets the forward done so far, after the scheduler has restarted the sequence.
   void restart();
   /// Its pages are somebody else's from now on.
   void release();
 
   TensorView saved(std::size_t index, std::int64_t begin, std::int64_t end) const;  // [rows, width], as it is kept
-  std::byte* store() const { return store_; }                                       // of all saved tensors
+  const Store& store() const { return store_; }                                     // of all saved tensors
   TensorView grad_hidden(std::int64_t begin, std::int64_t end) const;               // [rows, hidden_size] float32
   float* grad_k() const;                                                            // [length, kv_width]
   float* grad_v() const;
   TensorView kv_gradients() const;  // both, [2 * length, kv_width]
 
-  static std::size_t saved_bytes(const TrainingProgram& program, std::int64_t length);
+  static KeptBytes saved_bytes(const TrainingProgram& program, std::int64_t length);
   static std::size_t gradient_bytes(const TrainShape& shape, std::int64_t length);
-  static std::size_t store_bytes(const TrainingProgram& program, const TrainShape& shape, std::int64_t length);
+  static KeptBytes store_bytes(const TrainingProgram& program, const TrainShape& shape, std::int64_t length);
   std::int64_t length() const { return static_cast<std::int64_t>(tokens.size()); }
 
  private:
   float* gradients_at() const;
-  std::byte* store_ = nullptr;  // saved tensors, then gradients
-  LedgerLoan saved_loan_, gradient_loan_;
+  Store store_;  // saved tensors, then, on the device, gradients
+  LedgerLoan saved_loan_, offloaded_loan_, gradient_loan_;
   TrainShape shape_;
 };
 

@@ -279,6 +279,33 @@ TEST(BlockManager, PagesInTheWayAreMovedAndFoundAgain) {
   EXPECT_EQ(found, b);
 }
 
+TEST(BlockManager, RunsInHostMemoryMoveWhatWasSwappedOut) {
+  BlockManager blocks(6, 4, false, 6);
+  std::vector<BlockMove> moves;
+  Table a, b, host_a, host_b;
+  BlockRun none;
+  blocks.reserve(a, 12), blocks.reserve(b, 4);
+  ASSERT_TRUE(blocks.swap_out(a, none, host_a, moves) && blocks.swap_out(b, none, host_b, moves));
+  EXPECT_EQ(host_a, (Table{6, 7, 8}));
+  EXPECT_EQ(host_b, Table{9});
+  blocks.release(host_a);
+  EXPECT_EQ(blocks.num_free_host(), 5);
+  // Free are 6..8, 10 and 11: for four next to each other, 9 has to go.
+  moves.clear();
+  BlockRun run = blocks.reserve_run(4, moves, Tier::kHost);
+  EXPECT_TRUE(run.first == 8 && run.count == 4);
+  ASSERT_EQ(moves.size(), 1u);
+  EXPECT_TRUE(moves[0].from == 9 && moves[0].to == 6);
+  EXPECT_EQ(blocks.num_free_host(), 1);
+  EXPECT_EQ(blocks.num_free(), 6);
+  EXPECT_FALSE(blocks.reserve_run(2, moves, Tier::kHost));
+  host_b[0] = 6;
+  blocks.release(host_b);
+  blocks.release_run(run);
+  EXPECT_EQ(blocks.num_free_host(), 6);
+  EXPECT_EQ(blocks.reserve_run(6, moves, Tier::kHost).first, 6);
+}
+
 TEST(BlockManager, ARunDoesNotReachThroughAnother) {
   BlockManager blocks(7, 4, false);
   std::vector<BlockMove> moves;

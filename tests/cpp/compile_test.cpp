@@ -78,7 +78,7 @@ TEST_F(CompileTest, KeepsWhatOnlyGemmsAndAttentionMake) {
     EXPECT_EQ(saved.offset, bytes);
     bytes += saved.bytes_per_token();
   }
-  EXPECT_EQ(program.saved_bytes_per_token, bytes);
+  EXPECT_EQ(program.saved_bytes_per_token.device, bytes);
   // bf16: x, q, o, x2 of 32, gate and up of 48, float32 lse of 4 heads.
   const std::size_t layer = 2 * (4 * 32 + 2 * 48) + 4 * 4;
   EXPECT_EQ(bytes, 3 * layer - 2 * 32);
@@ -90,14 +90,17 @@ TEST_F(CompileTest, KeepsLessForMoreTime) {
   const auto candidates = model.keep_candidates(all);
   ASSERT_GT(candidates.size(), 8u);
   EXPECT_EQ(candidates.front().choice, KeepChoice{});
-  std::size_t least = model.training(all).saved_bytes_per_token;
+  std::size_t least = model.training(all).saved_bytes_per_token.device;
   for (std::size_t i = 0; i < candidates.size(); ++i) {
     const auto& candidate = candidates[i];
     EXPECT_GE(candidate.seconds_per_token, candidates[i > 0 ? i - 1 : 0].seconds_per_token);
     const auto& program = model.training(all, candidate.choice);
-    EXPECT_EQ(program.saved_bytes_per_token, candidate.bytes_per_token);
+    EXPECT_EQ(program.saved_bytes_per_token.device, candidate.bytes_per_token.device);
+    EXPECT_EQ(program.saved_bytes_per_token.host, 0u);
+    EXPECT_EQ(candidate.bytes_per_token.host, 0u);
     EXPECT_EQ(program.backward_cost == 1.0, i == 0);
-    least = std::min(least, program.saved_bytes_per_token);
+    EXPECT_EQ(program.forward_cost, 0.0);
+    least = std::min(least, program.saved_bytes_per_token.device);
   }
   EXPECT_EQ(least, 2u * 2 * 32);  // bf16 inputs of two layers; the lowest's are the tokens
 }
@@ -113,17 +116,54 @@ TEST_F(CompileTest, OfALayersChoicesNoneIsWorseThanAnother) {
   const auto options =
       keep_options(*graph, num_forward, 1, {.seconds_per_flop = 1, .seconds_per_byte = 0, .context = 10});
   ASSERT_GE(options.size(), 4u);
-  EXPECT_TRUE(options.front().recomputed.empty());
+  EXPECT_TRUE(options.front().keep.recomputed.empty());
   for (std::size_t i = 1; i < options.size(); ++i) {
     EXPECT_GT(options[i].seconds_per_token, options[i - 1].seconds_per_token);
-    EXPECT_LT(options[i].bytes_per_token, options[i - 1].bytes_per_token);
+    EXPECT_LT(options[i].bytes_per_token.device, options[i - 1].bytes_per_token.device);
   }
   const std::set<std::string> everything = {"attention", "attention.lse", "attention_residual",
                                             "gate",      "q.rotated",     "up"};
-  EXPECT_EQ(options.back().recomputed, everything);
+  EXPECT_EQ(options.back().keep.recomputed, everything);
   // q, attention over 10 positions, o, gate and up, and their bypasses of rank 16.
   const auto linear = [](double in, double out) { return 2 * in * out + 2 * 16 * (in + out); };
   EXPECT_DOUBLE_EQ(options.back().seconds_per_token, 2 * linear(32, 32) + 4 * 32 * 10 + 2 * linear(32, 48));
+}
+
+// With host memory, nothing need be kept on the device; a slow way there is for what nothing else spares.
+TEST_F(CompileTest, KeepsInHostMemoryWhatCostsLessThere) {
+  const auto all = model.lora_everywhere();
+  for (const bool fast : {true, false}) {
+    CompiledModel with_host(model.base(), attach_bypasses, {64, 8, 64});
+    OperatorRates rates{.seconds_per_flop = 1, .seconds_per_byte = 0, .context = 10};
+    rates.seconds_per_host_byte = fast ? 1e-3 : 1e6;
+    with_host.set_rates(rates);
+    std::size_t least = with_host.training(all).saved_bytes_per_token.device;
+    bool nothing_recomputed = true;
+    for (const auto& candidate : with_host.keep_candidates(all)) {
+      const auto& program = with_host.training(all, candidate.choice);
+      EXPECT_EQ(program.saved_bytes_per_token.device, candidate.bytes_per_token.device);
+      EXPECT_EQ(program.saved_bytes_per_token.host, candidate.bytes_per_token.host);
+      EXPECT_EQ(program.forward_cost > 0.0, candidate.bytes_per_token.host > 0);
+      std::size_t device = 0, host = 0;
+      for (const bool whole : {true, false})
+        for (const auto& saved : program.saved) {
+          if ((saved.bytes_per_token() % 16 == 0) != whole) continue;
+          std::size_t& before = saved.in_host ? host : device;
+          EXPECT_EQ(saved.offset, before);
+          before += saved.bytes_per_token();
+        }
+      EXPECT_EQ(host, program.saved_bytes_per_token.host);
+      if (program.saved_bytes_per_token.device >= least) continue;
+      least = program.saved_bytes_per_token.device;
+      for (const auto& [name, keep] : choices(program, 1)) {
+        nothing_recomputed = nothing_recomputed && keep != Keep::kRecomputed;
+        EXPECT_TRUE(fast || keep != Keep::kOffloaded || name == "hidden") << name;
+      }
+      if (least == 0) break;  // the fastest of these
+    }
+    EXPECT_EQ(least, 0u);
+    EXPECT_EQ(nothing_recomputed, fast);
+  }
 }
 
 TEST_F(CompileTest, NothingBelowTheLowestBypass) {
@@ -141,8 +181,8 @@ TEST_F(CompileTest, NothingBelowTheLowestBypass) {
 
 TEST_F(CompileTest, FewerTargetsKeepLess) {
   const auto all = model.lora_everywhere();
-  const auto full = model.training(all).saved_bytes_per_token;
-  const auto down = model.training(at_sites(model.base(), {"down_proj"})).saved_bytes_per_token;
+  const auto full = model.training(all).saved_bytes_per_token.device;
+  const auto down = model.training(at_sites(model.base(), {"down_proj"})).saved_bytes_per_token.device;
   EXPECT_LT(down, full);
   EXPECT_EQ(&model.training(all), &model.training(all));
 }

@@ -74,7 +74,7 @@ struct World {
     return request(std::move(tokens), max_tokens);
   }
   TrainSequence& example(std::int64_t job, std::int64_t length, std::int64_t window = 0, std::int64_t backward = 0,
-                         std::int64_t store = 0) {
+                         std::int64_t store = 0, std::int64_t host_store = 0) {
     auto owned = std::make_unique<TrainSequence>();
     TrainSequence& s = *owned;
     s.id = static_cast<std::int64_t>(training.size()) + 1;
@@ -83,6 +83,7 @@ struct World {
     s.window_tokens = window;
     s.backward_window_tokens = backward;
     s.store_blocks = store;
+    s.host_store_blocks = host_store;
     scheduler.add_training(&s);
     training.push_back(std::move(owned));
     return s;
@@ -161,8 +162,9 @@ inline void World::write(const StepPlan& plan) {
     const TrainSequence& s = *w.sequence;
     if (w.begin > 0) continue;
     for (std::size_t i = 0; i < s.block_table.size(); ++i) page(s.block_table[i]) = content_of(s, i);
-    for (std::int64_t i = 0; i < s.store.count; ++i)
-      page(static_cast<std::int32_t>(s.store.first + i)) = content_of(s, 1000 + static_cast<std::size_t>(i));
+    for (const auto& [run, first] : {std::pair(s.store, std::size_t{1000}), {s.host_store, std::size_t{2000}}})
+      for (std::int64_t i = 0; i < run.count; ++i)
+        page(static_cast<std::int32_t>(run.first + i)) = content_of(s, first + static_cast<std::size_t>(i));
   }
   check_contents();
 }
@@ -182,6 +184,10 @@ inline void World::check_contents() const {
       for (std::size_t i = 0; i < s->host_table.size(); ++i)
         ASSERT_EQ(page(s->host_table[i]), content_of(*s, i < pages ? i : 1000 + i - pages));
     }
+    ASSERT_EQ(s->host_store.count, s->started || s->swapped_out() ? s->host_store_blocks : 0);
+    for (std::int64_t i = 0; i < s->host_store.count; ++i)
+      ASSERT_EQ(page(static_cast<std::int32_t>(s->host_store.first + i)),
+                content_of(*s, 2000 + static_cast<std::size_t>(i)));
     if (!s->started) continue;
     ASSERT_EQ(s->store.count, s->store_blocks);
     for (std::size_t i = 0; i < s->block_table.size(); ++i) ASSERT_EQ(page(s->block_table[i]), content_of(*s, i));
@@ -247,9 +253,10 @@ inline void World::check(const StepPlan& plan) {
   EXPECT_LE(scheduler.num_running() + started, config.max_num_seqs);
   EXPECT_TRUE(started < 2 || in_flight <= config.max_finetune_tokens_in_flight);
   for (const Sequence* s : plan.preempted) EXPECT_TRUE(s->block_table.empty() && s->num_computed_tokens == 0);
-  for (const TrainSequence* s : plan.restarted)
-    EXPECT_TRUE(s->block_table.empty() && !s->store && s->forward_done == 0 && !s->started && !s->swapped_out());
   // Who is back in the same plan has pages again.
+  for (const TrainSequence* s : plan.restarted)
+    EXPECT_TRUE(s->forward_done == 0 && !s->swapped_out() &&
+                (s->started || (s->block_table.empty() && !s->store && !s->host_store)));
   for (const TrainSequence* s : plan.swapped)
     EXPECT_TRUE(s->forward_done > 0 &&
                 (s->swapped_out() ? s->block_table.empty() && !s->store && !s->started : s->started));
@@ -295,7 +302,10 @@ inline void World::check_pages() const {
   }
   for (const auto& s : training) {
     EXPECT_EQ(s->started, !s->block_table.empty());
-    for (const std::int32_t page : s->host_table) {
+    std::vector<std::int32_t> host_pages = s->host_table;
+    for (std::int64_t i = 0; i < s->host_store.count; ++i)
+      host_pages.push_back(static_cast<std::int32_t>(s->host_store.first + i));
+    for (const std::int32_t page : host_pages) {
       Holder& holder = holders[static_cast<std::size_t>(page)];
       ASSERT_FALSE(holder.held || page < blocks.num_blocks()) << "host page " << page << " is held twice";
       holder.held = true;

@@ -95,7 +95,8 @@ std::string play(unsigned seed, Counts* counts = nullptr) {
           const int length = dice.between(1, longest);
           const auto room = static_cast<int>(pool - world.blocks.blocks_for(length));
           auto& s = world.example(id, length, dice(3) ? 0 : dice.between(1, 40), dice(3) ? 0 : dice.between(1, 40),
-                                  dice(4) ? dice(1 + std::min(room, dice(4) ? 12 : room)) : 0);
+                                  dice(4) ? dice(1 + std::min(room, dice(4) ? 12 : room)) : 0,
+                                  dice(2) ? dice(1 + static_cast<int>(world.blocks.num_host_blocks())) : 0);
           s.program = dice(2);
           s.first_layer = dice(static_cast<int>(config.num_layers));
         }

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include "flexcore/error.h"
 #include "scheduler_fixture.h"
 
 namespace flexcore {
@@ -133,6 +134,90 @@ TEST(SchedulerSwap, PausedBackwardPhasesGoToHostPages) {
   world.scheduler.pause_job(1, false);
   world.run();
   EXPECT_TRUE(t.done);
+}
+
+// What is kept in host memory stays there when the rest goes there too.
+TEST(SchedulerSwap, OffloadedStoresStayWhereTheyAre) {
+  World world(small(), 12, 16, true, 20);
+  world.cost = simple_costs();
+  world.cost.set_swap_ms(0.01);
+  world.scheduler.add_job(1, 1.0);
+  const TrainSequence& t = world.example(1, 100, 0, 10, 4, 8);
+  world.scheduler.set_objective(0, {20.0, 80.0});
+  while (!t.in_backward()) world.step();
+  EXPECT_EQ(t.host_store.first, 12 + 20 - 8);
+  world.request(60, 4);
+  EXPECT_EQ(world.step().swapped.size(), 1u);
+  EXPECT_EQ(world.blocks.num_free_host(), 20 - 8 - 11);
+  EXPECT_EQ(t.host_store.first, 12 + 20 - 8);
+  world.run();
+  EXPECT_TRUE(t.done);
+  EXPECT_EQ(world.blocks_swapped, 22);
+  EXPECT_EQ(world.blocks.num_free_host(), 20);
+}
+
+TEST(SchedulerSwap, WhatWasSwappedOutMakesWayForOffloadedStores) {
+  World world(small(), 24, 16, true, 20);
+  world.cost = simple_costs();
+  world.cost.set_swap_ms(0.01);
+  for (const std::int64_t id : {1, 2, 3}) world.scheduler.add_job(id, 1.0);
+  const TrainSequence &a = world.example(1, 100, 0, 10, 2), &b = world.example(2, 100, 0, 10, 2);
+  world.scheduler.set_objective(0, {20.0, 80.0});
+  while (!a.in_backward() || !b.in_backward()) world.step();
+  world.request(300, 40);
+  world.step();
+  ASSERT_TRUE(a.swapped_out() && b.swapped_out());
+  const bool a_is_first = a.host_table[0] < b.host_table[0];
+  const TrainSequence& last = a_is_first ? b : a;
+  world.scheduler.remove_job(a_is_first ? 1 : 2);
+  const std::int64_t moved = world.moves;
+  const TrainSequence& c = world.example(3, 16, 0, 0, 0, 11);
+  while (!c.started) world.step();
+  EXPECT_TRUE(last.swapped_out());
+  EXPECT_EQ(world.moves, moved + 2);
+  world.run();
+  EXPECT_TRUE(last.done && c.done);
+}
+
+TEST(SchedulerSwap, OffloadedStoresWaitForEachOther) {
+  World world(small(), 40, 16, true, 10);
+  world.scheduler.add_job(1, 1.0);
+  world.scheduler.add_job(2, 1.0);
+  const TrainSequence &a = world.example(1, 60, 0, 10, 2, 7), &b = world.example(2, 60, 0, 10, 2, 7);
+  world.step();
+  EXPECT_TRUE(a.started && !b.started);
+  world.run();
+  EXPECT_TRUE(a.done && b.done);
+  EXPECT_THROW(world.example(1, 60, 0, 10, 2, 11), OutOfMemory);
+}
+
+// Nobody else is at work: what paused jobs have in host memory begins again, or is worked off where it is in backward.
+TEST(SchedulerSwap, PausedJobsMakeRoomForOffloadedStores) {
+  for (const bool backward : {false, true}) {
+    World world(small(), 24, 16, true, 12);
+    world.cost = simple_costs();
+    world.cost.set_swap_ms(0.01);
+    world.scheduler.add_job(1, 1.0);
+    world.scheduler.add_job(2, 1.0);
+    const TrainSequence& t = world.example(1, 100, 0, 10, 2, 3);
+    while (backward ? !t.in_backward() : t.forward_done == 0) world.step();
+    world.scheduler.pause_job(1, true);
+    world.paused.insert(1);
+    Sequence& large = world.request(300, 4);  // nearly the whole pool
+    world.step();
+    ASSERT_TRUE(t.swapped_out());
+    world.scheduler.finish(&large);
+    const TrainSequence& other = world.example(2, 60, 0, 10, 2, 11);
+    int restarted = 0;
+    for (int i = 0; i < 200 && !other.done; ++i) restarted += static_cast<int>(world.step().restarted.size());
+    EXPECT_TRUE(other.done);
+    EXPECT_EQ(t.done, backward);
+    EXPECT_EQ(restarted > 0, !backward);
+    world.paused.clear();
+    world.scheduler.pause_job(1, false);
+    world.run();
+    EXPECT_TRUE(t.done);
+  }
 }
 
 TEST(SchedulerSwap, RemovedJobsGiveHostPagesBack) {

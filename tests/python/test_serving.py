@@ -21,6 +21,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "down": {"r": 2, "target_modules": ["down_proj"], "use_rslora": True},
 }
 NAMES = [None, "all", "qv", "down", None, "all", "down", "qv"]
+SWAP_SPACE = 1_000_000  # enough for what goes there
 
 
 @pytest.fixture(scope="module")
@@ -241,10 +242,10 @@ def test_backward_phases_give_pages_to_requests(engine: fc.Engine, make_engine: 
     config = fc.FinetuneConfig(batch_size=3, num_epochs=2, learning_rate=1e-2, backward_window_tokens=8)
     wanted = generate(engine, PROMPTS, greedy(60))
     method = fc.LoraConfig(r=4)
-    pool = least_pool(tiny_dir("llama"), method, 200)
+    pool = least_pool(tiny_dir("llama"), method, 200, swap_space_bytes=SWAP_SPACE)
     losses, adapters = [], []
     for prompts in ([], PROMPTS):
-        trained = make_engine(policy="token-cap:8", kv_cache_memory_bytes=pool, swap_space_bytes=2 * pool)
+        trained = make_engine(policy="token-cap:8", kv_cache_memory_bytes=pool, swap_space_bytes=SWAP_SPACE)
         trained.create_adapter("a", method, seed=1)
         job = trained.finetune("a", examples, config)
         log = run(trained, until=in_backward)
@@ -263,14 +264,15 @@ def test_backward_phases_give_pages_to_requests(engine: fc.Engine, make_engine: 
 
 def test_a_job_that_ends_while_swapped_out(make_engine: MakeEngine, tiny_dir: Any) -> None:
     method = fc.LoraConfig(r=4)
-    pool = least_pool(tiny_dir("llama"), method, 200)
-    engine = make_engine(policy="token-cap:8", kv_cache_memory_bytes=pool, swap_space_bytes=pool)
+    pool = least_pool(tiny_dir("llama"), method, 200, swap_space_bytes=SWAP_SPACE)
+    engine = make_engine(policy="token-cap:8", kv_cache_memory_bytes=pool, swap_space_bytes=SWAP_SPACE)
     engine.create_adapter("a", method, seed=1)
     job = engine.finetune("a", random_examples((200,), seed=3), fc.FinetuneConfig(backward_window_tokens=8))
     log = run(engine, until=in_backward)
     engine.submit(random_examples((240,), seed=4)[0].input_ids, greedy(4))
     run(engine, log=log, until=lambda log: engine.stats()["finetune_swaps"] > 0)
     assert engine.memory()["saved_activations"] == 0
+    assert engine.memory_peak()["offloaded_activations"] > 0
     assert engine.stats()["swap_blocks_free"] < engine.stats()["swap_blocks"]
     engine.cancel_job(job)
     assert engine.stats()["swap_blocks_free"] == engine.stats()["swap_blocks"]

@@ -77,6 +77,7 @@ void register_plan(py::module_& m) {
       .field("gradients", &MemoryPlan::gradients)
       .field("optimizer", &MemoryPlan::optimizer)
       .field("workspace", &MemoryPlan::workspace)
+      .field("offloaded_activations", &MemoryPlan::offloaded_activations)
       .field("swap_space", &MemoryPlan::swap_space)
       .property("total", [](const MemoryPlan& self) -> py::object { return py::int_(self.total()); })
       .field("num_layers", &MemoryPlan::num_layers)

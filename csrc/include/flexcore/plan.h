@@ -12,7 +12,7 @@ namespace flexcore {
 /// What the compiler decided for one forward tensor that the backward reads.
 struct PlannedTensor {
   std::string name;                  // "attention_norm.y", "q", "gate", ...
-  std::string choice;                // "kept", "rebuilt", "in kv_pages", "dropped"
+  std::string choice;                // "kept", "offloaded", "rebuilt", "recomputed", "in kv_pages", "dropped"
   std::string reason;                // one line
   std::int64_t bytes_per_token = 0;  // of one layer
 };
@@ -75,7 +75,8 @@ struct ParallelPlan {
 struct MemoryPlan {
   std::int64_t weights = 0, kv_pages = 0, saved_activations = 0, adapters = 0, gradients = 0, optimizer = 0,
                workspace = 0;
-  std::int64_t swap_space = 0;  // page-locked host memory, which total() leaves out
+  /// Page-locked host memory, which total() leaves out: what training keeps there, and the rest of it.
+  std::int64_t offloaded_activations = 0, swap_space = 0;
   std::int64_t num_layers = 0, sequence_length = 0;
   std::int64_t tokens_in_flight = 0;     // of training sequences at once, as scheduler and pool limit them
   std::int64_t max_sequence_length = 0;  // the longest one that pool and finetune_memory_bytes would hold
