@@ -146,9 +146,9 @@ def examples_of(seed: int) -> list[fc.Example]:
     return random_examples((25, 4, 40, 11), seed=seed)
 
 
-def small_pool(tiny_dir: Any) -> int:
+def small_pool(tiny_dir: Any, **changes: Any) -> int:
     """For the longest example, and next to nothing else."""
-    return least_pool(tiny_dir("mistral"), fc.LoraConfig(r=3, lora_alpha=6), 40, block_size=4)
+    return least_pool(tiny_dir("mistral"), fc.LoraConfig(r=3, lora_alpha=6), 40, block_size=4, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -171,10 +171,11 @@ def reference(make_engine: MakeEngine, directories: dict[str, Path]) -> fc.Engin
 def test_walk(
     seed: int, make_engine: MakeEngine, reference: fc.Engine, directories: dict[str, Path], tiny_dir: Any
 ) -> None:
+    swap_space = seed % 2 * 3 * small_pool(tiny_dir)  # for activations, and for what is swapped out
     engine = make_engine(
         "mistral",
-        kv_cache_memory_bytes=small_pool(tiny_dir) + 16 * seed * PAGE,
-        swap_space_bytes=seed % 2 * small_pool(tiny_dir),
+        kv_cache_memory_bytes=small_pool(tiny_dir, swap_space_bytes=swap_space) + 16 * seed * PAGE,
+        swap_space_bytes=swap_space,
         block_size=4,
         max_num_seqs=4 + seed,
         max_num_batched_tokens=16 + 5 * seed,

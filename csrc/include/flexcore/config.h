@@ -30,12 +30,14 @@ struct EngineConfig {
                               // these keep for their backward. Default: max_num_seqs sequences of max_model_len within
                               // a quarter of memory, and room for finetune_memory_bytes, or for 1,024 tokens or a
                               // sequence of max_model_len in training within half of it
-  std::optional<std::int64_t> swap_space_bytes;  // page-locked host memory that pages of finetuning go to when requests
-                                                 // need the pool. Default: on a GPU as much as the pool has for
+  std::optional<std::int64_t> swap_space_bytes;  // page-locked host memory for what of finetuning's the pool has no
+                                                 // room for: activations of sequences too long for it, and pages when
+                                                 // requests need them. Default: on a GPU as much as the pool has for
                                                  // training, up to 4 GiB and an eighth of host memory; on a CPU none
   std::optional<std::int64_t>
-      finetune_memory_bytes;  // saved activations and gradients in flight; sequences that do not fit recompute what
-                              // costs least time; default: no limit of its own, nothing is recomputed
+      finetune_memory_bytes;  // saved activations and gradients in flight on the device; sequences that do not fit
+                              // recompute, or keep in the swap space, what costs least time; default: no limit of its
+                              // own
   /// How activations wait for their backward: "exact", or "int8", in groups of 64 with a minimum and a step each: a bit
   /// more than a byte an element, and gradients that are off by the rounding. To compare with: "read" also keeps what
   /// could be rebuilt, "all" everything that is made.

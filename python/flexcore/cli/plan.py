@@ -23,6 +23,13 @@ _POOLS = (
 )
 
 
+# In host memory, beside the total.
+_HOST_POOLS = (
+    ("offloaded_activations", "of host memory: what the backward reads and the device has no room for"),
+    ("swap_space", "of host memory: for what requests take the place of"),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     parser.add_argument(
@@ -184,6 +191,11 @@ def _pools(plan: flexcore.MemoryPlan, args: argparse.Namespace) -> Table:
         table.add_row(name, format_bytes(getattr(plan, name)), purpose)
     table.add_section()
     table.add_row("total", format_bytes(plan.total), style="bold")
+    host = [(name, getattr(plan, name), purpose) for name, purpose in _HOST_POOLS if getattr(plan, name)]
+    if host:
+        table.add_section()
+    for name, count, purpose in host:
+        table.add_row(name, format_bytes(count), purpose)
     return table
 
 
@@ -193,7 +205,7 @@ def _tensors(plan: flexcore.MemoryPlan) -> Table:
     table.add_column("choice")
     table.add_column("bytes/token", justify="right")
     table.add_column("why", style="dim")
-    styles = {"kept": "yellow", "rebuilt": "green", "dropped": "green"}
+    styles = {"kept": "yellow", "offloaded": "magenta", "rebuilt": "green", "dropped": "green"}
     for tensor in plan.tensors:
         style = styles.get(tensor.choice, "cyan")
         table.add_row(tensor.name, f"[{style}]{tensor.choice}[/]", str(tensor.bytes_per_token), tensor.reason)
