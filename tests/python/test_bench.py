@@ -41,8 +41,10 @@ def test_kernels_with_the_program(numpy_model: Path, tmp_path: Path) -> None:
     assert cli.main(["bench", "kernels", "--binary", str(tmp_path / "absent")]) == 1
 
 
-def test_memory(numpy_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("swap_space", ["0", "1MB"])
+def test_memory(swap_space: str, numpy_model: Path, tmp_path: Path) -> None:
     sizes = ["--sequence-length", "40", "--points", "4", "--train-steps", "1", "--lora-r", "4"]
+    sizes += ["--swap-space-bytes", swap_space]
     result = bench(numpy_model, tmp_path, "memory", *sizes)
     rows = result["memory"]
     assert 3 <= len(rows) <= 4 <= result["choices"]
@@ -51,7 +53,11 @@ def test_memory(numpy_model: Path, tmp_path: Path) -> None:
         assert row["tokens_per_s"] > 0 and len(row["step_seconds"]) == 2
     kept = [row["measured_bytes"] for row in rows]
     assert kept == sorted(kept, reverse=True) and kept[-1] < kept[0] / 3
-    assert not rows[0]["recomputed"] and "gate" in rows[-1]["recomputed"] and rows[-1]["kept"] == ["hidden"]
+    assert not rows[0]["recomputed"] and rows[0]["planned_host_bytes"] == 0
+    if swap_space == "0":
+        assert "gate" in rows[-1]["recomputed"] and rows[-1]["kept"] == ["hidden"] and not rows[-1]["offloaded"]
+    else:
+        assert rows[-1]["measured_bytes"] == 0 and "hidden" in rows[-1]["offloaded"]
 
 
 def test_quantization(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,8 +181,11 @@ def _measured(
         "finetune_memory_bytes": bound,
         "planned_bytes": plan.saved_activations,
         "measured_bytes": engine.memory_peak()["saved_activations"],
-        "kept": sorted(tensor.name for tensor in plan.tensors if tensor.choice == "kept"),
-        "recomputed": sorted(tensor.name for tensor in plan.tensors if tensor.choice == "recomputed"),
+        "planned_host_bytes": plan.offloaded_activations,
+        **{
+            choice: sorted(tensor.name for tensor in plan.tensors if tensor.choice == choice)
+            for choice in ("kept", "offloaded", "recomputed")
+        },
         "step_seconds": seconds,
     }
 
@@ -209,14 +212,17 @@ def _step_seconds(engine: flexcore.Engine, args: argparse.Namespace, lora: Adapt
 
 def _table(result: dict[str, Any]) -> Table:
     first = result["memory"][0]
-    table = Table("kept", "of all", "planned", "tok/s", "of the speed", "made again in the upper layers")
-    for column in table.columns[:5]:
+    host = any(row["planned_host_bytes"] for row in result["memory"])
+    names = ["kept", "of all", "planned", *["in host memory"] * host, "tok/s", "of the speed"]
+    table = Table(*names, "made again in the upper layers")
+    for column in table.columns[:-1]:
         column.justify = "right"
     for row in result["memory"]:
         table.add_row(
             format_bytes(row["measured_bytes"]),
             f"{row['measured_bytes'] / result['unpruned_bytes']:.1%}",
             format_bytes(row["planned_bytes"]),
+            *[format_bytes(row["planned_host_bytes"])] * host,
             f"{row['tokens_per_s']:,.0f}",
             f"{row['tokens_per_s'] / first['tokens_per_s']:.0%}",
             ", ".join(row["recomputed"]) or "-",
