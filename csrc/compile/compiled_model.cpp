@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "compile/few.h"
 #include "core/check.h"
 
 namespace flexcore {
@@ -98,7 +99,7 @@ const std::vector<CompiledModel::Candidate>& CompiledModel::keep_candidates(cons
   return options(bypasses).candidates;
 }
 
-// A layer that is unlike the others keeps less in host memory.
+// With so much in host memory; a layer that is unlike the others keeps less there.
 double CompiledModel::seconds_of(const KeepOption& option, const KeptBytes& kept) const {
   return option.seconds_per_token -
          2.0 * rates_.seconds_per_host_byte * (static_cast<double>(option.bytes_per_token.host) - static_cast<double>(kept.host));
@@ -128,7 +129,7 @@ std::vector<CompiledModel::Candidate> CompiledModel::list_candidates(const Optio
   }
   std::stable_sort(candidates.begin(), candidates.end(),
                    [](const Candidate& a, const Candidate& b) { return a.seconds_per_token < b.seconds_per_token; });
-  return candidates;
+  return few(std::move(candidates), [](const Candidate& candidate) { return candidate.bytes_per_token; });
 }
 
 TrainingProgram& CompiledModel::training(const BypassSet& bypasses, const KeepChoice& choice) {
@@ -142,21 +143,17 @@ TrainingProgram& CompiledModel::training(const BypassSet& bypasses, const KeepCh
   const BackwardGraph& backward = d.backward;
   std::vector<LayerKeep> keep;
   if (choice != KeepChoice{}) {
-    const auto& [all, kept_bytes, candidates] = options(bypasses);
-    double extra = 0.0, away = 0.0, whole = 0.0;
+    const auto& all = options(bypasses).of_layer;
+    double extra = 0.0, whole = 0.0;
     for (int l = 0; l < graph->num_layers; ++l) {
       const auto option = static_cast<std::size_t>(l < choice.num_first ? choice.first : choice.others);
-      const KeptBytes& kept = kept_bytes[static_cast<std::size_t>(l)][option];
       keep.push_back(all[option].keep);
-      if (l < d.backward.first_layer) continue;
-      extra += seconds_of(all[option], kept);
-      away += static_cast<double>(kept.host) * rates_.seconds_per_host_byte;
+      if (l >= d.backward.first_layer) extra += seconds_of(all[option], {});
     }
     for (const Node& node : graph->nodes)
       if (node.phase == Phase::kBackward && node.layer != kNoLayer)
         whole += node.op->flops(*graph, rates_.context) * rates_.seconds_per_flop;
-    program->backward_cost = 1.0 + (extra - away) / whole;
-    program->forward_cost = away / whole * (graph->num_layers - d.backward.first_layer);
+    program->backward_cost = 1.0 + extra / whole;
   }
   const KeepPlan plan = prune_and_rematerialize(*graph, num_forward, keep);
   save_kept(*program, *graph, plan, trunk_.graph());

@@ -53,8 +53,7 @@ struct TrainingProgram {
   std::vector<SavedTensor> saved;
   std::vector<std::vector<int>> saved_of_trunk;  // by tensor of the trunk: indices into `saved`
   KeptBytes saved_bytes_per_token;
-  double backward_cost = 1.0;  // time of a unit, of one that recomputes nothing and has all on the device
-  double forward_cost = 0.0;   // what keeping rows in host memory adds to a token's forward, in that time for a row
+  double backward_cost = 1.0;  // time of a unit, of one that recomputes nothing; ways from host memory left out
   std::vector<Layer> layers;   // empty programs below first_layer
   int first_layer = 0;
   Program loss_head;  // input: hidden state; output: target_grad

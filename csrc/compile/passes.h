@@ -59,8 +59,9 @@ struct OperatorRates {
   double context = 512;  // positions that a row attends to
 };
 
-/// Of a layer's backward, every choice of tensors for which no other keeps less, here and there, in less time; the
-/// fastest, which keeps all on the device, first. Exact: all subsets are looked at.
+/// Of a layer's backward, choices of tensors for which no other keeps less, here and there, in less time; the fastest,
+/// which keeps all on the device, first. What is recomputed is exact: all subsets are looked at. Of what is kept the
+/// largest go to host memory first, as their time is the same by the byte; of choices with host memory there are `few`.
 std::vector<KeepOption> keep_options(const Graph& graph, std::size_t num_forward_nodes, int layer,
                                      const OperatorRates& rates);
 

@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "compile/few.h"
 #include "compile/passes.h"
 #include "core/check.h"
 #include "graph/layer_ops.h"
@@ -227,21 +228,19 @@ std::vector<KeepOption> keep_options(const Graph& graph, std::size_t num_forward
     const LayerChoice choice(graph, layer, needed, keep);
     if (!choice.possible()) continue;
     const double seconds = choice.seconds(rates) - least;
-    const std::vector<TensorId> kept(choice.kept().begin(), choice.kept().end());
-    const std::size_t num_offloaded = rates.seconds_per_host_byte > 0.0 ? kept.size() : 0;
-    for (std::size_t away = 0; away < std::size_t{1} << num_offloaded; ++away) {
-      keep.offloaded.clear();
-      KeptBytes bytes = choice.kept_bytes();
-      for (std::size_t n = 0; n < num_offloaded; ++n) {
-        if ((away >> n & 1) == 0) continue;
-        const std::size_t moved = graph.kept_bytes(graph.tensor(kept[n]));
-        keep.offloaded.insert(choice.name_of(kept[n]));
-        bytes.device -= moved, bytes.host += moved;
-      }
+    KeptBytes bytes = choice.kept_bytes();
+    options.push_back({keep, bytes, seconds});
+    if (rates.seconds_per_host_byte == 0.0) continue;
+    const auto size = [&](TensorId tensor) { return graph.kept_bytes(graph.tensor(tensor)); };
+    std::vector<TensorId> kept(choice.kept().begin(), choice.kept().end());
+    std::stable_sort(kept.begin(), kept.end(), [&](TensorId a, TensorId b) { return size(a) > size(b); });
+    for (const auto tensor : kept) {
+      keep.offloaded.insert(choice.name_of(tensor));
+      bytes.device -= size(tensor), bytes.host += size(tensor);
       options.push_back({keep, bytes, seconds + 2.0 * static_cast<double>(bytes.host) * rates.seconds_per_host_byte});
     }
   }
-  return undominated(std::move(options));
+  return few(undominated(std::move(options)), [](const KeepOption& option) { return option.bytes_per_token; });
 }
 
 KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes,

@@ -139,7 +139,8 @@ void Engine::Impl::start_batch(TrainingJob& job) {
                        .window_tokens = job.config.window_tokens.value_or(0),
                        .backward_window_tokens = job.config.backward_window_tokens.value_or(0),
                        .backward_cost = program.backward_cost,
-                       .forward_cost = program.forward_cost,
+                       .host_blocks_per_token = static_cast<double>(program.saved_bytes_per_token.host) /
+                                                static_cast<double>(sizes.block_bytes),
                        .store_blocks = store.device,
                        .host_store_blocks = store.host};
     state->id = entry->sequence.id;

@@ -118,7 +118,9 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
   std::size_t longest = 0;
   for (const auto& example : examples) longest = std::max(longest, example.input_ids.size());
   longest += static_cast<std::size_t>(adapter->layout.num_virtual_tokens);
-  TrainingProgram& program = fitting_program(model, config, sizes, compiled, adapter->layout.bypasses(),
+  EngineSizes here = sizes;  // of host memory, what jobs leave to all of the examples
+  here.limits.num_host_blocks = blocks.num_free_host() / static_cast<std::int64_t>(examples.size());
+  TrainingProgram& program = fitting_program(model, config, here, compiled, adapter->layout.bypasses(),
                                              static_cast<std::int64_t>(longest), "examples");
   executor->reserve(program);
   Buffer gradients(device->allocator(), ledger, MemoryTag::kGradients,

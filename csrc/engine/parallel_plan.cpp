@@ -103,7 +103,7 @@ class Planner {
   void count_training() {
     const std::int64_t tokens = work_.tokens_in_flight;
     for (const auto& saved : work_.program->saved) {
-      if (saved.in_host) continue;
+      if (saved.in_host) continue;  // the rank's own
       const auto state = backbone_.tensors[static_cast<std::size_t>(in_base(saved.trunk))].used;
       const std::int64_t local = largest_local_shape(state, tokens, saved.width, ranks_).size();
       plan_.saved_activations += local * static_cast<std::int64_t>(saved.bytes_per_token()) / saved.width;

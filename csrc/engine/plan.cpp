@@ -74,7 +74,7 @@ void explain(MemoryPlan& plan, const TrainingProgram& program, std::int64_t num_
     plan.unpruned_bytes_per_token_per_layer += bytes;
   }
   const auto rank = [](const PlannedTensor& t) {
-    const auto order = {"kept", "recomputed", "rebuilt", "in kv_pages"};
+    const auto order = {"kept", "offloaded", "recomputed", "rebuilt", "in kv_pages"};
     return std::find(order.begin(), order.end(), t.choice) - order.begin();
   };
   std::stable_sort(plan.tensors.begin(), plan.tensors.end(),
@@ -167,11 +167,11 @@ std::string MemoryPlan::describe() const {
   }
   if (parallel) text += flexcore::describe(*parallel);
   if (tensors.empty()) return text;
-  char header[160];
-  std::snprintf(header, sizeof header, "\none layer, bytes a token: %lld kept of %lld made\n",
-                static_cast<long long>(saved_bytes_per_token_per_layer),
-                static_cast<long long>(unpruned_bytes_per_token_per_layer));
-  text += header;
+  std::int64_t in_host = 0;
+  for (const auto& tensor : tensors) in_host += tensor.choice == "offloaded" ? tensor.bytes_per_token : 0;
+  text += str("\none layer, bytes a token: ", saved_bytes_per_token_per_layer, " kept",
+              in_host > 0 ? str(", ", in_host, " in host memory,") : "", " of ", unpruned_bytes_per_token_per_layer,
+              " made\n");
   for (const auto& tensor : tensors) {
     char buffer[224];
     std::snprintf(buffer, sizeof buffer, "  %-11s %-20s %7lld  %s\n", tensor.choice.c_str(), tensor.name.c_str(),

@@ -288,7 +288,11 @@ TrainingProgram& fitting_program(const ModelConfig& model, const EngineConfig& c
   throw InvalidArgument(
       str(what, ": ", length, " tokens keep at least ", a_token * length, " bytes for the backward, more than ",
           pool ? "the pool (kv_cache_memory_bytes) has beside their keys and values (" : "finetune_memory_bytes (",
-          budget, "); at most ", longest_sequence(model, config, sizes, compiled, bypasses), " tokens fit"));
+          budget, ")",
+          sizes.limits.num_host_blocks > 0
+              ? str(" with ", sizes.limits.num_host_blocks * sizes.block_bytes, " bytes of swap space")
+              : "",
+          "; at most ", longest_sequence(model, config, sizes, compiled, bypasses), " tokens fit"));
 }
 
 SchedulerConfig scheduler_config(const ModelConfig& model, const EngineConfig& config, const EngineSizes& sizes,

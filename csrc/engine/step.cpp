@@ -16,7 +16,7 @@ StepReport Engine::Impl::step() {
   StepPlan plan = scheduler.plan(begin);
   const double move_ms = move_blocks(plan);
   for (auto* sequence : plan.restarted) state_of(*sequence).restart();
-  for (auto* sequence : plan.swapped) state_of(*sequence).release();
+  for (auto* sequence : plan.swapped) state_of(*sequence).swap_out();
   for (auto* sequence : plan.started)
     state_of(*sequence).place({executor->block(sequence->store), executor->block(sequence->host_store)}, ledger,
                               executor->shape());

@@ -12,7 +12,7 @@ namespace {
 constexpr int kTerms = CostModel::kTerms;
 using Vector = std::array<double, kTerms>;
 
-constexpr double kForgetting = 0.9;      // of one direction a step; with all twelve in use, about 100 steps of memory
+constexpr double kForgetting = 0.9;      // of one direction a step; with all in use, about 100 steps of memory
 constexpr double kMaxVariance = 1e4;     // of theta, which is about 1, in units of the error's variance
 constexpr double kMinUsualError = 0.02;  // below this, differences are noise
 constexpr double kRestoredPrecision = 10.0;  // of coefficients from an earlier run: a few steps overrule them
@@ -22,10 +22,12 @@ constexpr int kRobustRounds = 4;             // reweightings of a fit
 constexpr std::array<const char*, kTerms> kTermNames = {
     "any_forward",      "decode_rows",           "decode_context",         "prefill_tokens",
     "prefill_context",  "sampled_rows",          "any_finetune",           "finetune_tokens",
-    "finetune_context", "backward_layer_tokens", "backward_layer_context", "backward_units"};
+    "finetune_context", "backward_layer_tokens", "backward_layer_context", "backward_units",
+    "host_blocks"};
+constexpr int kHostBlocks = kTerms - 1;
 
 // Typical sizes, for terms that no probe had.
-constexpr Vector kTypical = {1, 16, 8e3, 128, 3e4, 16, 1, 128, 3e4, 1e3, 3e5, 8};
+constexpr Vector kTypical = {1, 16, 8e3, 128, 3e4, 16, 1, 128, 3e4, 1e3, 3e5, 8, 16};
 
 Vector terms_of(const StepFeatures& f) {
   return {f.any_forward() ? 1.0 : 0.0,
@@ -39,7 +41,8 @@ Vector terms_of(const StepFeatures& f) {
           static_cast<double>(f.finetune_context),
           static_cast<double>(f.backward_layer_tokens) + f.recomputed_layer_tokens,
           static_cast<double>(f.backward_layer_context),
-          static_cast<double>(f.backward_units)};
+          static_cast<double>(f.backward_units),
+          f.host_blocks};
 }
 
 bool usable(const Vector& terms, double measured_ms) {
@@ -134,6 +137,8 @@ void CostModel::fit(std::span<const Sample> samples) {
       weight[s] = excess * excess;
     }
   }
+  if (std::none_of(terms.begin(), terms.end(), [](const Vector& t) { return t[kHostBlocks] > 0.0; }))
+    coefficients_[kHostBlocks] = swap_block_ms_;
   precision_ = normal;
   for (double e : error) record(e);
   update_statistics();

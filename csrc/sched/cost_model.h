@@ -16,9 +16,10 @@ struct StepFeatures {
   std::int64_t finetune_tokens = 0;         // forward windows
   std::int64_t finetune_context = 0;        // sum over those rows of their context length
   std::int64_t backward_layer_tokens = 0;   // sum over units of rows
-  double recomputed_layer_tokens = 0.0;     // what making activations again, or host memory, adds to them
+  double recomputed_layer_tokens = 0.0;     // what making activations again adds to them
   std::int64_t backward_layer_context = 0;  // sum over units' rows of their context length
   std::int64_t backward_units = 0;
+  double host_blocks = 0.0;  // pages' worth of activations that go to host memory or come from there
 
   bool any_forward() const { return decode_rows + prefill_tokens + finetune_tokens > 0; }
   bool any_finetune() const { return finetune_tokens + backward_units > 0; }
@@ -31,7 +32,7 @@ struct StepFeatures {
 /// >= 0; a stall moves the model by no more than a few usual errors. Not thread-safe.
 class CostModel {
  public:
-  static constexpr int kTerms = 12;
+  static constexpr int kTerms = 13;
   CostModel();
 
   /// 0 until there is a fit, or kWarmup observations.
@@ -43,7 +44,8 @@ class CostModel {
   double error_quantile(double quantile) const;
   /// Times that are not finite and positive, and steps without work, are ignored.
   void observe(const StepFeatures& features, double measured_ms);
-  /// Least squares over probes, from scratch; useless samples are ignored as in `observe`.
+  /// Least squares over probes, from scratch; useless samples are ignored as in `observe`. Host blocks that no probe had
+  /// go at the rate of swaps.
   struct Sample {
     StepFeatures features;
     double measured_ms;

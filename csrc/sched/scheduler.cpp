@@ -167,8 +167,9 @@ StepPlan Scheduler::plan(double now_ms) {
   if (step.serves) plan_inference(step);
   const StepFeatures inference = plan.features;
   plan_finetune(step, load, limits);
-  if (plan.empty() && !step.serves) {  // nothing could be trained
+  if (plan.empty() && (!step.serves || step.holds_admission)) {  // nothing could be trained
     step.serves = true;
+    step.holds_admission = false;
     plan_inference(step);
   }
   const double work_ms = cost_.predict_ms(plan.features);
@@ -262,22 +263,23 @@ bool Scheduler::backward_yields(const TrainSequence& sequence, std::int64_t free
   if (!cost_.fitted()) return true;
   const std::int64_t whole_layers = sequence.layer - sequence.first_layer, rows = sequence.rows_left;
   StepFeatures left;
-  left.backward_layer_tokens = whole_layers * sequence.length + rows;
-  left.recomputed_layer_tokens = static_cast<double>(left.backward_layer_tokens) * (sequence.backward_cost - 1.0);
-  left.backward_layer_context = whole_layers * context_sum(0, sequence.length) + context_sum(0, rows);
+  for (std::int64_t layer = 0; layer < whole_layers; ++layer)
+    add_backward(left, sequence, 0, sequence.length, config_.num_layers);
+  add_backward(left, sequence, 0, rows, config_.num_layers);
   left.backward_units = whole_layers + 1;
   return cost_.predict_ms(left) > swap_ms(sequence);
 }
 
 /// One training sequence gives its pages back.
-bool Scheduler::yield_one(StepPlan& plan, bool paused_only) {
+bool Scheduler::yield_one(StepPlan& plan, Yielding who) {
   // Sequences of paused jobs go first, then forward phases; the last one started has done least.
   TrainSequence* victim = nullptr;
   int victim_rank = 0;
   for (auto it = started_.rbegin(); it != started_.rend(); ++it) {
     const TrainSequence& candidate = **it;
     const bool paused = job(candidate.job_id, "plan").paused, backward = candidate.in_backward();
-    if ((paused_only && !paused) || (backward && !backward_yields(candidate, blocks_.num_free_host()))) continue;
+    if ((who != Yielding::kAny && !paused) || (who == Yielding::kPausedForwards && backward)) continue;
+    if (backward && !backward_yields(candidate, blocks_.num_free_host())) continue;
     const int rank = 1 + 2 * paused + !backward;
     if (rank <= victim_rank) continue;
     victim = *it;
@@ -285,8 +287,9 @@ bool Scheduler::yield_one(StepPlan& plan, bool paused_only) {
   }
   if (victim == nullptr) return false;
   std::erase(started_, victim);
-  const std::int64_t done = victim->forward_done;
-  const double again_ms = cost_.predict_ms({.finetune_tokens = done, .finetune_context = context_sum(0, done)});
+  StepFeatures again;
+  add_forward(again, *victim, 0, victim->forward_done);
+  const double again_ms = cost_.predict_ms(again);
   if ((victim->in_backward() || again_ms > swap_ms(*victim)) &&
       blocks_.swap_out(victim->block_table, victim->store, victim->host_table, plan.moves)) {
     victim->started = false;
@@ -317,7 +320,7 @@ void Scheduler::preempt(StepPlan& plan, Sequence* sequence) {
 bool Scheduler::reserve_decode(Step& step, Sequence& sequence) {
   while (!blocks_.reserve(sequence.block_table, sequence.num_computed_tokens + 1)) {
     step.short_of_pages = true;
-    if (yield_one(step.plan, false)) continue;
+    if (yield_one(step.plan, Yielding::kAny)) continue;
     if (running_.back() != &sequence) {
       preempt(step.plan, running_.back());
       continue;
@@ -377,7 +380,7 @@ bool Scheduler::make_room(Step& step, std::int64_t missing_blocks) {
   if (room()) return true;
   BlocksHeld held = blocks_held();
   if ((slot() || held.yielding > 0) && missing_blocks <= blocks_.num_free() + held.yielding)
-    while (yield_one(step.plan, false))
+    while (yield_one(step.plan, Yielding::kAny))
       if (room()) return true;
   held = blocks_held();  // host pages may have been too few for all of them
   const bool slot_possible = num_running() < config_.max_num_seqs;

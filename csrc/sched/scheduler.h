@@ -43,11 +43,10 @@ struct StepLimits;
 ///
 /// Pages. A request takes the pages of all its tokens at admission, then one at a time; a training sequence takes at
 /// its start all of its pages, and a run of others for what it keeps for its backward, in host memory too if it keeps
-/// some of it there. When they run out: training
-/// sequences in their forward phase give theirs back first, then those in their backward phase, if there are host pages
-/// and there is so much left to do that the way there and back is shorter; then the youngest request is preempted. A
-/// forward is done again (plan.restarted) or goes to host pages (plan.swapped), whichever takes less time. Backward
-/// phases that stay keep their pages, and run until they are done.
+/// some of it there. When they run out: training sequences in their forward phase give theirs back first, then those in
+/// their backward phase, if there are host pages and there is so much left to do that the way there and back is
+/// shorter; then the youngest request is preempted. A forward is done again (plan.restarted) or goes to host pages
+/// (plan.swapped), whichever takes less time. Backward phases that stay keep their pages, and run until they are done.
 class Scheduler {
  public:
   /// Throws InvalidArgument on a limit below 1, an objective that is not positive, an unknown policy.
@@ -147,7 +146,9 @@ class Scheduler {
   BlocksHeld blocks_held();
   double swap_ms(const TrainSequence& sequence) const;
   bool backward_yields(const TrainSequence& sequence, std::int64_t free_host_blocks);
-  bool yield_one(StepPlan& plan, bool paused_only);
+  enum class Yielding : std::uint8_t { kAny, kPaused, kPausedForwards };
+  bool yield_one(StepPlan& plan, Yielding who);
+  Yielding whom_for(const TrainSequence& sequence);
   void restart(StepPlan& plan, TrainSequence& sequence);
   void preempt(StepPlan& plan, Sequence* sequence);
   bool reserve_decode(Step& step, Sequence& sequence);
@@ -174,7 +175,7 @@ class Scheduler {
   bool start(Step& step, TrainSequence& sequence);
   void add_flight(TrainSequence& sequence);
   bool take_stores(Step& step, TrainSequence& sequence);
-  bool take_run(Step& step, BlockRun& run, std::int64_t count, Tier tier, bool paused);
+  bool take_run(Step& step, const TrainSequence& sequence, BlockRun& run, std::int64_t count, Tier tier);
   bool give_back_host(Step& step);
   bool room_to_start(Step& step, const TrainSequence& sequence, bool force);
   std::int64_t growth_blocks(std::int64_t tokens) const;

@@ -19,10 +19,8 @@ constexpr double kBackwardProxyMs = 2e-3;
 constexpr std::int64_t kGrowthTokens = 64;
 constexpr double kDeepDebt = 4.0;  // pieces
 
-StepFeatures with_forward(StepFeatures f, std::int64_t begin, std::int64_t end, double row_cost) {
-  f.finetune_tokens += end - begin;
-  f.finetune_context += context_sum(begin, end);
-  f.recomputed_layer_tokens += static_cast<double>(end - begin) * row_cost;
+StepFeatures with_forward(StepFeatures f, const TrainSequence& sequence, std::int64_t begin, std::int64_t end) {
+  add_forward(f, sequence, begin, end);
   return f;
 }
 
@@ -47,10 +45,10 @@ void Scheduler::begin_jobs(Step& step) {
     if (j.paused || !j.forward_work || !step.starved) continue;
     // Slots and pages too, when it has none or what it has in flight is not enough to catch up.
     const bool short_of_sequences = started_.empty() || owed_ms_ > kDeepDebt * least_piece_ms();
-    if (short_of_sequences &&
-        (!running_.empty() ||
-         blocks_.blocks_for((*in_forward)->length) + (*in_forward)->store_blocks <= blocks_.num_free()))
-      step.holds_admission = true;
+    const TrainSequence& next = **in_forward;
+    const bool room = blocks_.blocks_for(next.length) + next.store_blocks <= blocks_.num_free() &&
+                      (next.host_store || next.host_store_blocks <= blocks_.num_free_host());
+    if (short_of_sequences && (!running_.empty() || room)) step.holds_admission = true;
     // Prefill leaves rows to a job, so that its piece fits.
     const std::int64_t window = std::max((*in_forward)->window_tokens, least_rows());
     const std::int64_t most = config_.max_num_batched_tokens / 2;
@@ -61,7 +59,7 @@ void Scheduler::begin_jobs(Step& step) {
 /// What the floor has to have saved up for: one minimal window beside requests.
 double Scheduler::least_piece_ms() const {
   const StepFeatures beside{.decode_rows = 1, .sampled_rows = 1};
-  return cost_.predict_ms(with_forward(beside, 0, least_rows(), 0.0)) - cost_.predict_ms(beside);
+  return cost_.predict_ms(with_forward(beside, TrainSequence{}, 0, least_rows())) - cost_.predict_ms(beside);
 }
 
 void Scheduler::plan_finetune(Step& step, Load load, const StepLimits& limits) {
@@ -185,7 +183,7 @@ Scheduler::Outcome Scheduler::give_forward(Step& step, Job& job, bool force) {
   const std::int64_t begin = sequence.forward_done, end = begin + count;
   StepFeatures& f = step.plan.features;
   const double before = cost_.predict_ms(f);
-  f = with_forward(f, begin, end, sequence.forward_cost);
+  add_forward(f, sequence, begin, end);
   const double ms =
       cost_.fitted() ? cost_.predict_ms(f) - before : kForwardProxyMs * static_cast<double>(count * config_.num_layers);
   charge(job, ms);
@@ -225,6 +223,12 @@ Scheduler::Outcome Scheduler::swap_in(Step& step, Job& job, bool force) {
   return Outcome::kNothing;
 }
 
+/// Who yields for a sequence that starts when nobody else is at work. One of a paused job comes back to be worked off:
+/// phases in backward may have work in this plan already.
+Scheduler::Yielding Scheduler::whom_for(const TrainSequence& sequence) {
+  return job(sequence.job_id, "plan").paused ? Yielding::kPausedForwards : Yielding::kPaused;
+}
+
 /// Gives a pending sequence its pages.
 bool Scheduler::start(Step& step, TrainSequence& sequence) {
   if (!take_stores(step, sequence)) return false;
@@ -258,10 +262,9 @@ bool Scheduler::room_to_start(Step& step, const TrainSequence& sequence, bool fo
            (started == 0 || in_flight + sequence.length <= config_.max_finetune_tokens_in_flight);
   };
   if (room()) return true;
-  if (job(sequence.job_id, "plan").paused) return false;
   for (const TrainSequence* s : started_)
     if (!job(s->job_id, "plan").paused) return false;
-  while (yield_one(step.plan, true)) {
+  while (yield_one(step.plan, whom_for(sequence))) {
     std::erase_if(flights_, [](const Flight& flight) { return !flight.sequence->started; });
     if (room()) return true;
   }
@@ -270,16 +273,16 @@ bool Scheduler::room_to_start(Step& step, const TrainSequence& sequence, bool fo
 
 /// Runs for what the sequence keeps; who comes back from host memory has that one already.
 bool Scheduler::take_stores(Step& step, TrainSequence& sequence) {
-  const bool first = !sequence.host_store, paused = job(sequence.job_id, "plan").paused;
-  if (first && !take_run(step, sequence.host_store, sequence.host_store_blocks, Tier::kHost, paused)) return false;
-  if (take_run(step, sequence.store, sequence.store_blocks, Tier::kDevice, paused)) return true;
+  const bool first = !sequence.host_store;
+  if (first && !take_run(step, sequence, sequence.host_store, sequence.host_store_blocks, Tier::kHost)) return false;
+  if (take_run(step, sequence, sequence.store, sequence.store_blocks, Tier::kDevice)) return true;
   if (first) blocks_.release_run(sequence.host_store);
   return false;
 }
 
 /// Where runs of others lie in between it waits for them, and nobody takes more; those of paused jobs, when nobody else
 /// is at work, give way or are worked off.
-bool Scheduler::take_run(Step& step, BlockRun& run, std::int64_t count, Tier tier, bool paused) {
+bool Scheduler::take_run(Step& step, const TrainSequence& sequence, BlockRun& run, std::int64_t count, Tier tier) {
   if (count == 0) return true;
   while (true) {
     run = reserve_run(count, step.plan.moves, tier);
@@ -290,8 +293,8 @@ bool Scheduler::take_run(Step& step, BlockRun& run, std::int64_t count, Tier tie
                return s->started || (tier == Tier::kHost && s->swapped_out());
              });
     };
-    if (paused || std::any_of(jobs_.begin(), jobs_.end(), at_work)) return false;
-    if (tier == Tier::kDevice ? !yield_one(step.plan, true) : !give_back_host(step)) {
+    if (std::any_of(jobs_.begin(), jobs_.end(), at_work)) return false;
+    if (tier == Tier::kDevice ? !yield_one(step.plan, whom_for(sequence)) : !give_back_host(step)) {
       step.held_by_paused = true;
       step.host_held = tier == Tier::kHost;
       return false;
@@ -329,7 +332,7 @@ std::int64_t Scheduler::growth_blocks(std::int64_t tokens) const {
 std::int64_t Scheduler::forward_rows(const Step& step, const TrainSequence& sequence, bool force) const {
   const std::int64_t begin = sequence.forward_done, remaining = sequence.length - begin;
   const auto in_time = [&](std::int64_t count) {
-    return fits(step, with_forward(step.plan.features, begin, begin + count, sequence.forward_cost));
+    return fits(step, with_forward(step.plan.features, sequence, begin, begin + count));
   };
   const std::int64_t rows = std::min(step.rows_left, step.finetune_layer_rows / config_.num_layers);
   if (sequence.window_tokens > 0) {
@@ -367,9 +370,7 @@ Scheduler::Outcome Scheduler::give_backward(Step& step, Job& job, bool force) {
       f = base;
       const std::int64_t rows = backward_rows(*top, config_.max_num_batched_tokens);
       unit_.push_back({static_cast<std::size_t>(top - flights_.data()), rows});
-      f.backward_layer_tokens += rows;
-      f.recomputed_layer_tokens += static_cast<double>(rows) * (top->sequence->backward_cost - 1.0);
-      f.backward_layer_context += context_sum(top->rows - rows, top->rows);
+      add_backward(f, *top->sequence, top->rows - rows, top->rows, config_.num_layers);
       ++f.backward_units;
     }
   }
@@ -412,9 +413,7 @@ StepFeatures Scheduler::collect(const Step& step, const Job& job, std::int64_t p
       if (rows == 0) continue;
       unit_.push_back({i, rows});
       limit -= rows;
-      f.backward_layer_tokens += rows;
-      f.recomputed_layer_tokens += static_cast<double>(rows) * (flight.sequence->backward_cost - 1.0);
-      f.backward_layer_context += context_sum(flight.rows - rows, flight.rows);
+      add_backward(f, *flight.sequence, flight.rows - rows, flight.rows, config_.num_layers);
     }
   }
   f.backward_units += !unit_.empty();

@@ -5,6 +5,8 @@
 
 #include "flexcore/config.h"
 #include "sched/block_manager.h"
+#include "sched/cost_model.h"
+#include "sched/search.h"
 
 namespace flexcore {
 
@@ -52,7 +54,7 @@ struct TrainSequence {
   std::int64_t window_tokens = 0;           // largest forward window; 0: any
   std::int64_t backward_window_tokens = 0;  // largest backward window; 0: any
   double backward_cost = 1.0;               // of its units, in units that make nothing again
-  double forward_cost = 0.0;                // what a forward row adds to its time, in rows of such units
+  double host_blocks_per_token = 0.0;       // pages' worth that all its layers keep in host memory, one way
   std::int64_t store_blocks = 0;            // pages that hold what it keeps for its backward
   std::int64_t host_store_blocks = 0;       // and those in host memory
   std::vector<std::int32_t> block_table;
@@ -69,5 +71,20 @@ struct TrainSequence {
   bool swapped_out() const { return !host_table.empty(); }
   bool done = false;  // backward finished down to first_layer
 };
+
+/// Its rows [begin, end), in a forward window or in a unit of one of `num_layers` layers, as part of a step.
+inline void add_forward(StepFeatures& f, const TrainSequence& sequence, std::int64_t begin, std::int64_t end) {
+  f.finetune_tokens += end - begin;
+  f.finetune_context += context_sum(begin, end);
+  f.host_blocks += static_cast<double>(end - begin) * sequence.host_blocks_per_token;
+}
+inline void add_backward(StepFeatures& f, const TrainSequence& sequence, std::int64_t begin, std::int64_t end,
+                         std::int64_t num_layers) {
+  const auto rows = static_cast<double>(end - begin);
+  f.backward_layer_tokens += end - begin;
+  f.backward_layer_context += context_sum(begin, end);
+  f.recomputed_layer_tokens += rows * (sequence.backward_cost - 1.0);
+  f.host_blocks += rows * sequence.host_blocks_per_token / static_cast<double>(num_layers - sequence.first_layer);
+}
 
 }  // namespace flexcore

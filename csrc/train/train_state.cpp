@@ -48,8 +48,9 @@ KeptBytes TrainState::store_bytes(const TrainingProgram& program, const TrainSha
 
 void TrainState::place(const Store& store, MemoryLedger& ledger, const TrainShape& shape) {
   shape_ = shape;
-  store_ = store;
   const auto [device, host] = saved_bytes(*program, length());
+  release();
+  store_ = store;
   saved_loan_ = LedgerLoan(ledger, MemoryTag::kKvPages, MemoryTag::kSavedActivations, device);
   offloaded_loan_ = LedgerLoan(ledger, MemoryTag::kSwapSpace, MemoryTag::kOffloadedActivations, host);
   gradient_loan_ = LedgerLoan(ledger, MemoryTag::kKvPages, MemoryTag::kGradients, gradient_bytes(shape, length()));
@@ -61,9 +62,13 @@ void TrainState::restart() {
 }
 
 void TrainState::release() {
+  swap_out();
+  offloaded_loan_.end();
+}
+
+void TrainState::swap_out() {
   store_ = {};
   saved_loan_.end();
-  offloaded_loan_.end();
   gradient_loan_.end();
 }
 

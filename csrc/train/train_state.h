@@ -46,8 +46,9 @@ class TrainState {
   void place(const Store& store, MemoryLedger& ledger, const TrainShape& shape);
   /// Forgets the forward done so far, after the scheduler has restarted the sequence.
   void restart();
-  /// Its pages are somebody else's from now on.
+  /// Its pages are somebody else's from now on; of a sequence that was swapped out, those of the pool.
   void release();
+  void swap_out();
 
   TensorView saved(std::size_t index, std::int64_t begin, std::int64_t end) const;  // [rows, width], as it is kept
   const Store& store() const { return store_; }                                     // of all saved tensors

@@ -99,7 +99,6 @@ TEST_F(CompileTest, KeepsLessForMoreTime) {
     EXPECT_EQ(program.saved_bytes_per_token.host, 0u);
     EXPECT_EQ(candidate.bytes_per_token.host, 0u);
     EXPECT_EQ(program.backward_cost == 1.0, i == 0);
-    EXPECT_EQ(program.forward_cost, 0.0);
     least = std::min(least, program.saved_bytes_per_token.device);
   }
   EXPECT_EQ(least, 2u * 2 * 32);  // bf16 inputs of two layers; the lowest's are the tokens
@@ -143,7 +142,6 @@ TEST_F(CompileTest, KeepsInHostMemoryWhatCostsLessThere) {
       const auto& program = with_host.training(all, candidate.choice);
       EXPECT_EQ(program.saved_bytes_per_token.device, candidate.bytes_per_token.device);
       EXPECT_EQ(program.saved_bytes_per_token.host, candidate.bytes_per_token.host);
-      EXPECT_EQ(program.forward_cost > 0.0, candidate.bytes_per_token.host > 0);
       std::size_t device = 0, host = 0;
       for (const bool whole : {true, false})
         for (const auto& saved : program.saved) {

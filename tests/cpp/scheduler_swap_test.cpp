@@ -220,6 +220,36 @@ TEST(SchedulerSwap, PausedJobsMakeRoomForOffloadedStores) {
   }
 }
 
+// One that would be worked off comes back to pages of a forward phase that is paused too.
+TEST(SchedulerSwap, PausedForwardPhasesMakeWayForPausedBackwardOnes) {
+  World world(small(), 24, 16, true, 20);
+  world.cost = simple_costs();
+  world.cost.set_swap_ms(0.01);
+  for (const std::int64_t id : {1, 2, 3}) world.scheduler.add_job(id, 1.0);
+  const auto pause = [&](std::int64_t id) {
+    world.scheduler.pause_job(id, true);
+    world.paused.insert(id);
+  };
+  const TrainSequence& p = world.example(1, 100, 0, 10, 9, 3);
+  while (!p.in_backward()) world.step();
+  pause(1);
+  Sequence& large = world.request(300, 4);
+  world.step();
+  ASSERT_TRUE(p.swapped_out());
+  world.scheduler.finish(&large);
+  const TrainSequence& q = world.example(2, 60, 10, 0, 5);
+  world.step();
+  ASSERT_TRUE(q.started && !q.in_backward());
+  pause(2);
+  const TrainSequence& a = world.example(3, 16, 0, 0, 0, 2);
+  for (int i = 0; i < 300 && !a.done; ++i) EXPECT_FALSE(world.step().empty());
+  EXPECT_TRUE(a.done && p.done && !q.done);
+  for (const std::int64_t id : {1, 2}) world.scheduler.pause_job(id, false);
+  world.paused.clear();
+  world.run();
+  EXPECT_TRUE(q.done);
+}
+
 TEST(SchedulerSwap, RemovedJobsGiveHostPagesBack) {
   World world(small(), 8, 16, true, 8);
   world.scheduler.add_job(1, 1.0);

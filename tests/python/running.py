@@ -102,7 +102,11 @@ def relative(value: np.ndarray, wanted: np.ndarray) -> float:
 def is_idle(engine: fc.Engine) -> bool:
     """Nothing is held but weights, pages, adapters and workspace, and every page is free."""
     stats, memory = engine.stats(), engine.memory()
-    held = {name: memory[name] for name in ("saved_activations", "gradients", "optimizer") if memory[name]}
+    held = {
+        name: memory[name]
+        for name in ("saved_activations", "offloaded_activations", "gradients", "optimizer")
+        if memory[name]
+    }
     assert not held, held
     assert stats["kv_blocks_free"] == stats["kv_blocks"] and stats["swap_blocks_free"] == stats["swap_blocks"]
     assert stats["requests_running"] == stats["requests_waiting"] == 0

@@ -271,10 +271,10 @@ def test_a_job_that_ends_while_swapped_out(make_engine: MakeEngine, tiny_dir: An
     log = run(engine, until=in_backward)
     engine.submit(random_examples((240,), seed=4)[0].input_ids, greedy(4))
     run(engine, log=log, until=lambda log: engine.stats()["finetune_swaps"] > 0)
-    assert engine.memory()["saved_activations"] == 0
-    assert engine.memory_peak()["offloaded_activations"] > 0
+    assert engine.memory()["saved_activations"] == 0 < engine.memory()["offloaded_activations"]
     assert engine.stats()["swap_blocks_free"] < engine.stats()["swap_blocks"]
     engine.cancel_job(job)
+    assert engine.memory()["offloaded_activations"] == 0
     assert engine.stats()["swap_blocks_free"] == engine.stats()["swap_blocks"]
     run(engine, log=log)
     assert is_idle(engine)
