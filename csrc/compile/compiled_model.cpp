@@ -88,8 +88,7 @@ const CompiledModel::Options& CompiledModel::options(const BypassSet& bypasses) 
   found.of_layer = keep_options(*d.graph, d.num_forward, layer, rates_);
   for (int l = 0; l < d.graph->num_layers; ++l) {
     auto& bytes = found.kept_bytes.emplace_back();
-    for (const auto& option : found.of_layer)
-      bytes.push_back(kept_bytes(*d.graph, d.num_forward, l, option.keep));
+    for (const auto& option : found.of_layer) bytes.push_back(kept_bytes(*d.graph, d.num_forward, l, option.keep));
   }
   found.candidates = list_candidates(found);
   return options_.emplace(bypasses, std::move(found)).first->second;
@@ -102,7 +101,8 @@ const std::vector<CompiledModel::Candidate>& CompiledModel::keep_candidates(cons
 // With so much in host memory; a layer that is unlike the others keeps less there.
 double CompiledModel::seconds_of(const KeepOption& option, const KeptBytes& kept) const {
   return option.seconds_per_token -
-         2.0 * rates_.seconds_per_host_byte * (static_cast<double>(option.bytes_per_token.host) - static_cast<double>(kept.host));
+         2.0 * rates_.seconds_per_host_byte *
+             (static_cast<double>(option.bytes_per_token.host) - static_cast<double>(kept.host));
 }
 
 std::vector<CompiledModel::Candidate> CompiledModel::list_candidates(const Options& options) const {

@@ -56,7 +56,7 @@ struct KeepOption {
 struct OperatorRates {
   double seconds_per_flop = 1e-11, seconds_per_byte = 1e-10;
   double seconds_per_host_byte = 0.0;  // of a copy to host memory, or back; 0: nothing is kept there
-  double context = 512;  // positions that a row attends to
+  double context = 512;                // positions that a row attends to
 };
 
 /// Of a layer's backward, choices of tensors for which no other keeps less, here and there, in less time; the fastest,
@@ -76,7 +76,6 @@ struct KeepPlan {
   std::vector<KeptTensor> kept;
   std::vector<std::vector<NodeId>> nodes_of_layer;
 };
-KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes,
-                                 const std::vector<LayerKeep>& keep);
+KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes, const std::vector<LayerKeep>& keep);
 
 }  // namespace flexcore

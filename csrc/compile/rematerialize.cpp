@@ -181,7 +181,8 @@ std::unique_ptr<LayerChoice> choose(const Graph& graph, int layer, const std::se
                                     const LayerKeep& keep) {
   auto choice = std::make_unique<LayerChoice>(graph, layer, needed, keep);
   if (!choice->possible())
-    choice = std::make_unique<LayerChoice>(graph, layer, needed, LayerKeep{.recomputed = {}, .offloaded = keep.offloaded});
+    choice =
+        std::make_unique<LayerChoice>(graph, layer, needed, LayerKeep{.recomputed = {}, .offloaded = keep.offloaded});
   return choice;
 }
 
@@ -243,8 +244,7 @@ std::vector<KeepOption> keep_options(const Graph& graph, std::size_t num_forward
   return few(undominated(std::move(options)), [](const KeepOption& option) { return option.bytes_per_token; });
 }
 
-KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes,
-                                 const std::vector<LayerKeep>& keep) {
+KeepPlan prune_and_rematerialize(Graph& graph, std::size_t num_forward_nodes, const std::vector<LayerKeep>& keep) {
   const std::size_t num_nodes = graph.nodes.size();
   const auto layers = static_cast<std::size_t>(graph.num_layers);
   KeepPlan plan;

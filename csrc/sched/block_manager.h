@@ -107,7 +107,7 @@ class BlockManager {
 
   std::int64_t block_size_;
   bool caching_;
-  std::vector<Page> pages_;              // of both tiers
+  std::vector<Page> pages_;             // of both tiers
   std::vector<std::int32_t> contents_;  // [num_blocks, block_size] tokens of cached pages
   std::vector<std::int32_t> buckets_;   // first page of each chain, or -1; a power of two of them
   // Free pages without content: heaps, the lowest first, so that runs find room above.

@@ -12,9 +12,9 @@ namespace {
 constexpr int kTerms = CostModel::kTerms;
 using Vector = std::array<double, kTerms>;
 
-constexpr double kForgetting = 0.9;      // of one direction a step; with all in use, about 100 steps of memory
-constexpr double kMaxVariance = 1e4;     // of theta, which is about 1, in units of the error's variance
-constexpr double kMinUsualError = 0.02;  // below this, differences are noise
+constexpr double kForgetting = 0.9;          // of one direction a step; with all in use, about 100 steps of memory
+constexpr double kMaxVariance = 1e4;         // of theta, which is about 1, in units of the error's variance
+constexpr double kMinUsualError = 0.02;      // below this, differences are noise
 constexpr double kRestoredPrecision = 10.0;  // of coefficients from an earlier run: a few steps overrule them
 constexpr double kGate = 3.0;                // usual errors that one step may count for
 constexpr int kRobustRounds = 4;             // reweightings of a fit

@@ -44,8 +44,8 @@ class CostModel {
   double error_quantile(double quantile) const;
   /// Times that are not finite and positive, and steps without work, are ignored.
   void observe(const StepFeatures& features, double measured_ms);
-  /// Least squares over probes, from scratch; useless samples are ignored as in `observe`. Host blocks that no probe had
-  /// go at the rate of swaps.
+  /// Least squares over probes, from scratch; useless samples are ignored as in `observe`. Host blocks that no probe
+  /// had go at the rate of swaps.
   struct Sample {
     StepFeatures features;
     double measured_ms;

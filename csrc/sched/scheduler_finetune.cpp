@@ -290,8 +290,8 @@ bool Scheduler::take_run(Step& step, const TrainSequence& sequence, BlockRun& ru
     (tier == Tier::kDevice ? step.short_of_runs : step.short_of_host_runs) = true;
     const auto at_work = [&](const Job& j) {
       return !j.paused && std::any_of(j.sequences.begin(), j.sequences.end(), [&](const TrainSequence* s) {
-               return s->started || (tier == Tier::kHost && s->swapped_out());
-             });
+        return s->started || (tier == Tier::kHost && s->swapped_out());
+      });
     };
     if (std::any_of(jobs_.begin(), jobs_.end(), at_work)) return false;
     if (tier == Tier::kDevice ? !yield_one(step.plan, whom_for(sequence)) : !give_back_host(step)) {

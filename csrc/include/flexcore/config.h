@@ -34,10 +34,9 @@ struct EngineConfig {
                                                  // room for: activations of sequences too long for it, and pages when
                                                  // requests need them. Default: on a GPU as much as the pool has for
                                                  // training, up to 4 GiB and an eighth of host memory; on a CPU none
-  std::optional<std::int64_t>
-      finetune_memory_bytes;  // saved activations and gradients in flight on the device; sequences that do not fit
-                              // recompute, or keep in the swap space, what costs least time; default: no limit of its
-                              // own
+  std::optional<std::int64_t> finetune_memory_bytes;  // saved activations and gradients in flight on the device;
+                                                      // sequences that do not fit recompute, or keep in the swap space,
+                                                      // what costs least time; default: no limit of its own
   /// How activations wait for their backward: "exact", or "int8", in groups of 64 with a minimum and a step each: a bit
   /// more than a byte an element, and gradients that are off by the rounding. To compare with: "read" also keeps what
   /// could be rebuilt, "all" everything that is made.
