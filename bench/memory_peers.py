@@ -124,7 +124,7 @@ def trial(args: argparse.Namespace, directory: str, name: str, length: int, limi
     task["steps"] = 3 if limit is None else 1
     command = [sys.executable, str(Path(__file__).resolve()), "--child", json.dumps(task)]
     threads = str(args.threads)
-    # Without a threshold, glibc keeps freed tensors in its heap: of torch's processes a third of all, or nothing, by luck.
+    # Without a threshold glibc keeps freed tensors in its heap: of torch's processes a third of all, or none, by luck.
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     environment["MALLOC_MMAP_THRESHOLD_"] = "262144"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
