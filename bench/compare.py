@@ -113,6 +113,7 @@ def run_system(system: System, source: Path, directory: Path, args: argparse.Nam
     command += ["--threads", str(args.threads), "--what", system.what] + (["--quick"] if args.quick else [])
     threads = str(args.threads)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "0"}
+    environment["MALLOC_MMAP_THRESHOLD_"] = "262144"  # freed tensors go back to the system: see memory_peers.py
     cores = sorted(os.sched_getaffinity(0))[: args.threads]
     done = subprocess.run(
         command,
