@@ -182,7 +182,7 @@ def next_length(fits: list[tuple[int, dict[str, Any]]], fails: int, limit: int) 
     if len(fits) == 1 and not fails:
         return 2 * last
     guess = (last + fails) // 2 if fails else 2 * last
-    if len(fits) > 1 and (not fails or len(fits) + 1 < 5):
+    if len(fits) > 1 and (not fails or len(fits) < 4):
         before, earlier = fits[-2]
         grown = max(1, result["peak_bytes"] - earlier["peak_bytes"]) / (last - before)
         at_limit = last + int((limit - result["peak_bytes"]) / grown)

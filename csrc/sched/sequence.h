@@ -59,10 +59,9 @@ struct TrainSequence {
   std::int64_t host_store_blocks = 0;       // and those in host memory
   std::vector<std::int32_t> block_table;
   BlockRun store, host_store;
-  std::vector<std::int32_t>
-      host_table;          // pages in host memory that hold what was on the device, while it is swapped out
-  double stay_ms = 0.0;    // of work, before a backward that came back is swapped out again
-  double waited_ms = 0.0;  // of finetuning's time, that were too short for its way back
+  std::vector<std::int32_t> host_table;  // where what was on the device is while it is swapped out
+  double stay_ms = 0.0;                  // of work, before a backward that came back is swapped out again
+  double waited_ms = 0.0;                // of finetuning's time, that were too short for its way back
 
   bool started = false;           // pages and saved activations are held
   std::int64_t forward_done = 0;  // tokens [0, forward_done) are through the forward
