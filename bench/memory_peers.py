@@ -31,6 +31,7 @@ SYSTEMS: dict[str, tuple[str, dict[str, Any]]] = {
     "flexcore": ("flexcore", {"finetune_activations": "exact"}),
     "flexcore int8": ("flexcore", {"finetune_activations": "int8"}),
     "flexcore least": ("flexcore", {"finetune_activations": "exact", "least": True}),
+    "flexcore nf4": ("flexcore", {"finetune_activations": "exact", "least": True, "quantization": "nf4"}),
     "PEFT": ("peft", {"checkpointing": False}),
     "PEFT checkpointing": ("peft", {"checkpointing": True}),
 }
@@ -229,6 +230,7 @@ def flexcore_step(task: dict[str, Any]) -> tuple[Any, int, Any]:
         "max_num_seqs": 1,
         "max_num_batched_tokens": min(256, max(64, task["length"])),
         "finetune_activations": task["finetune_activations"],
+        "quantization": task.get("quantization"),
     }
     lora = flexcore.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS)
     if task.get("least"):  # a layer's input alone

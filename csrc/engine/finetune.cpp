@@ -45,19 +45,11 @@ void Engine::Impl::validate(const std::vector<Example>& examples, const AdapterL
   }
 }
 
-void Engine::Impl::check_trainable(const Adapter& adapter) const {
-  const auto* lora = std::get_if<LoraConfig>(&adapter.config);
-  require<Unsupported>(lora == nullptr || !lora->use_dora || lora->lora_dropout == 0.0,
-                       "lora_dropout: ", adapter.dropout(), " in adapter \"", adapter.name,
-                       "\" with use_dora, wanted 0: there is no dropout in DoRA");
-}
-
 JobId Engine::Impl::start_job(const std::string& adapter, std::vector<Example> examples,
                               const FinetuneConfig& settings) {
   const auto target = adapters.get(adapter);
   check(settings);
   require(!is_training(adapter), "adapter \"", adapter, "\" is being trained by another job");
-  check_trainable(*target);
   validate(examples, target->layout);
   auto job = std::make_unique<TrainingJob>(next_job++, adapter, std::move(examples), settings);
   job->allocate(context, device->allocator(), ledger, target->layout.num_parameters);
@@ -81,7 +73,6 @@ JobId Engine::Impl::resume_finetune(const std::string& directory, std::vector<Ex
           ", wanted those of the first call (", checkpoint.num_examples, ")");
   const auto adapter = adapters.read(name, directory);
   adapter->version = checkpoint.version;
-  check_trainable(*adapter);
   validate(examples, adapter->layout);
   auto job = std::make_unique<TrainingJob>(next_job++, name, std::move(examples), checkpoint.config);
   job->step = checkpoint.step;

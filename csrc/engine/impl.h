@@ -147,7 +147,6 @@ struct Engine::Impl {
   JobId resume_finetune(const std::string& directory, std::vector<Example> examples);
   JobId begin(std::unique_ptr<TrainingJob> job);
   void validate(const std::vector<Example>& examples, const AdapterLayout& layout);
-  void check_trainable(const Adapter& adapter) const;
   TrainingJob& find_job(JobId id) const;
   void start_batch(TrainingJob& job);
   void finish_sequences(TrainingJob& job);

@@ -113,7 +113,6 @@ LossAndGradients Engine::Impl::loss_and_gradients(const std::string& name, const
   const auto adapter = adapters.get(name);
   require(window_tokens >= 0, "window_tokens: ", window_tokens, ", wanted >= 0");
   require(backward_window_tokens >= 0, "backward_window_tokens: ", backward_window_tokens, ", wanted >= 0");
-  if (dropout_seed) check_trainable(*adapter);
   validate(examples, adapter->layout);
   std::size_t longest = 0;
   for (const auto& example : examples) longest = std::max(longest, example.input_ids.size());

@@ -23,6 +23,8 @@ enum class BypassKind : std::uint8_t {
   kInputScale,   // x *= scale: (IA)^3 of feedforward modules
   kSeries,       // product += scaling * act(product A^T) B^T: a bottleneck adapter
   kOwnWeight,    // y = x W'^T, or W'[token] at the embedding: a module of its own (modules_to_save)
+  // Beside kDora, in training alone:
+  kDropped,  // product is of x without what is dropped, and bias gets what that leaves out
   // And, elsewhere, of virtual tokens:
   kPrompt,  // their embeddings
   kPrefix,  // their keys and values in one layer
@@ -39,6 +41,12 @@ using BypassSet = std::set<Bypass>;
 struct SegmentDropout {
   DropoutMask mask;           // p 0: none
   std::int64_t position = 0;  // of the segment's first row in its sequence
+};
+
+/// Rows whose product is of x without what is dropped.
+struct DroppedSegment {
+  std::int64_t begin = 0, end = 0;
+  SegmentDropout dropout;
 };
 
 /// Rows of a batch that are virtual tokens.
@@ -59,18 +67,20 @@ struct OwnWeightSegment {
 
 /// The rows of a batch that have a bypass at one site, by what it does; each list in ascending disjoint rows.
 struct SiteSegments {
-  std::vector<LoraSegment> lora;           // added to y
-  std::vector<SegmentDropout> dropout;     // of those, or empty
-  std::vector<LoraSegment> product_lora;   // added to the product
-  std::vector<ScaleSegment> output_scale;  // of the product, after product_lora
-  std::vector<LoraSegment> series;         // of the product, after the scale
-  std::vector<ScaleSegment> input_scale;   // of x
-  std::vector<OwnWeightSegment> own;       // instead of y
-  std::int64_t num_tokens = 0;             // of the embedding's table: its in_features
+  std::vector<LoraSegment> lora;        // added to y
+  std::vector<SegmentDropout> dropout;  // of those, or empty
+  std::vector<DroppedSegment> dropped;
+  std::vector<LoraSegment> product_lora;        // added to the product
+  std::vector<SegmentDropout> product_dropout;  // of those, or empty
+  std::vector<ScaleSegment> output_scale;       // of the product, after product_lora
+  std::vector<LoraSegment> series;              // of the product, after the scale
+  std::vector<ScaleSegment> input_scale;        // of x
+  std::vector<OwnWeightSegment> own;            // instead of y
+  std::int64_t num_tokens = 0;                  // of the embedding's table: its in_features
 
   bool empty() const { return lora.empty() && input_scale.empty() && own.empty() && !separated(); }
   void clear() {
-    lora.clear(), dropout.clear(), product_lora.clear();
+    lora.clear(), dropout.clear(), dropped.clear(), product_lora.clear(), product_dropout.clear();
     output_scale.clear(), series.clear(), input_scale.clear(), own.clear();
   }
   /// Something is done to the product, so that it has to be made before the residual is added.

@@ -5,6 +5,7 @@
 #include "graph/backward_builder.h"
 #include "graph/graph.h"
 #include "graph/layer_ops.h"
+#include "ops/linear.h"
 #include "ops/scatter.h"
 
 namespace flexcore {
@@ -21,7 +22,7 @@ Segments segments_of(const BatchState& batch, SiteId site, BypassKind kind) {
   const SiteSegments& all = batch.sites[static_cast<std::size_t>(site)];
   switch (kind) {
     case BypassKind::kDora:
-      return {all.product_lora, nullptr};
+      return {all.product_lora, all.product_dropout.empty() ? nullptr : &all.product_dropout};
     case BypassKind::kSeries:
       return {all.series, nullptr};
     default:
@@ -38,22 +39,27 @@ bool any_dropout(const BatchState& batch, const std::vector<SiteId>& sites, Bypa
                      [&](SiteId site) { return segments_of(batch, site, kind).dropout != nullptr; });
 }
 
-/// visit(rows of the batch, the segment of these rows alone, its dropout) for a site's segments, some rows at a time: a
-/// copy of x without what is dropped takes no more.
+/// visit(begin, end, dropout) for rows of the batch, some at a time: a copy of x without what is dropped takes no more.
+template <class Visit>
+void for_dropout_rows(std::int64_t first, std::int64_t last, const SegmentDropout& whole, Visit&& visit) {
+  constexpr std::int64_t kRows = 256;
+  for (std::int64_t begin = first; begin < last; begin += kRows) {
+    SegmentDropout dropout = whole;
+    dropout.position += begin - first;
+    visit(begin, std::min(begin + kRows, last), dropout);
+  }
+}
+
+/// visit(rows of the batch, the segment of these rows alone, its dropout) for a site's segments.
 template <class Visit>
 void for_dropout_rows(const Segments& segments, Visit&& visit) {
-  constexpr std::int64_t kRows = 256;
-  for (std::size_t i = 0; i < segments.lora.size(); ++i) {
-    const LoraSegment& whole = segments.lora[i];
-    for (std::int64_t begin = whole.begin; begin < whole.end; begin += kRows) {
-      const std::int64_t end = std::min(begin + kRows, whole.end);
-      LoraSegment segment = whole;
-      segment.begin = 0, segment.end = end - begin;
-      SegmentDropout dropout = (*segments.dropout)[i];
-      dropout.position += begin - whole.begin;
-      visit(begin, end, segment, dropout);
-    }
-  }
+  for (std::size_t i = 0; i < segments.lora.size(); ++i)
+    for_dropout_rows(segments.lora[i].begin, segments.lora[i].end, (*segments.dropout)[i],
+                     [&](std::int64_t begin, std::int64_t end, const SegmentDropout& dropout) {
+                       LoraSegment segment = segments.lora[i];
+                       segment.begin = 0, segment.end = end - begin;
+                       visit(begin, end, segment, dropout);
+                     });
 }
 
 void add_lora(OpContext& context, const TensorView& x, const TensorView& y, const Segments& segments) {
@@ -170,7 +176,98 @@ class ScaleOp final : public Operator {
   BypassKind kind_;
 };
 
+const std::vector<DroppedSegment>& dropped_of(const BatchState& batch, SiteId site) {
+  return batch.sites[static_cast<std::size_t>(site)].dropped;
+}
+// What dropout changes is (mask / (1 - p) - 1) x.
+DropoutArgs change(const TensorView& x, const TensorView& y, const SegmentDropout& dropout, bool undo, GradMode mode) {
+  return {x, y, dropout.mask, dropout.position, mode, undo ? -1.0f : 1.0f, undo ? 1.0f : -1.0f};
+}
+double dropped_flops(const Graph& graph, SiteId site) {
+  const LinearSite& linear = graph.sites[static_cast<std::size_t>(site)];
+  return 2.0 * static_cast<double>(linear.in_features) * static_cast<double>(linear.out_features);
+}
+
+// in: grad y, grad x; out: grad x, added to.
+class DroppedLinearBackwardOp final : public Operator {
+ public:
+  DroppedLinearBackwardOp(SiteId site, ParamId weight, bool undo) : site_(site), weight_(weight), undo_(undo) {}
+  std::string_view name() const override { return "dropped_linear_backward"; }
+  int alias(int) const override { return 1; }
+  bool idle(const BatchState& batch) const override { return dropped_of(batch, site_).empty(); }
+  double flops(const Graph& graph, double) const override { return dropped_flops(graph, site_); }
+  void run(const RunState& state, const Node&, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    OpContext& context = *state.context;
+    const WeightView& weight = state.matrices[static_cast<std::size_t>(weight_)];
+    for (const auto& segment : dropped_of(*state.batch, site_))
+      for_dropout_rows(
+          segment.begin, segment.end, segment.dropout,
+          [&](std::int64_t begin, std::int64_t end, const SegmentDropout& dropout) {
+            const Arena::Scope scope(*context.scratch);
+            const TensorView grad = context.scratch->tensor(DType::kFloat32, {end - begin, out[0].shape(1)});
+            const LinearBackwardArgs::Member member{weight, in[0].rows(begin, end)};
+            flexcore::run(context, LinearBackwardArgs{{&member, 1}, grad});
+            flexcore::run(context, change(grad, out[0].rows(begin, end), dropout, undo_, GradMode::kAccumulate));
+          });
+  }
+
+ private:
+  SiteId site_;
+  ParamId weight_;
+  bool undo_;
+};
+
+class DroppedLinearOp final : public Operator {
+ public:
+  DroppedLinearOp(SiteId site, ParamId weight, bool undo) : site_(site), weight_(weight), undo_(undo) {}
+  std::string_view name() const override { return "dropped_linear"; }
+  int alias(int) const override { return 1; }
+  bool idle(const BatchState& batch) const override { return dropped_of(batch, site_).empty(); }
+  double flops(const Graph& graph, double) const override { return dropped_flops(graph, site_); }
+  std::vector<ParamId> params() const override { return {weight_}; }
+  std::optional<Recompute> recompute(const std::vector<bool>&) const override {
+    return Recompute{std::make_shared<DroppedLinearOp>(*this), {0, 1}, {0}};
+  }
+  void run(const RunState& state, const Node&, std::span<const TensorView> in,
+           std::span<const TensorView> out) const override {
+    OpContext& context = *state.context;
+    for (const auto& segment : dropped_of(*state.batch, site_))
+      for_dropout_rows(segment.begin, segment.end, segment.dropout,
+                       [&](std::int64_t begin, std::int64_t end, const SegmentDropout& dropout) {
+                         const Arena::Scope scope(*context.scratch);
+                         const TensorView x = context.scratch->tensor(in[0].dtype(), {end - begin, in[0].shape(1)});
+                         flexcore::run(context, change(in[0].rows(begin, end), x, dropout, undo_, GradMode::kWrite));
+                         const LinearArgs::Member member{.weight = state.matrices[static_cast<std::size_t>(weight_)],
+                                                         .y = out[0].rows(begin, end),
+                                                         .mode = GradMode::kAccumulate};
+                         flexcore::run(context, LinearArgs{x, {&member, 1}});
+                       });
+  }
+  void vjp(BackwardBuilder& builder, const Node& node) const override {
+    const TensorId grad = builder.grad(node.outputs[0]), x = node.inputs[0];
+    if (grad == kNoTensor) return;
+    builder.pass(node.inputs[1], grad);
+    if (!builder.needs(x)) return;
+    // It only adds to grad x; the base linear writes it first.
+    builder.contribute_after(x, [&builder, x, grad, op = *this] {
+      builder.contribute(x, DType::kFloat32, {grad}, [&](bool) {
+        return std::make_shared<DroppedLinearBackwardOp>(op.site_, op.weight_, op.undo_);
+      });
+    });
+  }
+
+ private:
+  SiteId site_;
+  ParamId weight_;
+  bool undo_;
+};
+
 }  // namespace
+
+std::shared_ptr<const Operator> dropped_linear_op(SiteId site, ParamId weight, bool undo) {
+  return std::make_shared<DroppedLinearOp>(site, weight, undo);
+}
 
 TensorView dropped(OpContext& context, const TensorView& x, const SegmentDropout& dropout) {
   const TensorView copy = context.scratch->tensor(x.dtype(), {x.shape(0), x.shape(1)});

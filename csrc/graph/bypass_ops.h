@@ -32,6 +32,9 @@ class LoraOp final : public Operator {
   BypassKind kind_;
 };
 
+/// in: x, y; out: y + (x without what is dropped - x) W^T, in place, for the segments' rows; `undo`: y less that.
+std::shared_ptr<const Operator> dropped_linear_op(SiteId site, ParamId weight, bool undo);
+
 /// A copy of x on the scratch, without what is dropped.
 TensorView dropped(OpContext& context, const TensorView& x, const SegmentDropout& dropout);
 

@@ -62,6 +62,16 @@ void Adapter::add_rows(const AdapterModule& module, std::int64_t begin, std::int
                         .scale = values,
                         .grad_scale = gradients == nullptr ? nullptr : gradients + module.scale_offset};
   };
+  const auto of_site = [&](SegmentDropout dropped) {
+    dropped.mask.module = static_cast<std::uint32_t>(module.bypass.site);
+    return dropped;
+  };
+  const auto add_lora = [&](std::vector<LoraSegment>& segments, std::vector<SegmentDropout>& dropouts) {
+    segments.push_back(lora_segment(module, begin, end, gradients));
+    if (dropout == nullptr && dropouts.empty()) return;
+    dropouts.resize(segments.size());
+    if (dropout != nullptr) dropouts.back() = of_site(*dropout);
+  };
   switch (module.bypass.kind) {
     case BypassKind::kOwnWeight:
       site.own.push_back({.begin = begin,
@@ -71,17 +81,12 @@ void Adapter::add_rows(const AdapterModule& module, std::int64_t begin, std::int
       return;
     case BypassKind::kLora:
       if (module.place == LinearSite::Place::kEmbedding) dropout = nullptr;  // as in PEFT
-      site.lora.push_back(lora_segment(module, begin, end, gradients));
-      if (dropout == nullptr && site.dropout.empty()) return;
-      site.dropout.resize(site.lora.size());
-      if (dropout == nullptr) return;
-      site.dropout.back() = *dropout;
-      site.dropout.back().mask.module = static_cast<std::uint32_t>(module.bypass.site);
+      add_lora(site.lora, site.dropout);
       return;
     case BypassKind::kDora: {
       // Without a residual the linear's output is its product.
-      (module.residual ? site.product_lora : site.lora).push_back(lora_segment(module, begin, end, gradients));
-      if (!site.dropout.empty()) site.dropout.resize(site.lora.size());
+      add_lora(module.residual ? site.product_lora : site.lora, module.residual ? site.product_dropout : site.dropout);
+      if (dropout != nullptr) site.dropped.push_back({begin, end, of_site(*dropout)});
       const float* norm = derived() + module.derived_offset;
       ScaleSegment segment = scale(norm + module.out_features);
       segment.offset = bias_[static_cast<std::size_t>(&module - layout.modules.data())];
@@ -98,6 +103,7 @@ void Adapter::add_rows(const AdapterModule& module, std::int64_t begin, std::int
     case BypassKind::kSeries:
       site.series.push_back(lora_segment(module, begin, end, gradients));
       return;
+    case BypassKind::kDropped:  // with kDora
     case BypassKind::kPrompt:
     case BypassKind::kPrefix:  // rows of their own
       return;

@@ -75,11 +75,20 @@ class Attacher {
   TensorId lora(BypassKind kind, TensorId x, TensorId y, const std::string& name = {}) {
     return update(std::make_shared<LoraOp>(std::vector<SiteId>{site_}, kind), {x, y}, y, name);
   }
-  // What the linear makes, or its product where there is a residual.
-  TensorId scale_and_adapt(TensorId product) {
+  TensorId dropped(const LinearOp& linear, TensorId x, TensorId y, bool undo = false) {
+    if (!has(BypassKind::kDropped)) return y;
+    return update(dropped_linear_op(site_, linear.members()[0].weight, undo), {x, y}, y);
+  }
+  // What the linear makes, or its product where there is a residual; behind LoRA's part of it, so that those of one
+  // input stay next to each other. DoRA scales the product of x without what is dropped; as in PEFT, what that leaves
+  // of the product joins it as it is.
+  TensorId scale_and_adapt(const LinearOp& linear, TensorId x, TensorId product) {
     const std::string name = graph_.tensor(product).name;
-    if (has(BypassKind::kOutputScale) || has(BypassKind::kDora))
+    product = dropped(linear, x, product);
+    if (has(BypassKind::kOutputScale) || has(BypassKind::kDora)) {
       product = update(scale_op(site_, BypassKind::kOutputScale), {product}, product, name + ".scaled");
+      product = dropped(linear, x, product, true);
+    }
     if (has(BypassKind::kSeries)) product = lora(BypassKind::kSeries, product, product, name + ".adapted");
     return product;
   }
@@ -126,7 +135,7 @@ class Attacher {
       graph_.add_node(std::move(node));
       if (graph_.sites[static_cast<std::size_t>(site)].place == Place::kOutput) return attach_to_output(input, y);
       const bool any = has(BypassKind::kLora) || has(BypassKind::kDora);
-      return scale_and_adapt(any ? lora(BypassKind::kLora, input, y) : y);
+      return scale_and_adapt(linear, input, any ? lora(BypassKind::kLora, input, y) : y);
     }();
   }
 
@@ -152,7 +161,7 @@ class Attacher {
       TensorId product = add(std::make_shared<LinearOp>(linear.members(), false, when, site_), {x}, y,
                              graph_.tensor(y).name + ".product");
       if (has(BypassKind::kDora)) product = lora(BypassKind::kDora, x, product);
-      product = scale_and_adapt(product);
+      product = scale_and_adapt(linear, x, product);
       if (serving())
         last = update(add_op(when, site_), {y, product}, y);
       else

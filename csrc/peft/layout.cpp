@@ -28,7 +28,10 @@ void with_virtual_tokens(std::span<const std::int32_t> token_ids, std::int64_t n
 
 BypassSet AdapterLayout::bypasses() const {
   BypassSet bypasses;
-  for (const auto& module : modules) bypasses.insert(module.bypass);
+  for (const auto& module : modules) {
+    bypasses.insert(module.bypass);
+    if (module.drops) bypasses.insert({module.bypass.site, BypassKind::kDropped});
+  }
   return bypasses;
 }
 

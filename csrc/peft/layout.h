@@ -39,6 +39,7 @@ struct AdapterModule {
   std::int64_t rank = 0;  // of A and B; 0: it has none
   float scaling = 1.0f;
   Activation activation = Activation::kNone;
+  bool drops = false;  // DoRA in training: elements of x
   std::int64_t a_offset = 0, b_offset = 0;
   std::int64_t scale_offset = 0;    // (IA)^3's vector, DoRA's magnitudes
   std::int64_t weight_offset = 0;   // of kOwnWeight

@@ -47,7 +47,8 @@ AdapterLayout lay_out(const LoraConfig& config, const Graph& base) {
                          .out_features = site.out_features,
                          .residual = site.residual,
                          .rank = resolved->rank,
-                         .scaling = static_cast<float>(resolved->scaling)};
+                         .scaling = static_cast<float>(resolved->scaling),
+                         .drops = config.use_dora && config.lora_dropout > 0.0};
     const bool embedding = site.place == LinearSite::Place::kEmbedding;
     if (embedding) std::swap(module.in_features, module.out_features);  // from a token to its row
     module.a_offset =

@@ -160,6 +160,14 @@ TEST(Dropout, MatchesOracle) {
             };
             EXPECT_LE(worst_error(y, wanted), epsilon(y_type)) << width << " " << p;
             EXPECT_TRUE(y.gaps_untouched());
+            // What that changes, taken back: with y as it was, x less what is kept.
+            y = mode == GradMode::kWrite ? Matrix(y_type, 5, width, 1) : before;
+            fixture().run(DropoutArgs{x.view(), y.view(), mask, 11, mode, -1.0f, 1.0f});
+            const auto left = [&](auto i, auto j) {
+              return (1 - kept(mask, 11 + i, j)) * x(i, j) + (mode == GradMode::kAccumulate ? before(i, j) : 0);
+            };
+            EXPECT_LE(worst_error(y, left), epsilon(y_type)) << width << " " << p;
+            EXPECT_TRUE(y.gaps_untouched());
           }
 }
 

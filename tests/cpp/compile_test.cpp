@@ -58,6 +58,7 @@ TEST_F(CompileTest, LinearsOfOneInputBecomeOneNode) {
   EXPECT_EQ(per_layer["linear"], 6);        // qkv, o, gate+up, down; o and down apart from the residual
   EXPECT_EQ(per_layer["lora"], 4 + 2 + 7);  // of these; of the products of o and down; behind each of the seven
   EXPECT_EQ(per_layer["scale"], 7 + 2);     // what each of the seven makes; what o and down read
+  EXPECT_EQ(per_layer["dropped_linear"], 2 * 7);
 }
 
 TEST_F(CompileTest, KeepsWhatOnlyGemmsAndAttentionMake) {

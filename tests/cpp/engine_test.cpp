@@ -119,6 +119,7 @@ TEST_F(EngineTest, EveryMethodHasTheSameGradients) {
   const std::vector<std::pair<std::string, AdapterConfig>> methods = {
       {"dropout", LoraConfig{.r = 3, .lora_alpha = 6, .lora_dropout = 0.25}},
       {"dora", LoraConfig{.r = 3, .lora_alpha = 6, .use_dora = true}},
+      {"dora, dropout", LoraConfig{.r = 3, .lora_alpha = 6, .lora_dropout = 0.25, .use_dora = true}},
       {"ia3", IA3Config{}},
       {"series", BottleneckConfig{.bottleneck_size = 5, .non_linearity = "gelu"}},
       {"parallel", BottleneckConfig{.bottleneck_size = 5, .use_parallel_adapter = true}},

@@ -64,12 +64,14 @@ void scale_backward(OpContext& context, const ScaleBackwardArgs& args) {
 void dropout(OpContext& context, const DropoutArgs& args) {
   const std::int64_t width = args.x.shape(1);
   const auto threshold = static_cast<std::uint32_t>(std::lround(args.mask.p * 65536.0));
+  const float scale = 65536.0f / static_cast<float>(65536 - std::min<std::uint32_t>(threshold, 65535));
   const DropoutRows rows{
       .x = in(args.x),
       .y = out(args.y),
       .width = width,
       .threshold = threshold,
-      .scale = 65536.0f / static_cast<float>(65536 - std::min<std::uint32_t>(threshold, 65535)),
+      .kept = args.kept * scale + args.all,
+      .dropped = args.all,
       .key = {static_cast<std::uint32_t>(args.mask.seed), static_cast<std::uint32_t>(args.mask.seed >> 32)},
       .position = static_cast<std::uint32_t>(args.position),
       .module = args.mask.module,

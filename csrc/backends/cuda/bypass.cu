@@ -75,6 +75,7 @@ void dropout(OpContext& context, const DropoutArgs& args) {
   const std::int64_t rows = args.x.shape(0), width = args.x.shape(1);
   if (rows == 0 || width == 0) return;
   const auto threshold = static_cast<unsigned>(std::lround(args.mask.p * 65536.0));
+  const float scale = 65536.0f / static_cast<float>(65536 - std::min(threshold, 65535u));
   const std::int64_t calls = (width + 127) / 128 * 16;
   const unsigned threads =
       static_cast<unsigned>(std::min<std::int64_t>(256, (calls + kWarpSize - 1) / kWarpSize * kWarpSize));
@@ -88,7 +89,8 @@ void dropout(OpContext& context, const DropoutArgs& args) {
                  .module = args.mask.module,
                  .sequence = args.mask.sequence,
                  .threshold = threshold,
-                 .scale = 65536.0f / static_cast<float>(65536 - std::min(threshold, 65535u)),
+                 .kept = args.kept * scale + args.all,
+                 .dropped = args.all,
                  .accumulate = args.mode == GradMode::kAccumulate});
   check_launch(args.kName);
 }

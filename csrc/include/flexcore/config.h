@@ -95,7 +95,7 @@ struct LoraConfig {
   bool use_rslora = false;
   std::vector<std::pair<std::string, std::int64_t>> rank_pattern = {};  // first match wins, as in PEFT
   std::vector<std::pair<std::string, double>> alpha_pattern = {};
-  double lora_dropout = 0.0;  // of x on its way to A, in finetuning alone
+  double lora_dropout = 0.0;  // of x on its way to A, with DoRA to W too; in finetuning alone
   /// Modules that are trained whole, copies of the base model's: "embed_tokens", "lm_head".
   std::vector<std::string> modules_to_save = {};
   bool use_dora = false;  // DoRA (arXiv 2402.09353): magnitude * (W + scaling * B A) / its norms, row by row

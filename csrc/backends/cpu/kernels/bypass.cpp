@@ -83,7 +83,7 @@ void dropout(const DropoutRows& t, std::int64_t begin, std::int64_t end) {
           const std::int64_t column = block + n * kCalls + call;
           if (column >= t.width) break;
           const VecU number = n % 2 == 0 ? random.word[n / 2] & 0xffffu : random.word[n / 2] >> 16;
-          const Vec factor = number < t.threshold ? Vec{} : Vec{} + t.scale;
+          const Vec factor = number < t.threshold ? Vec{} + t.dropped : Vec{} + t.kept;
           const auto apply = [&](auto part) {
             const Vec kept = factor == 0.0f ? Vec{} : part.get(x) * factor;  // zero times infinity is not dropped
             part.put(y, t.accumulate ? part.get(y) + kept : kept);

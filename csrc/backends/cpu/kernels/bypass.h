@@ -30,7 +30,7 @@ struct DropoutRows {
   Rows y;
   std::int64_t width;
   std::uint32_t threshold;  // numbers below it drop
-  float scale;
+  float kept, dropped;      // factors
   std::uint32_t key[2];
   std::uint32_t position, module, sequence;  // position of row 0
   bool accumulate;

@@ -91,7 +91,7 @@ struct Dropout {
   std::uint64_t seed;
   unsigned position, module, sequence;  // position of row 0
   unsigned threshold;
-  float scale;
+  float kept, dropped;  // factors
   bool accumulate;
 };
 
@@ -111,7 +111,8 @@ __global__ void __launch_bounds__(256) dropout_kernel(const Dropout a) {
     float v[1], before[1] = {0.0f};
     a.x.load<1>(row, column, v);
     if (a.accumulate) a.y.load<1>(row, column, before);
-    v[0] = before[0] + (number < a.threshold ? 0.0f : a.scale * v[0]);
+    const float factor = number < a.threshold ? a.dropped : a.kept;
+    v[0] = before[0] + (factor == 0.0f ? 0.0f : factor * v[0]);  // zero times infinity is not dropped
     a.y.store<1>(row, column, v);
   }
 }
