@@ -34,6 +34,7 @@ SHARED = {
     "exact_attention_grad_q_kernel": "ExactBackwardShape<{0}>::kSharedBytes",
     "chunk_max_kernel": "2 * kWarpSize * sizeof(float)",
     "absorb_chunk_kernel": "2 * kWarpSize * sizeof(float)",
+    "row_cross_entropy_kernel": "2 * kWarpSize * sizeof(float)",
     "rms_norm_kernel": "2 * kWarpSize * sizeof(float)",
     "rms_norm_backward_kernel": "2 * kWarpSize * sizeof(float)",
     "lora_shrink_kernel": "kShrinkBytes<{2}>",
