@@ -16,7 +16,7 @@ constexpr double kUsualRank = 16;  // a program serves adapters of every rank
 
 struct Segments {
   const std::vector<LoraSegment>& lora;
-  const std::vector<SegmentDropout>* dropout;  // null: none of the kind has any
+  const std::vector<SegmentDropout>* dropout;  // null: none of these has any
 };
 Segments segments_of(const BatchState& batch, SiteId site, BypassKind kind) {
   const SiteSegments& all = batch.sites[static_cast<std::size_t>(site)];
@@ -34,11 +34,6 @@ const std::vector<ScaleSegment>& scales_of(const BatchState& batch, SiteId site,
   return kind == BypassKind::kInputScale ? all.input_scale : all.output_scale;
 }
 
-bool any_dropout(const BatchState& batch, const std::vector<SiteId>& sites, BypassKind kind) {
-  return std::any_of(sites.begin(), sites.end(),
-                     [&](SiteId site) { return segments_of(batch, site, kind).dropout != nullptr; });
-}
-
 /// visit(begin, end, dropout) for rows of the batch, some at a time: a copy of x without what is dropped takes no more.
 template <class Visit>
 void for_dropout_rows(std::int64_t first, std::int64_t last, const SegmentDropout& whole, Visit&& visit) {
@@ -50,16 +45,28 @@ void for_dropout_rows(std::int64_t first, std::int64_t last, const SegmentDropou
   }
 }
 
-/// visit(rows of the batch, the segment of these rows alone, its dropout) for a site's segments.
+bool drops(const Segments& segments, std::size_t i) {
+  return segments.dropout != nullptr && (*segments.dropout)[i].mask.p > 0.0;
+}
+/// The segments without dropout, in `storage` where there are others.
+std::span<const LoraSegment> plain_of(const Segments& segments, std::vector<LoraSegment>& storage) {
+  if (segments.dropout == nullptr) return segments.lora;
+  for (std::size_t i = 0; i < segments.lora.size(); ++i)
+    if (!drops(segments, i)) storage.push_back(segments.lora[i]);
+  return storage;
+}
+
+/// visit(rows of the batch, the segment of these rows alone, its dropout) for a site's segments that have some.
 template <class Visit>
 void for_dropout_rows(const Segments& segments, Visit&& visit) {
   for (std::size_t i = 0; i < segments.lora.size(); ++i)
-    for_dropout_rows(segments.lora[i].begin, segments.lora[i].end, (*segments.dropout)[i],
-                     [&](std::int64_t begin, std::int64_t end, const SegmentDropout& dropout) {
-                       LoraSegment segment = segments.lora[i];
-                       segment.begin = 0, segment.end = end - begin;
-                       visit(begin, end, segment, dropout);
-                     });
+    if (drops(segments, i))
+      for_dropout_rows(segments.lora[i].begin, segments.lora[i].end, (*segments.dropout)[i],
+                       [&](std::int64_t begin, std::int64_t end, const SegmentDropout& dropout) {
+                         LoraSegment segment = segments.lora[i];
+                         segment.begin = 0, segment.end = end - begin;
+                         visit(begin, end, segment, dropout);
+                       });
 }
 
 void add_lora(OpContext& context, const TensorView& x, const TensorView& y, const Segments& segments) {
@@ -111,15 +118,12 @@ class LoraBackwardOp final : public Operator {
   void run(const RunState& state, const Node&, std::span<const TensorView> in,
            std::span<const TensorView> out) const override {
     const TensorView grad_x = input_grad_ ? out[0] : TensorView{};
-    const bool dropout = any_dropout(*state.batch, sites_, kind_);
     std::vector<LoraBackwardArgs::Member> members;
+    std::vector<std::vector<LoraSegment>> plain(sites_.size());
     for (std::size_t i = 0; i < sites_.size(); ++i) {
       const Segments segments = segments_of(*state.batch, sites_[i], kind_);
-      if (segments.lora.empty()) continue;
-      if (dropout)
-        add_gradients(*state.context, in[0], in[i + 1], grad_x, segments);
-      else
-        members.push_back({in[i + 1], segments.lora});
+      add_gradients(*state.context, in[0], in[i + 1], grad_x, segments);
+      if (const auto rest = plain_of(segments, plain[i]); !rest.empty()) members.push_back({in[i + 1], rest});
     }
     if (!members.empty()) flexcore::run(*state.context, LoraBackwardArgs{in[0], members, grad_x});
   }
@@ -306,15 +310,12 @@ double LoraOp::flops(const Graph& graph, double) const {
 
 void LoraOp::run(const RunState& state, const Node&, std::span<const TensorView> in,
                  std::span<const TensorView> out) const {
-  const bool dropout = any_dropout(*state.batch, sites_, kind_);
   std::vector<LoraArgs::Member> members;
+  std::vector<std::vector<LoraSegment>> plain(sites_.size());
   for (std::size_t i = 0; i < sites_.size(); ++i) {
     const Segments segments = segments_of(*state.batch, sites_[i], kind_);
-    if (segments.lora.empty()) continue;
-    if (dropout)
-      add_lora(*state.context, in[0], out[i], segments);
-    else
-      members.push_back({out[i], segments.lora});
+    add_lora(*state.context, in[0], out[i], segments);
+    if (const auto rest = plain_of(segments, plain[i]); !rest.empty()) members.push_back({out[i], rest});
   }
   if (!members.empty()) flexcore::run(*state.context, LoraArgs{in[0], members});
 }

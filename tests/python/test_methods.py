@@ -235,6 +235,21 @@ def test_dropout_trains_and_serves(dora: bool, shared_engine: MakeEngine) -> Non
     assert np.array_equal(engine.logits(TOKENS, "a"), engine.logits(TOKENS, "b"))
 
 
+def test_dropout_beside_another_linear(shared_engine: MakeEngine) -> None:
+    """Elements are dropped at one linear alone, while another adapter serves at its neighbour."""
+    engine = shared_engine("llama")
+    engine.create_adapter("trains", fc.LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.3), seed=5)
+    engine.create_adapter("serves", fc.LoraConfig(r=3, target_modules=["v_proj"]), seed=6)
+    engine.finetune("serves", random_examples((20,), seed=1), fc.FinetuneConfig(learning_rate=0.1))
+    run(engine)
+    config = fc.FinetuneConfig(learning_rate=0.05, num_epochs=8)
+    alone = generate(engine, [TOKENS[:9]], greedy(12), "serves")
+    job = engine.finetune("trains", random_examples((20, 30), seed=2), config)
+    assert generate(engine, [TOKENS[:9]], greedy(12), "serves") == alone
+    run(engine)
+    assert engine.job(job).status == "succeeded"
+
+
 def test_refusals(shared_engine: MakeEngine, tiny_hf: Any, tmp_path: Path) -> None:
     engine = shared_engine("llama")
     with pytest.raises(fc.Unsupported, match=r"feedforward_modules: model.layers.0.mlp.gate_proj: other linears read"):
