@@ -250,6 +250,58 @@ def test_dropout_beside_another_linear(shared_engine: MakeEngine) -> None:
     assert engine.job(job).status == "succeeded"
 
 
+def any_method(rng: np.random.Generator) -> Any:
+    """A small adapter of a random method at random linears."""
+    some = [str(site) for site in rng.choice(oracle.SITES, size=rng.integers(1, 5), replace=False)]
+    method = rng.choice(["lora", "lora", "dora", "ends", "ia3", "bottleneck", "prompt", "prefix"])
+    rank, dropout = int(rng.integers(1, 9)), float(rng.choice([0.0, 0.3]))
+    if method == "ends":  # of the model
+        own = [str(name) for name in rng.choice(["embed_tokens", "lm_head"], size=rng.integers(0, 2), replace=False)]
+        ends = [name for name in ("embed_tokens", "lm_head") if name not in own]
+        return fc.LoraConfig(r=rank, target_modules=[*some, *ends], lora_dropout=dropout, modules_to_save=own)
+    if method == "ia3":
+        return fc.IA3Config(some, [site for site in some if site in ("o_proj", "down_proj")])
+    if method == "bottleneck":
+        return fc.BottleneckConfig(rank, use_parallel_adapter=bool(rng.integers(2)), target_modules=some)
+    if method in ("prompt", "prefix"):
+        return {"prompt": fc.PromptTuningConfig, "prefix": fc.PrefixTuningConfig}[method](rank)
+    return fc.LoraConfig(r=rank, target_modules=some, lora_dropout=dropout, use_dora=bool(method == "dora"))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_together(seed: int, make_engine: MakeEngine) -> None:
+    """Jobs and requests of random methods in the same steps: each has the losses and tokens that it has alone."""
+    rng = np.random.default_rng(seed)
+    engine = make_engine("llama" if seed % 2 else "qwen2", max_num_batched_tokens=48)
+    trained = [any_method(rng) for _ in range(3)]
+    served = [any_method(rng) for _ in range(3)]
+    examples = random_examples((31, 17), seed=seed)
+    config = fc.FinetuneConfig(learning_rate=0.02, num_epochs=2, batch_size=1)
+
+    def start(name: str, adapter: Any, index: int) -> int:
+        engine.create_adapter(name, adapter, seed=index)
+        return engine.finetune(name, examples, config)
+
+    losses = []
+    for i, adapter in enumerate(trained):
+        job = start(f"alone-{i}", adapter, i)
+        losses.append(run(engine).losses(job))
+    names = [f"served-{i}" for i in range(len(served))]
+    for i, adapter in enumerate(served):
+        start(names[i], adapter, 10 + i)
+        run(engine)
+    prompts = [random_tokens(11 + 5 * i, seed=i) for i in range(len(served))]
+    alone = [generate(engine, [prompt], greedy(24), name)[0] for prompt, name in zip(prompts, names, strict=True)]
+    jobs = [start(f"together-{i}", adapter, i) for i, adapter in enumerate(trained)]
+    ids = engine.submit_batch(prompts, greedy(24), names)
+    log = run(engine)
+    assert [log.tokens(request) for request in ids] == alone, (trained, served)
+    assert any(report.num_finetune_forward_tokens > 0 and report.num_decode_tokens > 0 for report in log.reports)
+    for job, wanted in zip(jobs, losses, strict=True):
+        assert len(wanted) == 4
+        assert log.losses(job) == pytest.approx(wanted, rel=1e-4), (trained, served)
+
+
 def test_refusals(shared_engine: MakeEngine, tiny_hf: Any, tmp_path: Path) -> None:
     engine = shared_engine("llama")
     with pytest.raises(fc.Unsupported, match=r"feedforward_modules: model.layers.0.mlp.gate_proj: other linears read"):
