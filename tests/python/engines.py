@@ -43,8 +43,8 @@ def pool_of(plan: Any) -> int:
     return int(plan.kv_pages + plan.saved_activations + plan.gradients - plan.optimizer // 2)
 
 
-def least_pool(directory: Path, adapter: Any, length: int, **changes: Any) -> int:
-    """Bytes of the smallest pool of pages in which a sequence of `length` tokens trains."""
+def least_pool(directory: Path, adapter: Any, length: int, within: int = 1, **changes: Any) -> int:
+    """Bytes of the smallest pool of pages in which a sequence of `length` tokens trains, or up to `within` more."""
 
     def fits(count: int) -> bool:
         config = fc.EngineConfig(**(EXACT | changes | {"kv_cache_memory_bytes": count}))
@@ -54,8 +54,9 @@ def least_pool(directory: Path, adapter: Any, length: int, **changes: Any) -> in
             return False
         return True
 
-    low, high = 0, 1 << 30
-    while high - low > 1:
+    low, high = 0, 1 << 24
+    assert fits(high)
+    while high - low > within:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
     return high

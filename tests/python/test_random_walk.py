@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import os
 import time
@@ -24,6 +25,14 @@ PROMPTS = [PREFIX[:cut] + random_tokens(extra, seed=cut) for cut, extra in ((0, 
 SERVED = ["x", "y"]  # adapters that never change
 PAGE = 2 * 3 * 2 * 16 * 4 * 4  # bytes: keys and values of 3 layers, 2 heads of 16, 4 tokens, float32
 POLICIES = ["hybrid", "temporal:2", "dynamic-temporal", "token-cap:8", "inference-only", "finetune-only"]
+METHODS: list[Any] = [  # of jobs
+    fc.LoraConfig(r=3, lora_alpha=6),
+    fc.LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.3),
+    fc.LoraConfig(r=3, use_dora=True, lora_dropout=0.2),
+    fc.IA3Config(),
+    fc.BottleneckConfig(5, "gelu"),
+    fc.PrefixTuningConfig(3),
+]
 SGD: dict[str, Any] = {"optimizer": "sgd", "learning_rate": 0.1, "batch_size": 2, "num_epochs": 2}
 
 
@@ -85,7 +94,7 @@ class Walk:
         config = fc.FinetuneConfig(seed=seed, window_tokens=window, backward_window_tokens=window + 3, **SGD)
         if sum(job.status in ("queued", "running", "paused") for job in self.engine.jobs()) < 3:
             name = f"job {len(self.jobs)}"
-            self.engine.create_adapter(name, fc.LoraConfig(r=3, lora_alpha=6), seed=seed)
+            self.engine.create_adapter(name, METHODS[seed % len(METHODS)], seed=seed)
             self.jobs[self.engine.finetune(name, examples_of(seed), config)] = (seed, config)
 
     def change_job(self) -> None:
@@ -132,7 +141,7 @@ class Walk:
 
     def check_jobs(self) -> None:
         for job, (seed, config) in self.jobs.items():
-            self.reference.create_adapter("again", fc.LoraConfig(r=3, lora_alpha=6), seed=seed)
+            self.reference.create_adapter("again", METHODS[seed % len(METHODS)], seed=seed)
             again = self.reference.finetune("again", examples_of(seed), config)
             wanted = run(self.reference).losses(again)
             self.reference.unload_adapter("again")
@@ -148,7 +157,12 @@ def examples_of(seed: int) -> list[fc.Example]:
 
 def small_pool(tiny_dir: Any, **changes: Any) -> int:
     """For the longest example, and next to nothing else."""
-    return least_pool(tiny_dir("mistral"), fc.LoraConfig(r=3, lora_alpha=6), 40, block_size=4, **changes)
+    return max(_least_pool(tiny_dir("mistral"), k, **changes) for k in range(len(METHODS)))
+
+
+@functools.cache
+def _least_pool(directory: Path, k: int, **changes: Any) -> int:
+    return least_pool(directory, METHODS[k], 40, within=PAGE, block_size=4, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -210,6 +224,11 @@ def test_soak(make_engine: MakeEngine, reference: fc.Engine, directories: dict[s
     def memory() -> dict[str, int]:
         return {tag: count for tag, count in engine.memory().items() if tag not in kept}
 
+    for k, method in enumerate(METHODS):  # the workspace is that of the largest programs
+        engine.create_adapter(f"{k}", method)
+        engine.finetune(f"{k}", examples_of(0), fc.FinetuneConfig(**SGD))
+    run(engine)
+    clear(engine)
     empty = memory()
     end = time.monotonic() + float(os.environ.get("FLEXCORE_SOAK_SECONDS", "5"))
     rounds, requests, steps, jobs, resident = 0, 0, 0, 0, []
