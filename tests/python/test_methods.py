@@ -272,7 +272,9 @@ def any_method(rng: np.random.Generator) -> Any:
 def test_any_together(seed: int, make_engine: MakeEngine) -> None:
     """Jobs and requests of random methods in the same steps: each has the losses and tokens that it has alone."""
     rng = np.random.default_rng(seed)
-    quantized = {"quantization": ("int8", "int4", "nf4")[seed % 3], "quantization_group_size": 16} if seed % 4 == 0 else {}
+    quantized = (
+        {"quantization": ("int8", "int4", "nf4")[seed % 3], "quantization_group_size": 16} if seed % 4 == 0 else {}
+    )
     engine = make_engine("llama" if seed % 2 else "qwen2", max_num_batched_tokens=48, **quantized)
     trained = [any_method(rng) for _ in range(3)]
     served = [any_method(rng) for _ in range(3)]
