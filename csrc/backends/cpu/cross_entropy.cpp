@@ -6,6 +6,7 @@
 #include "backends/cpu/families.h"
 #include "backends/cpu/kernels/softmax.h"
 #include "backends/cpu/packed_weight.h"
+#include "backends/cpu/rows.h"
 #include "backends/cpu/scratch.h"
 #include "ops/linear.h"
 #include "ops/rows.h"
@@ -18,8 +19,6 @@ namespace {
 // the two products. The chunk is part of the arithmetic; the rows are not.
 constexpr std::int64_t kRowBlock = 512, kVocabChunk = 2048;
 static_assert(kVocabChunk % kPanelRows == 0);
-
-int type_index(DType dtype) { return dtype == DType::kBFloat16 ? 1 : 0; }
 
 void require_labels(std::string_view op, const std::int32_t* labels, std::int64_t rows, std::int64_t vocab_size) {
   for (std::int64_t i = 0; i < rows; ++i)

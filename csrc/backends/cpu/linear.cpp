@@ -7,6 +7,7 @@
 #include "backends/cpu/families.h"
 #include "backends/cpu/packed_weight.h"
 #include "backends/cpu/scratch.h"
+#include "core/number.h"
 
 namespace flexcore::cpu {
 
@@ -23,9 +24,6 @@ constexpr std::int64_t kRowsAtOnce = 1024;
 // From so many rows on, bfloat16 panels are widened once for all of them: the tile of floats is the larger one. The
 // additions are the same, and so are the bits.
 constexpr std::int64_t kRowsToWiden = 32;
-
-std::int64_t round_up(std::int64_t x, std::int64_t to) { return (x + to - 1) / to * to; }
-std::int64_t divide_up(std::int64_t x, std::int64_t by) { return (x + by - 1) / by; }
 
 bool is_bfloat16(const WeightView& weight) { return weight.dtype == DType::kBFloat16; }
 bool as_pairs(const WeightView& weight) { return is_bfloat16(weight) && gemm_kernels().pairs; }

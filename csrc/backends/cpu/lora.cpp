@@ -7,8 +7,10 @@
 #include "backends/cpu/families.h"
 #include "backends/cpu/kernels/elementwise.h"
 #include "backends/cpu/kernels/lora.h"
+#include "backends/cpu/rows.h"
 #include "backends/cpu/scratch.h"
 #include "core/bfloat16.h"
+#include "core/number.h"
 
 namespace flexcore::cpu {
 
@@ -21,9 +23,6 @@ constexpr std::int64_t kTileRows = 48, kTileDepth = 768;
 constexpr std::int64_t kExpandRows = 96;
 // Multiply-adds below which a parallel region costs more than it saves, and those of the smallest and largest task.
 constexpr std::int64_t kSerialWork = 32768, kMinTaskWork = 16384, kMaxTaskWork = 524288;
-
-int type_index(const TensorView& t) { return t.dtype() == DType::kBFloat16 ? 1 : 0; }
-std::int64_t round_up(std::int64_t n, std::int64_t step) { return (n + step - 1) / step * step; }
 
 /// One segment of one member, and its rank-r intermediates.
 struct Piece {
@@ -83,7 +82,7 @@ struct ColumnChunks {
       : columns(columns),
         step(round_up(std::max<std::int64_t>(work / std::max<std::int64_t>(work_per_column, 1), 1),
                       2 * lora_kernels().column_step)),
-        count((columns + step - 1) / step) {}
+        count(divide_up(columns, step)) {}
   std::int64_t begin(std::int64_t i) const { return i * step; }
   std::int64_t end(std::int64_t i) const { return std::min(columns, (i + 1) * step); }
 
@@ -109,7 +108,7 @@ ShrinkPlan plan_shrink(OpContext& context, std::span<const Piece> pieces, std::i
   std::int64_t tiles = 0;
   std::size_t num_members = 0;
   for (const auto& piece : pieces) {
-    tiles += (piece.rows() + kTileRows - 1) / kTileRows;
+    tiles += divide_up(piece.rows(), kTileRows);
     plan.work += piece.rows() * piece.segment->rank * in_features;
     num_members = std::max(num_members, piece.member + 1);
   }
@@ -210,7 +209,7 @@ void shrink_all(OpContext& context, const TensorView& x, std::span<const Piece> 
     const std::int64_t slice = task % slices;
     shrink_rows(x, group.begin, group.end, tile_of(tiles, worker), group.count, [&](std::int64_t i) {
       const Piece& piece = *plan.pieces[group.first + i];
-      const std::int64_t rank = piece.segment->rank, part = round_up((rank + slices - 1) / slices, 4);
+      const std::int64_t rank = piece.segment->rank, part = round_up(divide_up(rank, slices), 4);
       const std::int64_t r = std::min(rank, slice * part), ranks = std::min(part, rank - r);
       return ShrinkTarget{piece.segment->lora_a + r * x.shape(1), ranks,
                           piece.u + (group.begin - piece.segment->begin) * piece.stride + r, piece.stride};
@@ -298,7 +297,7 @@ void lora_forward(OpContext& context, const LoraArgs& args) {
   };
   TaskTable tasks(context, pieces.size());
   for (std::size_t i = 0; i < pieces.size(); ++i)
-    tasks.add(i, (pieces[i].rows() + kExpandRows - 1) / kExpandRows * chunks_of(pieces[i]).count);
+    tasks.add(i, divide_up(pieces[i].rows(), kExpandRows) * chunks_of(pieces[i]).count);
   for_tasks(context, tasks.total(), work, [&](std::int64_t task, int) {
     const auto [index, part] = tasks.find(task);
     const Piece& p = pieces[index];
@@ -321,7 +320,7 @@ void shrink_gradients(OpContext& context, const LoraBackwardArgs& args, std::spa
   });
   float* tiles = worker_tiles(context, true);
   TaskTable tasks(context, pieces.size());
-  for (std::size_t i = 0; i < pieces.size(); ++i) tasks.add(i, (pieces[i].rows() + kTileRows - 1) / kTileRows);
+  for (std::size_t i = 0; i < pieces.size(); ++i) tasks.add(i, divide_up(pieces[i].rows(), kTileRows));
   context.threads->parallel_for_each(tasks.total(), [&](std::int64_t task, int worker) {
     const auto [index, tile] = tasks.find(task);
     const Piece& p = pieces[index];

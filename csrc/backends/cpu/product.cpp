@@ -5,6 +5,7 @@
 #include "backends/cpu/families.h"
 #include "backends/cpu/kernels/gemm.h"
 #include "backends/cpu/kernels/sgemm.h"
+#include "core/number.h"
 #include "ops/table.h"
 
 namespace flexcore::cpu {
@@ -12,18 +13,16 @@ namespace flexcore::cpu {
 namespace {
 
 // A task's tile of c: a few register tiles each way. An element's bits do not depend on the cut.
-constexpr std::int64_t kTileRows = 96, kTileColumns = 512;
-
-std::int64_t tiles(std::int64_t size, std::int64_t step) { return (size + step - 1) / step; }
+constexpr std::int64_t kBlockRows = 96, kBlockColumns = 512;
 
 void product(OpContext& context, const ProductArgs& args) {
-  const std::int64_t m = args.rows(), n = args.columns(), across = tiles(n, kTileColumns);
+  const std::int64_t m = args.rows(), n = args.columns(), across = divide_up(n, kBlockColumns);
   const std::int64_t lda = args.a.stride(0), ldb = args.b.stride(0);
-  context.threads->parallel_for(tiles(m, kTileRows) * across, 1, [&](std::int64_t begin, std::int64_t end, int) {
+  context.threads->parallel_for(divide_up(m, kBlockRows) * across, 1, [&](std::int64_t begin, std::int64_t end, int) {
     for (std::int64_t tile = begin; tile < end; ++tile) {
-      const std::int64_t i = tile / across * kTileRows, j = tile % across * kTileColumns;
-      gemm_kernels().sgemm({.m = std::min(kTileRows, m - i),
-                            .n = std::min(kTileColumns, n - j),
+      const std::int64_t i = tile / across * kBlockRows, j = tile % across * kBlockColumns;
+      gemm_kernels().sgemm({.m = std::min(kBlockRows, m - i),
+                            .n = std::min(kBlockColumns, n - j),
                             .k = args.depth(),
                             .a = args.a.as<const float>() + (args.transpose_a ? i : i * lda),
                             .lda = lda,

@@ -8,7 +8,8 @@
 // Tensors as the kernels of rows take them.
 namespace flexcore::cpu {
 
-inline int type_index(const TensorView& t) { return t.dtype() == DType::kBFloat16 ? 1 : 0; }
+inline int type_index(DType dtype) { return dtype == DType::kBFloat16 ? 1 : 0; }
+inline int type_index(const TensorView& t) { return type_index(t.dtype()); }
 inline ConstRows in(const TensorView& t) { return {t.data(), t.stride(0)}; }
 inline Rows out(const TensorView& t) { return {t.data(), t.stride(0)}; }
 

@@ -6,6 +6,7 @@
 #include "backends/cuda/attention_tables.h"
 #include "backends/cuda/scratch.h"
 #include "backends/cuda/tables.h"
+#include "core/number.h"
 
 namespace flexcore::cuda {
 
@@ -19,8 +20,6 @@ int to_int(std::int64_t x) {
   return static_cast<int>(x);
 }
 
-std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 class AttentionPlan {
  public:
   AttentionPlan(std::span<const AttentionSpan> spans, const AttentionHeads& heads, const AttentionCut& cut)
@@ -31,7 +30,7 @@ class AttentionPlan {
       to_int(span.position + tokens), to_int(span.row_end * heads.group);
       if (tokens > 0)
         blocks_.insert(blocks_.end(), span.block_table,
-                       span.block_table + ceil_div(span.position + tokens, heads.block_size));
+                       span.block_table + divide_up(span.position + tokens, heads.block_size));
     }
     cut_rows();
     if (cut.owned_keys > 0) cut_keys();
@@ -54,7 +53,7 @@ class AttentionPlan {
     return {std::max<std::int64_t>(oldest, 0), span.position + last + 1};
   }
   std::int64_t key_tiles(const Keys& keys) const {
-    return ceil_div(keys.end, cut_.key_tile) - keys.begin / cut_.key_tile;
+    return divide_up(keys.end, cut_.key_tile) - keys.begin / cut_.key_tile;
   }
 
   /// f(span's index, first row, rows, size of the tile, keys) for tiles of up to `tile_rows` rows.
@@ -84,11 +83,11 @@ class AttentionPlan {
     while (cut_.tile_rows[option] == 0) --option;
     std::int64_t total = work(cut_.tile_rows[option]);
     while (option > 0 && total < cut_.slots) total = work(cut_.tile_rows[--option]);
-    const std::int64_t share = std::max(kLeastKeyTiles, ceil_div(total, cut_.slots));
+    const std::int64_t share = std::max(kLeastKeyTiles, divide_up(total, cut_.slots));
     for_each_tile(cut_.tile_rows[option],
                   [&](std::size_t s, std::int64_t begin, std::int64_t count, int size, const Keys& keys) {
                     const std::int64_t tiles = key_tiles(keys);
-                    add_tile(s, begin, count, size, keys, 4 * tiles > 5 * share ? ceil_div(tiles, share) : 1);
+                    add_tile(s, begin, count, size, keys, 4 * tiles > 5 * share ? divide_up(tiles, share) : 1);
                   });
     std::stable_sort(items_.begin(), items_.end(), [](const AttentionItem& a, const AttentionItem& b) {
       return a.key_end - a.key_begin > b.key_end - b.key_begin;
@@ -111,8 +110,8 @@ class AttentionPlan {
       items_.push_back(item);
       return;
     }
-    const std::int64_t first = keys.begin / cut_.key_tile, length = ceil_div(key_tiles(keys), num_splits);
-    num_splits = ceil_div(key_tiles(keys), length);
+    const std::int64_t first = keys.begin / cut_.key_tile, length = divide_up(key_tiles(keys), num_splits);
+    num_splits = divide_up(key_tiles(keys), length);
     const std::int64_t partial = partial_rows_;
     for (std::int64_t i = 0; i < num_splits; ++i) {
       item.key_begin = static_cast<int>(std::max((first + i * length) * cut_.key_tile, keys.begin));
@@ -207,8 +206,8 @@ std::int64_t attention_tables_bytes(const ScratchShape& s, const DeviceSize& dev
   const std::int64_t blocks = kMostBlocks * device.num_multiprocessors, group = s.num_heads / s.num_kv_heads;
   const std::int64_t items = s.rows * (group / 16 + 1) + s.rows + kSplits * blocks;
   const std::int64_t merges = kSplits * blocks * kMostTileRows / kMergeRows;
-  const std::int64_t key_items = s.sampled_rows * (ceil_div(s.positions, kLeastOwnedKeys) + 1);
-  const std::int64_t pages = s.sampled_rows * ceil_div(s.positions, s.block_size);
+  const std::int64_t key_items = s.sampled_rows * (divide_up(s.positions, kLeastOwnedKeys) + 1);
+  const std::int64_t pages = s.sampled_rows * divide_up(s.positions, s.block_size);
   const auto bytes = [](std::int64_t count, std::size_t size) { return count * static_cast<std::int64_t>(size) + 64; };
   return kKinds * (bytes(items, sizeof(AttentionItem)) + bytes(merges, sizeof(AttentionMerge)) +
                    bytes(key_items, sizeof(AttentionKeyItem)) + bytes(pages, sizeof(std::int32_t))) +

@@ -6,6 +6,7 @@
 #include "backends/cuda/kernels/elementwise.cuh"
 #include "backends/cuda/scratch.h"
 #include "backends/cuda/views.h"
+#include "core/number.h"
 #include "ops/cross_entropy.h"
 
 namespace flexcore::cuda {
@@ -17,8 +18,6 @@ constexpr std::int64_t kLeastChunk = 1024, kLeastRows = 128, kChunkMultiple = 25
 // Least columns of a part, when one row is shared by several blocks.
 constexpr std::int64_t kLeastPart = 1024;
 constexpr std::size_t kSlotBytes = 2 * kWarpSize * sizeof(float);
-
-std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 /// How the logits are cut. Part of the arithmetic, so it does not depend on whether gradients are wanted.
 struct Cuts {

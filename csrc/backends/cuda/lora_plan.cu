@@ -3,6 +3,7 @@
 #include "backends/cuda/lora_plan.h"
 #include "backends/cuda/scratch.h"
 #include "backends/cuda/views.h"
+#include "core/number.h"
 
 namespace flexcore::cuda {
 
@@ -15,8 +16,6 @@ constexpr std::int64_t kShortBlocksEach = 3;
 constexpr std::int64_t kMostSplits = 8, kSplitFeatures = 1024;
 constexpr std::int64_t kLeastChunkRows = 128;
 constexpr std::int64_t kMostExpandTiles = 16;
-
-std::int64_t divide_up(std::int64_t n, std::int64_t by) { return (n + by - 1) / by; }
 
 std::int64_t stacked_columns(const std::vector<const LoraPiece*>& pieces) {
   std::int64_t columns = 0;

@@ -9,6 +9,7 @@
 #include "backends/cuda/kernels/sampling.cuh"
 #include "backends/cuda/scratch.h"
 #include "backends/cuda/views.h"
+#include "core/number.h"
 #include "ops/sampling.h"
 
 namespace flexcore::cuda {
@@ -20,8 +21,6 @@ constexpr float kGreedyTemperature = 1e-5f;
 // Least columns of a part, when one row is shared by several blocks.
 constexpr std::int64_t kLeastPart = 4096;
 constexpr std::size_t kPeakSharedBytes = kWarpSize * (sizeof(RowPeak) + sizeof(double));
-
-std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 bool penalised(const SamplingRow& row) {
   return row.presence_penalty != 0 || row.frequency_penalty != 0 || row.repetition_penalty != 1.0f;
