@@ -218,24 +218,32 @@ std::vector<KeepOption> keep_options(const Graph& graph, std::size_t num_forward
   const auto needed = backward_of(graph, num_forward_nodes, graph.nodes.size(), is_forward, layer).needed;
   const LayerChoice nothing(graph, layer, needed, LayerKeep{});
   const double least = nothing.seconds(rates);
-  std::vector<std::string> names;
-  for (const auto tensor : nothing.kept())
-    if (graph.tensor(tensor).layer == layer) names.push_back(graph.tensor(tensor).name);
+  const auto size = [&](TensorId tensor) { return graph.kept_bytes(graph.tensor(tensor)); };
+  const auto by_size = [&](const std::set<TensorId>& tensors) {
+    std::vector<TensorId> sorted(tensors.begin(), tensors.end());
+    std::stable_sort(sorted.begin(), sorted.end(), [&](TensorId a, TensorId b) { return size(a) > size(b); });
+    return sorted;
+  };
+  // Each alone, so that the choice is exact; where a method has a layer keep very many, the smallest go together.
+  constexpr std::size_t kMostParts = 11;
+  std::vector<std::vector<std::string>> parts;
+  for (const auto tensor : by_size(nothing.kept())) {
+    if (graph.tensor(tensor).layer != layer) continue;
+    if (parts.size() < kMostParts) parts.emplace_back();
+    parts.back().push_back(graph.tensor(tensor).name);
+  }
   std::vector<KeepOption> options;
-  for (std::size_t subset = 0; subset < std::size_t{1} << names.size(); ++subset) {
+  for (std::size_t subset = 0; subset < std::size_t{1} << parts.size(); ++subset) {
     LayerKeep keep;
-    for (std::size_t n = 0; n < names.size(); ++n)
-      if (subset >> n & 1) keep.recomputed.insert(names[n]);
+    for (std::size_t n = 0; n < parts.size(); ++n)
+      if (subset >> n & 1) keep.recomputed.insert(parts[n].begin(), parts[n].end());
     const LayerChoice choice(graph, layer, needed, keep);
     if (!choice.possible()) continue;
     const double seconds = choice.seconds(rates) - least;
     KeptBytes bytes = choice.kept_bytes();
     options.push_back({keep, bytes, seconds});
     if (rates.seconds_per_host_byte == 0.0) continue;
-    const auto size = [&](TensorId tensor) { return graph.kept_bytes(graph.tensor(tensor)); };
-    std::vector<TensorId> kept(choice.kept().begin(), choice.kept().end());
-    std::stable_sort(kept.begin(), kept.end(), [&](TensorId a, TensorId b) { return size(a) > size(b); });
-    for (const auto tensor : kept) {
+    for (const auto tensor : by_size(choice.kept())) {
       keep.offloaded.insert(choice.name_of(tensor));
       bytes.device -= size(tensor), bytes.host += size(tensor);
       options.push_back({keep, bytes, seconds + 2.0 * static_cast<double>(bytes.host) * rates.seconds_per_host_byte});

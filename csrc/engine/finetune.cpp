@@ -109,7 +109,8 @@ void Engine::Impl::start_batch(TrainingJob& job) {
   for (const auto index : batch)
     job.batch_targets += count_targets(job.examples[static_cast<std::size_t>(index)], adapter->layout);
   const float scale = 1.0f / static_cast<float>(job.batch_targets);
-  std::int64_t occurrence = job.step * job.config.batch_size;  // of all examples of the job, in order
+  // Of all examples of the job, in order.
+  std::int64_t occurrence = job.step * std::min(job.config.batch_size, job.num_examples);
   for (const auto index : batch) {
     const Example& example = job.examples[static_cast<std::size_t>(index)];
     TrainingProgram& program =
@@ -188,6 +189,7 @@ void Engine::Impl::end_job(TrainingJob& job, JobStatus status, const std::string
   if (in_flight.empty()) device->allocator().trim();
   job.status = status;
   job.error = error;
+  job.last_version = adapters.get(job.adapter)->cache_key();
 }
 
 JobInfo Engine::job(JobId id) const {
@@ -225,6 +227,7 @@ void Engine::resume_job(JobId id) {
   job.status = JobStatus::kRunning;
   impl_->scheduler.pause_job(id, false);
   impl_->job_events.push_back(event_of(job));
+  impl_->finish_sequences(job);  // its last ones may have been worked off for their pages
 }
 
 void Engine::cancel_job(JobId id) {
@@ -247,7 +250,10 @@ JobSnapshot Engine::snapshot_job(JobId id, bool optimizer) const {
   const Impl::Entry entry(*impl_);
   const TrainingJob& job = impl_->find_job(id);
   const bool whole = optimizer && !job.ended();
-  return JobSnapshot(std::make_shared<const JobState>(copy_state(job, *impl_->adapters.get(job.adapter), whole)));
+  const auto adapter = impl_->adapters.get(job.adapter);
+  require(!job.ended() || adapter->cache_key() == job.last_version, "job ", id, " has ended, and \"", job.adapter,
+          "\" has been loaded or trained again since: its own parameters are gone");
+  return JobSnapshot(std::make_shared<const JobState>(copy_state(job, *adapter, whole)));
 }
 
 // Steps may go on while files are written.

@@ -111,7 +111,7 @@ class Attacher {
     std::vector<TensorId> inputs = {newest(k), newest(v)}, outputs;
     for (const auto input : inputs) {
       GraphTensor made = graph_.tensor(input);
-      made.name += ".prefixed";
+      made.name = graph_.tensor(input == inputs[0] ? k : v).name + ".prefixed";  // whatever else joined it
       graph_.tensors[static_cast<std::size_t>(input)].in_pages = false;
       outputs.push_back(graph_.add_tensor(std::move(made)));
     }

@@ -2,6 +2,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/number.h"
 #include "core/philox.h"
 #include "peft/layout.h"
 #include "peft/lora_matcher.h"
@@ -25,7 +26,7 @@ Activation activation_of(const BottleneckConfig& config) {
 AdapterLayout lay_out(const BottleneckConfig& config, const Graph& base) {
   require(config.bottleneck_size >= 1 && config.bottleneck_size <= LoraMatcher::kMaxRank,
           "bottleneck_size: ", config.bottleneck_size, ", wanted 1 to ", LoraMatcher::kMaxRank);
-  require(std::isfinite(config.scaling), "scaling: ", config.scaling, ", wanted a finite number");
+  require(fits_float(config.scaling), "scaling: ", config.scaling, ", wanted finite as float32");
   const Activation activation = activation_of(config);
   const ModuleMatcher targets("target_modules", config.target_modules, config.target_modules_is_regex);
   targets.require_targets(paths_of(base.layer_sites()));

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "core/check.h"
+#include "core/number.h"
 
 namespace flexcore {
 
@@ -31,12 +32,12 @@ Value first_match(const std::vector<std::pair<PathPattern, Value>>& patterns, st
 LoraMatcher::LoraMatcher(const LoraConfig& c)
     : config_(c), modules_("target_modules", c.target_modules, c.target_modules_is_regex) {
   require(c.r >= 1 && c.r <= kMaxRank, "r: ", c.r, ", wanted 1 to ", kMaxRank);
-  require(std::isfinite(c.lora_alpha), "lora_alpha: ", c.lora_alpha, ", wanted a finite number");
+  require(fits_float(c.lora_alpha), "lora_alpha: ", c.lora_alpha, ", wanted finite as float32");
   require(c.lora_dropout >= 0.0 && c.lora_dropout < 1.0, "lora_dropout: ", c.lora_dropout, ", wanted in [0, 1)");
   for (const auto& [pattern, rank] : c.rank_pattern)
     require(rank >= 1 && rank <= kMaxRank, "rank_pattern: ", pattern, ": ", rank, ", wanted 1 to ", kMaxRank);
   for (const auto& [pattern, alpha] : c.alpha_pattern)
-    require(std::isfinite(alpha), "alpha_pattern: ", pattern, ": ", alpha, ", wanted a finite number");
+    require(fits_float(alpha), "alpha_pattern: ", pattern, ": ", alpha, ", wanted finite as float32");
   ranks_ = compile_all("rank_pattern", c.rank_pattern);
   alphas_ = compile_all("alpha_pattern", c.alpha_pattern);
 }

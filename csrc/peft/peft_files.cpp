@@ -179,9 +179,16 @@ void read_tensors(PeftAdapter& adapter, const std::string& path, const Format& f
   const auto has = [&](const std::string& module, std::string_view suffix) {
     return adapter.find(module, std::string(suffix)) != nullptr;
   };
+  const auto has_any = [&](const std::string& module, const auto& of) {
+    return std::any_of(std::begin(of), std::end(of), [&](auto suffix) { return has(module, suffix); });
+  };
   for (const auto& module : modules) {
-    if (has(module, kWhole)) continue;
-    const bool embedding = has(module, kEmbedding[0]) || has(module, kEmbedding[1]);
+    const bool whole = has(module, kWhole), embedding = has_any(module, kEmbedding),
+               bypass = has_any(module, format.suffixes) || has_any(module, format.optional);
+    require<ModelLoadError>(
+        whole + embedding + bypass <= 1, path, ": ", module,
+        " has tensors of two kinds, wanted those of a whole module, of an embedding or of a linear");
+    if (whole) continue;
     const std::span<const std::string_view> needed =
         embedding ? std::span<const std::string_view>(kEmbedding) : std::span(format.suffixes);
     for (const auto suffix : needed)

@@ -96,9 +96,11 @@ void Scheduler::plan_finetune(Step& step, Load load, const StepLimits& limits) {
     step.plan.reason = "a first token is due";
   else if (limits.tightest != nullptr && limits.slack_ms < 0.0)
     step.plan.reason = str("request ", limits.tightest->id, " is ", std::lround(-limits.slack_ms), " ms behind");
-  if (allowance.tokens == 0) return;
-  fill(step);
-  if (step.plan.empty() && (has_inference() || has_training())) {
+  const bool none = allowance.tokens == 0;
+  if (!none) fill(step);
+  // Who gets nothing is still worked off when requests can do nothing for want of its pages.
+  if (step.plan.empty() && (has_inference() || (has_training() && !none))) {
+    step.drain = step.drain || none;
     step.stuck = true;
     for (Job& j : jobs_) j.forward_closed = j.exhausted = false;
     fill(step);

@@ -2,12 +2,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <numbers>
 #include <numeric>
 #include <utility>
 
 #include "core/check.h"
+#include "core/number.h"
 #include "core/philox.h"
 #include "ops/optimizer.h"
 #include "ops/scatter.h"
@@ -26,9 +26,6 @@ double learning_rate_at(const FinetuneConfig& config, std::int64_t step, std::in
 }
 
 namespace {
-
-// A float again, and finite; NaN is not.
-bool fits_float(double value) { return std::abs(value) <= std::numeric_limits<float>::max(); }
 
 double sum_squares(OpContext& context, const TensorView& tensor) {
   double squares = 0.0;
@@ -56,7 +53,8 @@ void check(const FinetuneConfig& c) {
   for (const double beta : c.betas)
     require(beta >= 0 && static_cast<float>(beta) < 1, "betas: ", beta, ", wanted in [0, 1), as float32 too");
   require(fits_float(c.eps) && static_cast<float>(c.eps) > 0, "eps: ", c.eps, ", wanted > 0 and finite as float32");
-  require(c.max_grad_norm >= 0, "max_grad_norm: ", c.max_grad_norm, ", wanted >= 0 (0: no clipping)");
+  require(std::isfinite(c.max_grad_norm) && c.max_grad_norm >= 0, "max_grad_norm: ", c.max_grad_norm,
+          ", wanted >= 0 and finite (0: no clipping)");
   require(c.warmup_ratio >= 0 && c.warmup_ratio <= 1, "warmup_ratio: ", c.warmup_ratio, ", wanted in [0, 1]");
   require(std::isfinite(c.weight) && c.weight > 0, "weight: ", c.weight, ", wanted > 0");
   if (c.window_tokens) positive(*c.window_tokens, "window_tokens");

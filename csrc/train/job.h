@@ -38,6 +38,7 @@ class TrainingJob {
   double loss = 0.0;
   std::int64_t trained_tokens = 0;
   std::string error;
+  std::uint64_t last_version = 0;  // of the adapter, when the job ended: Adapter::cache_key()
 
   std::int64_t steps_per_epoch() const { return flexcore::steps_per_epoch(config, num_examples); }
   std::int64_t total_steps() const { return steps_per_epoch() * config.num_epochs; }

@@ -129,6 +129,22 @@ TEST_F(CompileTest, OfALayersChoicesNoneIsWorseThanAnother) {
   EXPECT_DOUBLE_EQ(options.back().seconds_per_token, 2 * linear(32, 32) + 4 * 32 * 10 + 2 * linear(32, 48));
 }
 
+// DoRA with dropout has a layer keep more than is tried one by one: the smallest are recomputed together, or not.
+TEST_F(CompileTest, ManyTensorsOfALayerAreStillFewChoices) {
+  auto graph = std::make_shared<Graph>(model.base());
+  auto all = at_sites(*graph, {"proj"}, kNoLayer, BypassKind::kDora);
+  all.merge(at_sites(*graph, {"proj"}, kNoLayer, BypassKind::kDropped));
+  attach_bypasses(*graph, &all);
+  const std::size_t num_forward = graph->nodes.size();
+  derive_backward(*graph);
+  const auto options =
+      keep_options(*graph, num_forward, 1, {.seconds_per_flop = 1, .seconds_per_byte = 0, .context = 10});
+  ASSERT_GE(options.size(), 4u);
+  EXPECT_TRUE(options.front().keep.recomputed.empty());
+  EXPECT_GT(options.back().keep.recomputed.size(), 11u);
+  EXPECT_EQ(options.back().bytes_per_token.device, 2u * 32);  // its input, in bf16
+}
+
 // With host memory, nothing need be kept on the device; a slow way there is for what nothing else spares.
 TEST_F(CompileTest, KeepsInHostMemoryWhatCostsLessThere) {
   const auto all = model.lora_everywhere();

@@ -164,6 +164,23 @@ def test_a_snapshot_is_the_job_as_it_was(engine: fc.Engine, tmp_path: Path) -> N
     assert run(engine).losses(resumed) == wanted[2:]
 
 
+def test_a_snapshot_of_a_job_that_ended(engine: fc.Engine) -> None:
+    """Is its own adapter's, or none: not that of another which has the name now."""
+    job = start(engine, settings(num_epochs=1))
+    run(engine)
+    assert engine.snapshot_job(job).step == 4
+    again = engine.finetune("a", EXAMPLES, settings(num_epochs=1))
+    run(engine)
+    assert engine.snapshot_job(again).step == 4
+    engine.unload_adapter("a")
+    engine.create_adapter("a", fc.LoraConfig(r=4), seed=2)
+    for ended in (job, again):
+        with pytest.raises(
+            fc.InvalidArgument, match=f'job {ended} has ended, and "a" has been loaded or trained again'
+        ):
+            engine.snapshot_job(ended)
+
+
 def test_checkpoint_of_other_examples(engine: fc.Engine, tmp_path: Path) -> None:
     job = start(engine)
     engine.save_checkpoint(job, tmp_path / "c")
@@ -230,9 +247,16 @@ def test_a_checkpoint_with_numbers_that_cannot_be(field: str, value: int, engine
 
 
 def test_a_batch_larger_than_the_examples(engine: fc.Engine) -> None:
+    """Is of all of them; what is dropped differs from step to step all the same."""
+    engine.create_adapter("b", fc.LoraConfig(r=4, lora_dropout=0.5), seed=1)
     job = start(engine, settings(batch_size=2**63 - 1))
     log = run(engine)
     assert len(log.steps(job)) == 3 and engine.job(job).status == "succeeded"
+    still = settings(batch_size=2**32, learning_rate=0.0, shuffle=False)
+    engine.finetune("b", EXAMPLES, settings(num_epochs=1))  # B is zero before
+    run(engine)
+    job = engine.finetune("b", EXAMPLES, still)
+    assert len(set(run(engine).losses(job))) == 3
 
 
 def test_full_disk(engine: fc.Engine, tmp_path: Path) -> None:

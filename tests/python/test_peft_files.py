@@ -12,6 +12,7 @@ import oracle
 import pytest
 from engines import MakeEngine
 from running import random_examples, random_tokens, relative, run
+from safetensors.numpy import load_file, save_file
 
 import flexcore as fc
 
@@ -150,6 +151,25 @@ def changed(saved: Path, target: Path, **fields: Any) -> Path:
 def test_refused_by_name(field: str, value: Any, saved: Path, engine: fc.Engine, tmp_path: Path) -> None:
     with pytest.raises(fc.Unsupported, match=field):
         engine.load_adapter("a", changed(saved, tmp_path / "a", **{field: value}))
+    assert engine.adapters() == []
+
+
+@pytest.mark.parametrize("place", ["embed_tokens", "lm_head"])
+def test_tensors_of_two_kinds(place: str, engine: fc.Engine, tmp_path: Path) -> None:
+    """An embedding's LoRA, or a whole module, beside a linear's LoRA."""
+    own: dict[str, Any] = (
+        {"target_modules": ["q_proj", place]} if place == "embed_tokens" else {"modules_to_save": [place]}
+    )
+    engine.create_adapter("a", fc.LoraConfig(r=2, **own))
+    engine.save_adapter("a", tmp_path)
+    engine.unload_adapter("a")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    module = next(name.rpartition(place)[0] for name in tensors if place in name) + place
+    save_file(
+        tensors | {f"{module}.lora_A.weight": np.ones((2, 8), np.float32)}, tmp_path / "adapter_model.safetensors"
+    )
+    with pytest.raises(fc.ModelLoadError, match=f"{place} has tensors of two kinds"):
+        engine.load_adapter("a", tmp_path)
     assert engine.adapters() == []
 
 

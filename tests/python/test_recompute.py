@@ -180,6 +180,9 @@ def test_without_rebuilding_and_without_pruning(name: str, make_engine: MakeEngi
         kept[kind] = engine.memory_peak()["saved_activations"]
         assert kept[kind] == plan.saved_activations
         results[kind] = engine.loss_and_gradients("a", examples, 9, 17)
+        engine.create_adapter("prefix", fc.PrefixTuningConfig(3))
+        engine.finetune("prefix", examples)
+        run(engine)
     assert kept["all"] > kept["read"] > kept["exact"]
     for kind in ("all", "read"):
         assert (

@@ -262,6 +262,40 @@ def test_backward_phases_give_pages_to_requests(engine: fc.Engine, make_engine: 
         assert np.allclose(adapters[1][name], value, rtol=1e-3, atol=1e-5), name
 
 
+@pytest.mark.parametrize("paused", [False, True])
+@pytest.mark.parametrize("policy", ["token-cap:8", "inference-only"])
+def test_backward_phases_without_swap_space(
+    policy: str, paused: bool, engine: fc.Engine, make_engine: MakeEngine, tiny_dir: Any
+) -> None:
+    """They are worked off for the requests that wait for their pages, when nobody would give them any time; a job that
+    was paused meanwhile goes on from there."""
+    examples = random_examples((200,), seed=3)
+    config = fc.FinetuneConfig(batch_size=1, num_epochs=2, learning_rate=1e-2, backward_window_tokens=8)
+    prompt = random_examples((240,), seed=4)[0].input_ids
+    wanted = generate(engine, [prompt], greedy(4))
+    method = fc.LoraConfig(r=4)
+    trained = make_engine(policy="token-cap:8", kv_cache_memory_bytes=least_pool(tiny_dir("llama"), method, 200))
+    trained.create_adapter("a", method, seed=1)
+    trained.create_adapter("b", method, seed=1)
+    job = trained.finetune("b", examples, config)
+    losses = run(trained).losses(job)
+    job = trained.finetune("a", examples, config)
+    log = run(trained, until=in_backward)
+    if paused:
+        trained.pause_job(job)
+    trained.set_policy(policy)
+    request = trained.submit(prompt, greedy(4))
+    run(trained, log=log, until=lambda log: log.finished(request) is not None)
+    assert log.tokens(request) == wanted[0]
+    trained.set_policy("hybrid")
+    if paused:
+        assert trained.job(job).step == 0
+        trained.resume_job(job)
+    run(trained, log=log)
+    assert trained.job(job).status == "succeeded"
+    assert log.losses(job) == pytest.approx(losses, rel=1e-4)
+
+
 def test_a_job_that_ends_while_swapped_out(make_engine: MakeEngine, tiny_dir: Any) -> None:
     method = fc.LoraConfig(r=4)
     pool = least_pool(tiny_dir("llama"), method, 200, swap_space_bytes=SWAP_SPACE)
