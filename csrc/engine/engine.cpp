@@ -365,7 +365,7 @@ std::map<std::string, double> Engine::stats() const {
   stats["step_time_observed"] = static_cast<double>(impl.cost.num_observed());
   for (const auto& [name, index] : impl.slo_classes) {
     const auto& kept = impl.attainment[static_cast<std::size_t>(index)];
-    const std::string prefix = str("slo.", name.empty() ? "default" : name, ".");
+    const std::string prefix = str("slo.", name.empty() ? std::string(kDefaultClass) : name, ".");
     stats[prefix + "requests"] = kept.requests;
     stats[prefix + "kept_ttft"] = kept.kept_ttft;
     stats[prefix + "kept_tpot"] = kept.kept_tpot;
@@ -415,6 +415,8 @@ void Engine::set_policy(const std::string& policy) {
 
 void Engine::Impl::set_slo(const SLO& slo, const std::string& name) {
   check(slo, "slo");
+  require(name != kDefaultClass, "slo_class: \"", name,
+          "\", wanted another name: the default objective is that of none");
   const auto index = slo_classes.try_emplace(name, static_cast<std::int64_t>(slo_classes.size())).first->second;
   scheduler.set_objective(index, slo);
   attainment.resize(slo_classes.size());

@@ -23,6 +23,9 @@
 
 namespace flexcore {
 
+/// What statistics call the class of requests that name none.
+inline constexpr std::string_view kDefaultClass = "default";
+
 /// A request from submission to its last token.
 struct RequestState {
   Sequence sequence;

@@ -95,7 +95,8 @@ void check(const EngineConfig& c) {
   require(c.num_threads >= 0, "num_threads: ", c.num_threads, ", wanted >= 0");
   check(c.slo, "slo");
   for (const auto& [name, slo] : c.slo_classes) {
-    require(!name.empty(), "slo_classes: a class without a name; the default objective is slo");
+    require(!name.empty() && name != kDefaultClass, "slo_classes: \"", name,
+            "\", wanted another name: the default objective is slo");
     check(slo, str("slo_classes[\"", name, "\"]"));
   }
   require(c.min_finetune_share >= 0 && c.min_finetune_share <= 1, "min_finetune_share: ", c.min_finetune_share,

@@ -133,8 +133,9 @@ RopeConfig read_rope(const JsonFields& fields, const ModelConfig& config) {
 }
 
 /// Qwen2, Qwen3: layers from max_window_layers on slide, unless layer_types says which do.
-std::vector<std::int64_t> read_qwen_windows(const JsonFields& fields, std::int64_t num_layers) {
-  const bool slides = fields.boolean_or("use_sliding_window", false);
+std::vector<std::int64_t> read_qwen_windows(const JsonFields& fields, const Json& json, std::int64_t num_layers) {
+  const Json* given = json.find("sliding_window");
+  const bool slides = fields.boolean_or("use_sliding_window", false) && (given == nullptr || !given->is_null());
   // Absent is 4,096 in transformers, null is none.
   const std::int64_t window = slides ? fields.integer_or("sliding_window", 4096, 1) : 0;
   std::vector<std::int64_t> windows(static_cast<std::size_t>(num_layers), 0);
@@ -170,12 +171,12 @@ void read_architecture_specifics(const JsonFields& fields, const Json& json, Mod
       break;
     case Architecture::kQwen2:
       config.attention_bias = true;
-      config.sliding_window = read_qwen_windows(fields, config.num_layers);
+      config.sliding_window = read_qwen_windows(fields, json, config.num_layers);
       break;
     case Architecture::kQwen3:
       config.attention_bias = config.attention_output_bias = fields.boolean_or("attention_bias", false);
       config.qk_norm = true;
-      config.sliding_window = read_qwen_windows(fields, config.num_layers);
+      config.sliding_window = read_qwen_windows(fields, json, config.num_layers);
       break;
   }
 }
@@ -206,6 +207,8 @@ ModelConfig ModelConfig::parse(const Json& json, const Json* generation_config, 
     auto ids = read_token_ids(generation, "eos_token_id");
     if (!ids.empty()) config.eos_token_ids = std::move(ids);
   }
+  // What no logit is of can end nothing.
+  std::erase_if(config.eos_token_ids, [&](std::int32_t id) { return id >= config.vocab_size; });
   return config;
 }
 

@@ -43,7 +43,8 @@ class Simulator {
     }
     for (std::size_t i = 0; i < jobs.size(); ++i) {
       require(!jobs[i].lengths.empty(), "jobs[", i, "].lengths: empty, wanted at least one");
-      require(jobs[i].batch_size >= 1, "jobs[", i, "].batch_size: ", jobs[i].batch_size, ", wanted >= 1");
+      require(jobs[i].batch_size >= 1 && jobs[i].batch_size <= kMostSequences, "jobs[", i,
+              "].batch_size: ", jobs[i].batch_size, ", wanted 1 to ", kMostSequences);
       scheduler_.add_job(static_cast<std::int64_t>(i), jobs[i].weight);
       jobs_.push_back({.spec = &jobs[i]});
       start_batch(i);
@@ -69,6 +70,7 @@ class Simulator {
   }
 
  private:
+  static constexpr std::int64_t kMostStepsAtOnce = 100'000, kMostSequences = 1 << 20, kMostLayers = 1 << 16;
   struct Job {
     const SimulatedJob* spec;
     std::vector<std::unique_ptr<TrainSequence>> batch;
@@ -102,6 +104,8 @@ class Simulator {
     fraction(config_.between_steps_ms, "between_steps_ms");
     fraction(config_.optimizer_ms, "optimizer_ms");
     fraction(config_.duration_ms, "duration_ms");
+    require(config_.num_layers >= 1 && config_.num_layers <= kMostLayers, "num_layers: ", config_.num_layers,
+            ", wanted 1 to ", kMostLayers);
     require(config_.max_finetune_tokens_in_flight >= 1,
             "max_finetune_tokens_in_flight: ", config_.max_finetune_tokens_in_flight, ", wanted >= 1");
     SchedulerConfig scheduler{.max_num_seqs = std::min(engine.max_num_seqs, engine.max_num_batched_tokens),
@@ -179,6 +183,10 @@ class Simulator {
                              .waiting = scheduler_.num_waiting(),
                              .floor = plan.floor});
     now_ms_ += elapsed + config_.between_steps_ms;
+    ++steps_at_once_;
+    if (now_ms_ > moment_ms_ + 1e-6) moment_ms_ = now_ms_, steps_at_once_ = 0;
+    require(steps_at_once_ < kMostStepsAtOnce, "step_time_ms: ", kMostStepsAtOnce, " steps took no time at ", now_ms_,
+            " ms, wanted terms above 0 for what they do");
     scheduler_.commit(plan);
     cost_.observe(plan.features, elapsed);
     result_.finetune_tokens += static_cast<double>(plan.features.finetune_tokens);
@@ -229,7 +237,8 @@ class Simulator {
   std::size_t next_ = 0;  // request to arrive
   std::int64_t next_train_sequence_ = 0;
   std::uint64_t draws_ = 0;
-  double now_ms_ = 0.0;
+  double now_ms_ = 0.0, moment_ms_ = 0.0;
+  std::int64_t steps_at_once_ = 0;
   bool training_ = true;
 };
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _REPLACEMENT = "\ufffd"  # how an incomplete UTF-8 sequence decodes
+_MOST_HELD = 3  # bytes of a character that is not whole yet
+_WINDOW = 64  # tokens, where none adds text: special ones, bytes that are no characters
 
 
 class Detokenizer:
@@ -22,15 +24,16 @@ class Detokenizer:
     def push(self, token: int) -> str:
         self._ids.append(token)
         text = self._decode(self._ids)
-        end = len(text.rstrip(_REPLACEMENT))  # byte tokens decode to one each until their character is whole
-        held = end < len(text)
+        # Byte tokens decode to one each until their character is whole; of more than that can be, the first are none.
+        end = max(len(text.rstrip(_REPLACEMENT)), len(text) - _MOST_HELD)
+        held = len(text) - end
         piece = text[self._emitted : end]
         self._emitted = max(self._emitted, end)
-        if piece and not held:
+        if (piece and not held) or len(self._ids) - self._read >= _WINDOW:
             if self._read:
                 del self._ids[: self._read]
-                self._emitted = len(self._decode(self._ids))
-            self._read = len(self._ids)
+                self._emitted = max(0, len(self._decode(self._ids)) - held)
+            self._read = max(0, len(self._ids) - held)
         return piece
 
     def finish(self) -> str:

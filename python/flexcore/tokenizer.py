@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,16 @@ from flexcore.chat_template import ChatTemplate, Message
 from flexcore.detokenizer import Detokenizer
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level BPE writes bytes as (GPT-2): themselves where they print, or the next from 256."""
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printed]
+    return {chr(byte): byte for byte in printed} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _byte_alphabet()
 
 
 class Tokenizer:
@@ -80,6 +91,21 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    def token(self, token_id: int) -> str:
+        """As the vocabulary writes it."""
+        return str(self._tokenizer.id_to_token(token_id))
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What it stands for in UTF-8, which may be a part of a character."""
+        text = self.decode([token_id], skip_special_tokens=False)
+        if "\ufffd" not in text:
+            return text.encode()
+        token = self.token(token_id)
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):  # SentencePiece's
+            return bytes([int(token[3:5], 16)])
+        values = [_BYTE_OF.get(character) for character in token]
+        return text.encode() if None in values else bytes(value for value in values if value is not None)
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
         return Detokenizer(lambda ids: self.decode(ids, skip_special_tokens))

@@ -83,6 +83,9 @@ TEST(ModelConfig, SlidesTheRightLayers) {
   EXPECT_EQ(parse("LlamaForCausalLM", R"({"sliding_window": 32})").sliding_window, Windows(4, 0));
   const char* qwen = "Qwen2ForCausalLM";
   EXPECT_EQ(parse(qwen, R"({"sliding_window": 32, "max_window_layers": 0})").sliding_window, Windows(4, 0));
+  EXPECT_EQ(
+      parse(qwen, R"({"use_sliding_window": true, "sliding_window": null, "max_window_layers": 0})").sliding_window,
+      Windows(4, 0));
   EXPECT_EQ(parse(qwen, R"({"use_sliding_window": true, "sliding_window": 32, "max_window_layers": 3})").sliding_window,
             (Windows{0, 0, 0, 32}));
   EXPECT_EQ(parse(qwen, R"({"use_sliding_window": true, "sliding_window": 32, "layer_types":
@@ -157,6 +160,8 @@ TEST(ModelConfig, LoadsADirectory) {
   EXPECT_EQ(ModelConfig::load(dir.path()).eos_token_ids, std::vector<std::int32_t>{2});
   dir.write("generation_config.json", R"({"eos_token_id": [5, 6]})");
   EXPECT_EQ(ModelConfig::load(dir.path()).eos_token_ids, (std::vector<std::int32_t>{5, 6}));
+  dir.write("generation_config.json", R"({"eos_token_id": [5, 1000000]})");  // no logit is of the second
+  EXPECT_EQ(ModelConfig::load(dir.path()).eos_token_ids, std::vector<std::int32_t>{5});
   dir.write("generation_config.json", R"({"do_sample": true})");
   EXPECT_EQ(ModelConfig::load(dir.path()).eos_token_ids, std::vector<std::int32_t>{2});
   dir.write("generation_config.json", "[");

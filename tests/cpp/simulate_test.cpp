@@ -104,6 +104,14 @@ TEST(Simulate, RefusesBadArguments) {
   refused("requests[0].arrival_ms", {{.arrival_ms = HUGE_VAL}}, {}, machine());
   refused("slo_class", {{.slo_class = "fast"}}, {}, machine());
   refused("jobs[0].lengths", {}, {{}}, machine());
+  refused("jobs[0].batch_size", {}, {{.lengths = {4}, .batch_size = std::int64_t{1} << 62}}, machine());
+  SimulationConfig deep = machine();
+  deep.num_layers = std::int64_t{1} << 62;
+  refused("num_layers", {}, {}, deep);
+  SimulationConfig for_nothing = machine();
+  for_nothing.step_time_ms = {{"decode_rows", 1.0}};
+  for_nothing.duration_ms = 10.0;
+  refused("steps took no time", {}, {{.lengths = {4}}}, for_nothing);
   SimulationConfig noisy = machine();
   noisy.noise = -1.0;
   refused("noise", {}, {}, noisy);

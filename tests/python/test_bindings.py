@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,28 @@ def test_calls_refuse_wrong_types(engine: fc.Engine, call: Any, message: str) ->
     with pytest.raises(fc.InvalidArgument) as info:
         call(engine)
     assert message in str(info.value)
+
+
+def test_long_text_is_cut_between_characters(engine: fc.Engine) -> None:
+    for shift in range(3):
+        with pytest.raises(fc.InvalidArgument, match="prompt"):
+            engine.submit("a" * shift + "\u00e9" * 200)  # type: ignore[arg-type]
+        with pytest.raises(fc.InvalidArgument, match="rms_norm: x"):
+            fc.ops.rms_norm("a" * shift + "\u00e9" * 200, None, 1e-6)
+
+
+def test_the_interpreter_ends_while_a_thread_is_in_a_step(numpy_model: Path) -> None:
+    code = f"""
+import threading, time, flexcore as fc
+engine = fc.Engine({str(numpy_model)!r}, fc.EngineConfig(device="cpu", num_threads=1))
+def work():
+    while True:
+        engine.score([5] * 40)
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.3)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_numbers_come_as_arrays(engine: fc.Engine) -> None:

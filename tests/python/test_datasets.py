@@ -185,6 +185,21 @@ def test_files(tokenizer: fc.Tokenizer, tmp_path: Path, name: str) -> None:
     assert len(datasets.load(tmp_path / name, tokenizer).examples) == 3
 
 
+def test_what_looks_like_the_end_of_a_line_is_text(tokenizer: fc.Tokenizer, tmp_path: Path) -> None:
+    rows = [{"text": "a\u2028b\u0085c"}, {"text": "d"}]
+    for name in ("rows.json", "rows.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        assert len(datasets.load(tmp_path / name, tokenizer).examples) == 2
+
+
+def test_a_developer_is_the_system_as_in_a_request(tokenizer: fc.Tokenizer) -> None:
+    by_role = [
+        datasets.load([{"messages": [{"role": role, "content": "a"}, *chat("b", "c")["messages"]]}], tokenizer)
+        for role in ("developer", "system")
+    ]
+    assert list(by_role[0].examples[0].input_ids) == list(by_role[1].examples[0].input_ids)
+
+
 def test_json_lines_in_a_json_file_and_folders(tokenizer: fc.Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text("\n".join(json.dumps(row) for row in ROWS))
     assert len(datasets.load(str(tmp_path / "d.json"), tokenizer).examples) == 3

@@ -251,16 +251,30 @@ def test_refusals_leave_nothing_behind(smollm2_gguf: Path, tmp_path: Path) -> No
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
+    heads = tmp_path / "heads.gguf"
+    writer = gguf.GGUFWriter(heads, "llama")
+    writer.add_block_count(1)
+    writer.add_head_count(0)
+    writer.add_embedding_length(8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
     text = tmp_path / "text.gguf"
     text.write_text("GGUF?")
-    for path, error in ((broken, fc.ModelLoadError), (other, fc.Unsupported), (text, fc.ModelLoadError)):
+    refused = (
+        (broken, fc.ModelLoadError),
+        (other, fc.Unsupported),
+        (heads, fc.ModelLoadError),
+        (text, fc.ModelLoadError),
+    )
+    for path, error in refused:
         with pytest.raises(error, match=path.name):
             converter.convert(path, tmp_path / "out")
     with pytest.raises(fc.InvalidArgument, match="dtype"):
         converter.convert(smollm2_gguf, tmp_path / "out", dtype="int8")
     with pytest.raises(fc.InvalidArgument, match="not an empty directory"):
         converter.convert(smollm2_gguf, tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.gguf", "other.gguf", "text.gguf"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["broken.gguf", "heads.gguf", "other.gguf", "text.gguf"]
 
 
 def test_resolving_converts_once(

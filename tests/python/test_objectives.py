@@ -22,6 +22,13 @@ def drain(engine: fc.Engine) -> list[fc.TokenEvent]:
     return events
 
 
+def test_the_default_class_has_no_name(numpy_model: Path) -> None:
+    with pytest.raises(fc.InvalidArgument, match='slo_classes: "default"'):
+        load(numpy_model, slo_classes={"default": fc.SLO(1, 1)})
+    with pytest.raises(fc.InvalidArgument, match='slo_class: "default"'):
+        load(numpy_model).set_slo(fc.SLO(1, 1), "default")
+
+
 def test_requests_are_held_to_the_objective_of_their_class(numpy_model: Path) -> None:
     classes = {"batch": fc.SLO(1e6, 1e6), "never": fc.SLO(1e-6, 1e-6)}
     engine = load(numpy_model, slo=fc.SLO(1e6, 1e6), slo_classes=classes)

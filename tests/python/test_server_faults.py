@@ -19,6 +19,7 @@ from conftest import write_byte_tokenizer
 from served import ENGINE, Process, Served, json_lines, serving, wait_for, write_model
 
 import flexcore as fc
+from flexcore.server.evaluations import Evaluations
 from flexcore.server.store import Store
 from flexcore.tiny import write_tiny_model
 
@@ -137,6 +138,45 @@ def test_what_is_no_request(http: httpx.Client) -> None:
     error(http.post("/v1/files", data={"purpose": "fine-tune"}), 400)
     error(http.post("/v1/files", files={"file": ("a.jsonl", b"")}, data={"purpose": "fine-tune"}), 400)
     error(http.post("/v1/files", files={"file": ("a.jsonl", b"{}")}, data={"purpose": "world domination"}), 400)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("fine_tuning/jobs", {"model": "tiny", "training_file": "x", "metadata": {"k": "\ud83d"}}, "metadata"),
+        ("fine_tuning/jobs", {"model": "tiny", "training_file": "x", "peft": {"target_modules": ["\ud83d"]}}, "peft"),
+        ("completions", ASK | {"stop": ["\ud83d"]}, "stop"),
+        ("completions", ASK | {"model": "\ud83d"}, "model"),
+        ("load_lora_adapter", {"lora_name": "x", "lora_path": "\ud83d"}, "lora_path"),
+    ],
+)
+def test_half_a_surrogate_pair(http: httpx.Client, path: str, body: dict[str, Any], param: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    refused = error(http.post(f"/v1/{path}", content=json.dumps(body), headers=headers), 400)
+    assert refused["param"] == param and "surrogate" in refused["message"]
+    assert http.get("/v1/fine_tuning/jobs").json()["data"] == []
+
+
+def test_a_method_with_a_field_of_python(http: httpx.Client) -> None:
+    file = http.post("/v1/files", files={"file": ("a.jsonl", b'{"text": "a"}')}, data={"purpose": "fine-tune"}).json()
+    body = {"model": "tiny", "training_file": file["id"], "peft": {"peft_type": "IA3", "self": 1}}
+    assert error(http.post("/v1/fine_tuning/jobs", json=body), 400)["param"] == "peft"
+
+
+def test_files_deleted_as_they_are_listed(http: httpx.Client) -> None:
+    for k in range(5):
+        file = {"file": (f"{k}.jsonl", b'{"text": "a"}')}
+        http.post("/v1/files", files=file, data={"purpose": "fine-tune"})
+    count, after = 0, ""
+    while True:  # as the client's iterator
+        page = http.get("/v1/files", params={"limit": 2} | ({"after": after} if after else {})).json()
+        for row in page["data"]:
+            assert http.delete(f"/v1/files/{row['id']}").status_code == 200
+        count += len(page["data"])
+        if not page["has_more"]:
+            break
+        after = page["last_id"]
+    assert count >= 5 and http.get("/v1/files").json()["data"] == []
 
 
 def test_bodies_that_are_too_large(http: httpx.Client, served: Served) -> None:
@@ -406,6 +446,31 @@ def test_no_token_waits_for_a_disk(model: Path, tmp_path: Path, monkeypatch: pyt
         wait_for_step(http, job, job_row(http, job)["step"] + 2)
         assert http.post(f"/v1/fine_tuning/jobs/{job}/cancel").json()["status"] == "cancelled"
         wait_for(lambda: not list((tmp_path / "data" / "jobs").iterdir()))
+
+
+def test_a_checkpoint_that_is_gone_before_its_evaluation(model: Path, tmp_path: Path) -> None:
+    """Costs its validation loss, and the job nothing."""
+    engine, store = fc.LLM(model, **ENGINE).engine, Store(tmp_path / "data")
+    evaluations = Evaluations(engine, store, "job", [fc.Example([1, 2, 3], [1, 2, 3])], 128)
+    evaluations.add("name", "checkpoint", 3)
+    evaluations.go_on(nobody=True)
+    assert not evaluations and engine.adapters() == []
+    (event,) = store.select("SELECT * FROM events WHERE job = ?", "job")
+    assert event["level"] == "warn" and event["message"].startswith("Step 3: the validation loss can't be computed: ")
+    store.close()
+
+
+def test_rows_are_cut_where_virtual_tokens_leave_no_room(model: Path, tmp_path: Path) -> None:
+    rows = json_lines([{"text": f"{k} sheep " * 40} for k in range(4)])  # longer than the model holds
+    with serving(fc.LLM(model, **ENGINE), tmp_path / "data") as served, served.http() as http:
+        upload = {"files": {"file": ("a.jsonl", rows)}, "data": {"purpose": "fine-tune"}}
+        file = http.post("/v1/files", **upload).json()["id"]
+        peft = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 20}
+        body = {"model": "tiny", "training_file": file, "validation_file": file, "peft": peft}
+        job = http.post("/v1/fine_tuning/jobs", json=body | {"hyperparameters": {"n_epochs": 1}}).json()["id"]
+        wait_for_success(http, job)
+        (checkpoint,) = http.get(f"/v1/fine_tuning/jobs/{job}/checkpoints").json()["data"]
+        assert checkpoint["metrics"]["full_valid_loss"] > 0
 
 
 def test_pause_at_any_moment(model: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from served import CHAT_ROWS, ENGINE, Served, json_lines, serving, wait_for, write_model
 
 import flexcore as fc
+from flexcore.server.errors import ApiError
 
 ENDED = ("succeeded", "failed", "cancelled")
 HELLO = [{"role": "user", "content": "hello"}]
@@ -136,13 +137,13 @@ def test_logprobs(client: Any, twin: fc.LLM) -> None:
     content = answer.choices[0].logprobs.content
     assert [entry.logprob for entry in content] == pytest.approx([entry.logprob for entry in wanted.logprobs], abs=1e-4)
     assert [len(entry.top_logprobs) for entry in content] == [2] * len(content)
-    assert bytes(b for entry in content for b in entry.bytes).decode(errors="replace") == "".join(
-        e.token for e in content
+    assert (
+        bytes(b for entry in content for b in entry.bytes).decode(errors="replace") == answer.choices[0].message.content
     )
     plain = client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=3, logprobs=2)
     logprobs = plain.choices[0].logprobs
     assert logprobs.token_logprobs == pytest.approx([entry.logprob for entry in wanted.logprobs], abs=1e-4)
-    assert all(1 <= len(top) <= 2 for top in logprobs.top_logprobs)  # by text: half characters are one
+    assert all(len(top) == 2 for top in logprobs.top_logprobs)  # by text, half characters by their bytes
 
 
 def test_a_job_from_file_to_model(client: Any, tuned: Any, training_file: str) -> None:
@@ -235,12 +236,16 @@ def test_lists(client: Any, tuned: Any, training_file: str) -> None:
     assert client.files.retrieve(training_file).bytes == len(json_lines(CHAT_ROWS))
 
 
-def test_deleting(client: Any, training_file: str) -> None:
+def test_deleting(client: Any, served: Served, training_file: str) -> None:
     file = client.files.create(file=("short.jsonl", json_lines(CHAT_ROWS[:2])), purpose="fine-tune").id
     job = ended(
         client, client.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters={"n_epochs": 1}).id
     )
+    asked = served.state.models.resolve(job.fine_tuned_model)
     assert client.models.delete(job.fine_tuned_model).deleted
+    assert asked.load is not None
+    with pytest.raises(ApiError, match="does not exist"):  # who asked just before
+        asked.load()
     with pytest.raises(openai.NotFoundError, match="does not exist"):
         client.chat.completions.create(model=job.fine_tuned_model, messages=HELLO)
     assert client.files.delete(file).deleted

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import flexcore as fc
 from flexcore.chat_template import ChatTemplate
-from flexcore.detokenizer import StopStrings
+from flexcore.detokenizer import Detokenizer, StopStrings
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +48,34 @@ def test_no_half_characters(tokenizer: fc.Tokenizer, text: str, pieces: list[str
 
 
 @settings(max_examples=300, deadline=None)
-@given(ids=st.lists(st.integers(0, 265), max_size=40))
+@given(ids=st.lists(st.integers(0, 265), max_size=200))
 def test_pieces_join_to_the_whole(byte_tokenizer_dir: Path, ids: list[int]) -> None:
     tokenizer = _cached(byte_tokenizer_dir)
     for skip in (True, False):
         stream = tokenizer.detokenizer(skip)
         assert "".join([stream.push(token) for token in ids]) + stream.finish() == tokenizer.decode(ids, skip)
+
+
+@pytest.mark.parametrize("text", ["", "\ufffd"], ids=["special", "no character"])
+def test_what_adds_no_text_is_not_decoded_again(byte_tokenizer_dir: Path, text: str) -> None:
+    tokenizer, longest = _cached(byte_tokenizer_dir), 0
+    token = next(token for token in range(265, 0, -1) if tokenizer.decode([token]) == text)
+
+    def decode(ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return tokenizer.decode(ids)
+
+    stream = Detokenizer(decode)
+    ids = [*tokenizer.encode("a"), *[token] * 1000, *tokenizer.encode("\U0001f642")]
+    pieces = "".join([stream.push(i) for i in ids])
+    assert longest < 200
+    assert pieces + stream.finish() == tokenizer.decode(ids)
+
+
+def test_bytes_of_tokens(tokenizer: fc.Tokenizer) -> None:
+    for text in ("hello", "\u00e9", "\U0001f642"):
+        assert b"".join(tokenizer.token_bytes(token) for token in tokenizer.encode(text)) == text.encode()
 
 
 _TOKENIZERS: dict[Path, fc.Tokenizer] = {}

@@ -4,6 +4,7 @@
 #include <limits>
 #include <memory>
 
+#include "../interpreter.h"
 #include "flexcore/error.h"
 
 namespace flexcore::python {
@@ -51,8 +52,7 @@ Example to_example(py::handle value, const std::string& where) {
 }  // namespace
 
 void refuse(const std::string& where, py::handle got, const std::string& wanted) {
-  std::string shown = py::repr(got).cast<std::string>();
-  if (shown.size() > kLongestRepr) shown = shown.substr(0, kLongestRepr) + "...";
+  const std::string shown = shortened(py::repr(got).cast<std::string>(), kLongestRepr);
   const std::string type = py::type::of(got).attr("__name__").cast<std::string>();
   throw InvalidArgument(where + ": got " + shown + " (" + type + "), wanted " + wanted);
 }

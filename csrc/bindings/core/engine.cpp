@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "../interpreter.h"
 #include "convert.h"
 #include "flexcore/error.h"
 #include "register.h"
@@ -12,11 +13,11 @@ namespace flexcore::python {
 namespace {
 
 // Calls wait and work without the GIL; the engine itself makes them queue up.
-using Released = py::call_guard<py::gil_scoped_release>;
+using WithoutGil = py::call_guard<Released>;
 
 template <class F>
 auto released(F&& work) {
-  const py::gil_scoped_release release;
+  const Released release;
   return work();
 }
 
@@ -85,7 +86,7 @@ void register_serving(Bound& cls) {
   cls.def(py::init([](const py::object& model, const py::object& config) {
             const std::string path = to_path(model, "Engine: model");
             const auto chosen = convert<std::optional<EngineConfig>>(config, "Engine: config").value_or(EngineConfig{});
-            const py::gil_scoped_release release;
+            const Released release;
             return std::make_unique<Engine>(Engine::load(path, chosen));
           }),
           py::arg("model"), py::arg("config") = py::none());
@@ -97,7 +98,7 @@ void register_serving(Bound& cls) {
   cls.def("submit_batch", submit_batch, py::arg("prompts"), py::arg("sampling") = py::none(),
           py::arg("adapter") = py::none(), py::arg("slo_class") = py::none(),
           "Queues all or none; sampling, adapter and slo_class are for all, or one for each.");
-  cls.def("step", &Engine::step, Released(),
+  cls.def("step", &Engine::step, WithoutGil(),
           "One iteration: inference first, then as much finetuning as the objective leaves room for.");
   cls.def(
       "cancel",
@@ -106,7 +107,7 @@ void register_serving(Bound& cls) {
         return released([&] { return self.cancel(id); });
       },
       py::arg("request_id"), "False: no such running request. May be called while another thread steps.");
-  cls.def("has_work", &Engine::has_work, Released(), "Anything to serve, or a job that runs.");
+  cls.def("has_work", &Engine::has_work, WithoutGil(), "Anything to serve, or a job that runs.");
   cls.def(
       "score",
       [](Engine& self, const py::object& tokens, const py::object& adapter) {
@@ -156,7 +157,7 @@ void register_adapters(Bound& cls) {
   with_directory("load_adapter", &Engine::load_adapter, "Reads a PEFT directory.");
   with_directory("save_adapter", &Engine::save_adapter,
                  "Writes a PEFT directory: adapter_config.json and adapter_model.safetensors.");
-  cls.def("adapters", &Engine::adapters, Released());
+  cls.def("adapters", &Engine::adapters, WithoutGil());
   cls.def(
       "unload_adapter",
       [](Engine& self, const py::object& name) {
@@ -209,7 +210,7 @@ void register_jobs(Bound& cls) {
         return released([&] { return self.job(id); });
       },
       py::arg("job_id"));
-  cls.def("jobs", &Engine::jobs, Released());
+  cls.def("jobs", &Engine::jobs, WithoutGil());
   const auto on_job = [&cls](const char* name, void (Engine::*method)(JobId)) {
     cls.def(
         name,
@@ -237,7 +238,7 @@ void register_state(Bound& cls) {
   cls.def(
       "stats", [](const Engine& self) { return to_dict(released([&] { return self.stats(); })); },
       "Counters and the step-time model's state.");
-  cls.def("model", &Engine::model, Released());
+  cls.def("model", &Engine::model, WithoutGil());
   cls.def(
       "set_slo",
       [](Engine& self, const py::object& slo, const py::object& slo_class) {

@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include "../interpreter.h"
 #include "record.h"
 #include "register.h"
 
@@ -105,7 +106,7 @@ void register_plan(py::module_& m) {
             to_int64(tensor_parallel_size, "plan: tensor_parallel_size"),
             to_bool(sequence_parallel, "plan: sequence_parallel"),
             convert<std::optional<ParallelRates>>(rates, "plan: rates").value_or(ParallelRates{})};
-        const py::gil_scoped_release release;
+        const Released release;
         return plan(path, engine, method, length, parallel);
       },
       py::arg("model"), py::arg("config") = py::none(), py::arg("lora") = py::none(), py::arg("sequence_length") = 1024,

@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include "../interpreter.h"
 #include "record.h"
 #include "register.h"
 
@@ -50,7 +51,7 @@ Simulation run(const py::object& requests, const py::object& jobs, const py::obj
       to_vector(requests, "simulate: requests", "a list of flexcore.SimulatedRequest", convert<SimulatedRequest>);
   const auto work = to_vector(jobs, "simulate: jobs", "a list of flexcore.SimulatedJob", convert<SimulatedJob>);
   const auto chosen = convert<std::optional<SimulationConfig>>(config, "simulate: config").value_or(SimulationConfig{});
-  const py::gil_scoped_release release;
+  const Released release;
   return simulate(trace, work, chosen);
 }
 

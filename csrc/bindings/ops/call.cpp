@@ -40,7 +40,7 @@ std::string class_name(nb::handle value) { return nb::cast<std::string>(nb::str(
 
 std::string text_of(nb::handle value) {
   std::string text = nb::cast<std::string>(nb::repr(value));
-  return text.size() > 60 ? text.substr(0, 57) + "..." : text;
+  return python::shortened(std::move(text), 60);
 }
 
 /// numpy does not export its bfloat16 (package ml_dtypes) through DLPack, but shows the same memory as uint16.
@@ -193,7 +193,7 @@ TensorView Call::read_on_host(nb::handle array, const char* name) {
   }
   auto& copy = host_copies_.emplace_back(static_cast<std::size_t>(span) * dtype_size(view.dtype()));
   {
-    const nb::gil_scoped_release released;
+    const python::Released released;
     const std::lock_guard lock(runtime_mutex());
     ops::Runtime& runtime = shared_runtime(placed.device);
     runtime.synchronously([&] { runtime.download(copy.data(), view.data(), copy.size()); });

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "../interpreter.h"
 #include "flexcore/ops.h"
 
 /// Python arguments to views, and the call itself. Every refusal is an InvalidArgument (of a device that nobody here
@@ -37,7 +38,7 @@ class Call {
   /// body(runtime), one call at a time in the process.
   template <class Body>
   void run(Body&& body) const {
-    const nb::gil_scoped_release released;
+    const python::Released released;
     const std::lock_guard lock(runtime_mutex());
     ops::Runtime& runtime = shared_runtime(device_);
     runtime.synchronously([&] { body(runtime); });

@@ -125,6 +125,7 @@ def _message(row: Row, value: Any, name: str) -> tuple[dict[str, Any], bool]:
     if role not in _ROLES:
         row.fail(f"{name}.role", f"got {_shown(role)}, wanted one of {', '.join(_ROLES)}")
     message = {key: item for key, item in value.items() if key != "weight"}
+    message["role"] = "system" if role == "developer" else role  # as in a request
     content = value.get("content")
     if isinstance(content, list):  # OpenAI's content parts
         parts = [part.get("text") if isinstance(part, Mapping) else None for part in content]
@@ -189,7 +190,7 @@ def _sharegpt(row: Row) -> Conversation:
         if not isinstance(value, Mapping):
             row.fail(name, f"got {_shown(value)}, wanted an object with from and value")
         role = value.get("from", value.get("role"))
-        if role not in _SHAREGPT_ROLES:
+        if not isinstance(role, str) or role not in _SHAREGPT_ROLES:
             row.fail(f"{name}.from", f"got {_shown(role)}, wanted one of {', '.join(_SHAREGPT_ROLES)}")
         text = _string(row, value.get("value", value.get("content")), f"{name}.value")
         messages.append({"role": _SHAREGPT_ROLES[role], "content": text})

@@ -66,7 +66,7 @@ def _array(path: Path, file: IO[str]) -> Iterator[Row]:
         first, _, rest = text.lstrip().partition("\n")
         if not (first.startswith("{") and first.rstrip().endswith("}") and rest.strip()):
             _parse(str(path), text)
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
                 yield _row(f"{path}:{number}", _parse(f"{path}:{number}", line))
         return

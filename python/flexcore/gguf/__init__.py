@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexcore._core import InvalidArgument
+from flexcore._core import Error, InvalidArgument, ModelLoadError
 from flexcore.gguf.config import generation_config, model_config
 from flexcore.gguf.metadata import Metadata
 from flexcore.gguf.tokenizer import build_tokenizer, tokenizer_config
@@ -38,15 +38,22 @@ def convert(
         raise InvalidArgument(f"convert: dtype: got {dtype!r}, wanted one of {', '.join(DTYPES)}")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InvalidArgument(f"convert: target: {target} exists and is not an empty directory")
-    metadata = Metadata(source)
-    config = model_config(metadata, dtype)
+    try:
+        metadata = Metadata(source)
+        config = model_config(metadata, dtype)
+        generation, tokenizer = generation_config(metadata), build_tokenizer(metadata)
+        of_tokenizer = tokenizer_config(metadata)
+    except Error:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ModelLoadError(f"{source}: its metadata cannot be read: {type(error).__name__}: {error}") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         _write_json(partial / "config.json", config)
-        _write_json(partial / "generation_config.json", generation_config(metadata))
-        build_tokenizer(metadata).save(str(partial / "tokenizer.json"))
-        _write_json(partial / "tokenizer_config.json", tokenizer_config(metadata))
+        _write_json(partial / "generation_config.json", generation)
+        tokenizer.save(str(partial / "tokenizer.json"))
+        _write_json(partial / "tokenizer_config.json", of_tokenizer)
         write_weights(metadata, partial / "model.safetensors", dtype, progress)
         partial.chmod(0o755)
         partial.replace(target)

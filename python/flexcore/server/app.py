@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import sqlite3
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -202,6 +203,10 @@ def _add_errors(app: FastAPI, state: ServerState) -> None:
     async def os_error(request: Request, error: OSError) -> Response:
         log.exception("%s %s", request.method, request.url.path)
         return JSONResponse(ApiError(507, f"the server's storage: {error}", code="storage").body(), 507)
+
+    @app.exception_handler(sqlite3.OperationalError)
+    async def database_error(request: Request, error: sqlite3.OperationalError) -> Response:
+        return await os_error(request, OSError(str(error)))
 
     @app.exception_handler(Exception)
     async def bug(request: Request, error: Exception) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from flexcore._core import Example, SamplingParams, TokenEvent
+from flexcore._core import Error, Example, SamplingParams, TokenEvent
 from flexcore.engine import Engine
 from flexcore.server.store import Store
 
@@ -50,26 +50,28 @@ class Evaluations:
         return bool(self._queue) and self._queue[0].request == request
 
     def go_on(self, nobody: bool) -> None:
-        """With the next example, when nobody is served or that was so for too long."""
+        """With the next example, cut at what the model holds, when nobody is served or that was so for too long."""
         if not self._queue or self._queue[0].request >= 0:
             return
         evaluation = self._queue[0]
         if not nobody and time.monotonic() - evaluation.waits_since < PATIENCE:
             return
-        if evaluation.next == 0:
-            self._engine.load_adapter(evaluation.model, evaluation.directory)
         ids = self._examples[evaluation.next].input_ids
         sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True)
-        evaluation.request = self._engine.submit(ids[: self._max_length - 1], sampling, evaluation.model, BACKGROUND)
+        try:
+            if evaluation.next == 0:
+                self._engine.load_adapter(evaluation.model, evaluation.directory)
+            ids = ids[: self._max_length - 1]
+            evaluation.request = self._engine.submit(ids, sampling, evaluation.model, BACKGROUND)
+        except Error as error:  # its files may have been deleted; training is none the worse
+            self._fail(str(error))
 
     def take(self, answer: TokenEvent) -> None:
         """What was asked last."""
         evaluation = self._queue[0]
         evaluation.request, evaluation.waits_since = -1, time.monotonic()
         if answer.finish_reason in ("error", "cancelled"):
-            message = f"Step {evaluation.step}: the validation loss can't be computed: {answer.error}"
-            self._store.add_event(self._job, message, level="warn", step=evaluation.step)
-            self._end()
+            self._fail(answer.error)
             return
         labels = self._examples[evaluation.next].labels[1:]
         for logprob, label in zip(answer.prompt_logprobs, labels, strict=False):
@@ -97,6 +99,12 @@ class Evaluations:
                 self._engine.cancel(evaluation.request)
             unload(self._engine, evaluation.model)
         self._queue.clear()
+
+    def _fail(self, why: str) -> None:
+        step = self._queue[0].step
+        self._end()
+        message = f"Step {step}: the validation loss can't be computed: {why}"
+        self._store.add_event(self._job, message, level="warn", step=step)
 
     def _end(self) -> None:
         unload(self._engine, self._queue.pop(0).model)

@@ -12,6 +12,7 @@ from flexcore._core import Error, Example, InvalidArgument
 from flexcore.server import reading
 from flexcore.server.errors import ApiError, not_found
 from flexcore.server.runner import EngineRunner
+from flexcore.server.settings import virtual_tokens
 from flexcore.server.state import ServerConfig
 from flexcore.server.store import Row, Store, new_id
 from flexcore.server.training import ACTIVE, Trainer
@@ -169,7 +170,9 @@ class JobManager:
         file = self._store.get("files", row[param])
         if file is None:
             raise _BadFile(param, f"{param} {row[param]!r} is gone")
-        longest = min(row["settings"].get("max_length") or self._max_length, self._max_length)
+        settings = row["settings"]
+        longest = self._max_length - virtual_tokens(settings)
+        longest = min(settings.get("max_length") or longest, longest)
         path, tokenizer = self._store.path_of_file(file), self._runner.llm.tokenizer
         limit = self._config.max_dataset_bytes
         try:

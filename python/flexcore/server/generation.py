@@ -198,9 +198,17 @@ class _CompletionWriter(_Writer):
         return {
             "tokens": tokens,
             "token_logprobs": [entry.logprob for entry in logprobs],
-            "top_logprobs": [{self.state.token_text(t): p for t, p in reversed(e.top)} for e in logprobs],
+            "top_logprobs": [self._by_name(entry.top) for entry in logprobs],
             "text_offset": offsets,
         }
+
+    def _by_name(self, top: list[tuple[int, float]]) -> dict[str, float]:
+        """Of tokens that read the same, the more likely has the name, and the other that of its vocabulary."""
+        names: dict[str, float] = {}
+        for token, logprob in top:
+            name = self.state.token_name(token)
+            names[self.state.tokenizer.token(token) if name in names else name] = logprob
+        return names
 
 
 class _ChatWriter(_Writer):
@@ -237,7 +245,7 @@ class _ChatWriter(_Writer):
 
         def entry(token: int, logprob: float) -> dict[str, Any]:
             text = self.state.token_text(token)
-            return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+            return {"token": text, "logprob": logprob, "bytes": list(self.state.tokenizer.token_bytes(token))}
 
         content = [
             {**entry(e.token_id, e.logprob), "top_logprobs": [entry(token, p) for token, p in e.top]} for e in logprobs

@@ -44,6 +44,8 @@ class Models:
 
     def _load(self, name: str, directory: Path) -> None:
         """On the engine's thread."""
+        if self._find(name) is None:  # deleted since it was resolved
+            raise ApiError(404, f"The model `{name}` does not exist", "model", "model_not_found")
         loaded = {adapter.name: adapter for adapter in self._engine.adapters()}
         if name not in loaded:
             idle = [n for n in self._used if n in loaded and not loaded[n].training]

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flexcore import SamplingParams
 from flexcore.server.errors import ApiError
@@ -20,6 +20,29 @@ _OPTIONAL = [
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_whole_characters(cls, data: Any) -> Any:
+        """JSON can hold half a surrogate pair, which neither a database nor an answer can."""
+        for name, value in data.items() if isinstance(data, dict) else ():
+            if not (_is_whole(name) and _is_whole(value)):
+                name = name.encode(errors="replace").decode()
+                raise ApiError(400, f"{name}: half a surrogate pair, wanted whole characters", name)
+        return data
+
+
+def _is_whole(value: Any) -> bool:
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return False
+    elif isinstance(value, dict):
+        return all(_is_whole(key) and _is_whole(item) for key, item in value.items())
+    elif isinstance(value, list):
+        return all(_is_whole(item) for item in value if not isinstance(item, int | float))
+    return True
 
 
 class StreamOptions(Body):

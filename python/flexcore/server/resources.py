@@ -35,10 +35,11 @@ def _page(
     **equal: Any,
 ) -> dict[str, Any]:
     """Rows in the order of their making, behind the one `after`, whose columns (or paths in them) are `equal`."""
-    where, values = ["1"], []
+    where: list[str] = ["1"]
+    values: list[Any] = []
     if after is not None:
-        where.append(f"rowid {'<' if order == 'desc' else '>'} (SELECT rowid FROM {table} WHERE id = ?)")
-        values.append(after)
+        where.append(f"rowid {'<' if order == 'desc' else '>'} ?")
+        values.append(store.place(table, after))
     for column, value in equal.items():
         name, _, key = column.partition("$")
         where.append(f"json_extract({name}, ?) = ?" if key else f"{name} = ?")
@@ -292,7 +293,7 @@ async def create_job(body: JobRequest, request: Request) -> dict[str, Any]:
     settings["max_length"] = body.max_length
     try:
         adapter_of(settings)
-    except Error as error:  # what it does not know
+    except (Error, TypeError) as error:  # what it does not know
         raise ApiError(400, str(error), "lora" if peft is None else "peft") from error
     FinetuneConfig(**training)
     row = state.jobs.create(body.model_dump(exclude_none=True), settings, body.metadata)

@@ -15,6 +15,11 @@ def adapter_of(settings: dict[str, Any]) -> AdapterConfig:
     return adapter_config(**(settings.get("peft") or {"peft_type": "LORA", **settings["lora"]}))
 
 
+def virtual_tokens(settings: dict[str, Any]) -> int:
+    """Positions that the adapter takes ahead of every sequence."""
+    return getattr(adapter_of(settings), "num_virtual_tokens", 0)
+
+
 def model_name(base: str, suffix: str | None, job: str) -> str:
     return f"ft:{base}:{suffix or ''}:{job.removeprefix('ftjob-')[:12]}"
 

@@ -89,6 +89,13 @@ class ServerState:
     def token_text(self, token: int) -> str:
         return self.tokenizer.decode([token], skip_special_tokens=False)
 
+    def token_name(self, token: int) -> str:
+        """Its text, or as OpenAI writes what is no whole characters: "bytes:\\xe2\\x82"."""
+        text = self.token_text(token)
+        if "\ufffd" not in text:
+            return text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.tokenizer.token_bytes(token))
+
 
 def state_of(request: Request) -> ServerState:
     state: ServerState = request.app.state.server

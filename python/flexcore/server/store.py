@@ -48,7 +48,8 @@ CREATE TABLE IF NOT EXISTS models (
   name TEXT PRIMARY KEY, created_at INTEGER, base TEXT, job TEXT, directory TEXT);
 """
 _JSON = ("request", "settings", "metadata", "result_files", "error", "data", "metrics")
-_SUFFIXES = (".jsonl.gz", ".json.gz", ".json", ".csv")
+_MOST_GONE = 10_000
+_SUFFIXES = (".jsonl.gz", ".json.gz", ".ndjson.gz", ".json", ".csv")
 Row = dict[str, Any]
 
 
@@ -67,6 +68,7 @@ class Store:
         for name in ("files", "jobs", "adapters"):
             (directory / name).mkdir(parents=True, exist_ok=True)
         self._lock = threading.RLock()
+        self._gone: dict[tuple[str, str], int] = {}  # places of rows that were deleted
         try:
             self._db = sqlite3.connect(directory / "flexcore.db", check_same_thread=False, isolation_level=None)
             self._db.row_factory = sqlite3.Row
@@ -122,7 +124,19 @@ class Store:
 
     def delete(self, table: str, key: str) -> None:
         column = "name" if table == "models" else "id"
-        self._execute(f"DELETE FROM {table} WHERE {column} = ?", [key])
+        with self._lock:
+            if (place := self.place(table, key)) is not None:
+                self._gone[table, key] = place
+                while len(self._gone) > _MOST_GONE:
+                    del self._gone[next(iter(self._gone))]
+            self._execute(f"DELETE FROM {table} WHERE {column} = ?", [key])
+
+    def place(self, table: str, key: str) -> int | None:
+        """In the order of making; also of what was deleted lately, so that a list can go on behind it."""
+        column = "name" if table == "models" else "id"
+        with self._lock:
+            row = self._db.execute(f"SELECT rowid FROM {table} WHERE {column} = ?", [key]).fetchone()
+        return self._gone.get((table, key)) if row is None else int(row[0])
 
     def select(self, query: str, *values: Any) -> list[Row]:
         with self._lock:

@@ -26,7 +26,7 @@ from flexcore._core import (
 from flexcore.server.errors import ApiError
 from flexcore.server.evaluations import Evaluations, unload
 from flexcore.server.runner import EngineRunner
-from flexcore.server.settings import adapter_of, model_name, resolved
+from flexcore.server.settings import adapter_of, model_name, resolved, virtual_tokens
 from flexcore.server.store import Row, Store, new_id
 
 log = logging.getLogger("flexcore.server")
@@ -118,7 +118,8 @@ class Trainer:
                 raise
         info = self._engine.job(engine_job)
         steps_per_epoch = math.ceil(len(examples) / config.batch_size)
-        evaluations = Evaluations(self._engine, self._store, job, validation, self._max_length)
+        longest = self._max_length - virtual_tokens(settings)
+        evaluations = Evaluations(self._engine, self._store, job, validation, longest)
         training = Training(job, engine_job, info.adapter, steps_per_epoch, evaluations)
         training.first_step = training.saved_step = info.step
         self._training[engine_job] = training
