@@ -2,6 +2,8 @@
 
 #include <utility>
 
+#include "core/number.h"
+
 namespace flexcore {
 
 JsonFields::JsonFields(const Json& json, std::string source) : json_(json), source_(std::move(source)) {
@@ -36,8 +38,10 @@ double JsonFields::number_or(const std::string& name, double fallback) const {
 
 double JsonFields::positive(const std::string& name) const {
   const Json* value = find(name);
-  if (value == nullptr || !value->is_number() || !(value->as_double() > 0)) fail(name, value, "a number above 0");
-  return value->as_double();
+  const double number = value != nullptr && value->is_number() ? value->as_double() : 0.0;
+  if (!(static_cast<float>(number) > 0.0f) || !fits_float(number))
+    fail(name, value, "a number above 0, as float32 too");
+  return number;
 }
 
 double JsonFields::positive_or(const std::string& name, double fallback) const {

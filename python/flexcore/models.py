@@ -29,8 +29,12 @@ def resolve_model(model: ModelPath, progress: Callable[[int, int], None] | None 
     """The directory to load. A .gguf file is converted once; a hub name (owner/name[@revision]) is downloaded once."""
     if not isinstance(model, str | os.PathLike):
         raise InvalidArgument(f"model: got {model!r} ({type(model).__name__}), wanted a path or a hub name")
-    path = Path(model).expanduser()
-    if path.is_file() and (path.suffix == ".gguf" or _is_gguf(path)):
+    try:
+        path = Path(model).expanduser()
+        is_gguf = path.is_file() and (path.suffix == ".gguf" or _is_gguf(path))
+    except (OSError, RuntimeError, ValueError) as error:  # too long, of no user, with a null character, not readable
+        raise ModelLoadError(f"model: {str(model)[:200]!r}: {error}") from error
+    if is_gguf:
         return _converted(path, progress)
     if path.is_dir():
         files = sorted(path.glob("*.gguf"))

@@ -97,6 +97,8 @@ def test_missing_shard(tiny_hf: Any, make_engine: MakeEngine, tmp_path: Path) ->
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, fc.Unsupported, "rope_type.*longrope"),
         ({"num_key_value_heads": 3}, fc.ModelLoadError, "num_key_value_heads"),
         ({"hidden_size": None}, fc.ModelLoadError, "hidden_size"),
+        ({"rope_theta": 1e-308}, fc.ModelLoadError, "rope_theta.*as float32"),
+        ({"rms_norm_eps": 1e39}, fc.ModelLoadError, "rms_norm_eps.*as float32"),
         ({"intermediate_size": 100}, fc.ModelLoadError, "gate_proj|mlp"),
     ],
 )
@@ -121,6 +123,9 @@ def test_no_model(make_engine: MakeEngine, tmp_path: Path) -> None:
         make_engine(tmp_path)
     with pytest.raises(fc.ModelLoadError, match=r"nowhere.*does not exist"):
         fc.Engine(tmp_path / "nowhere")
+    for name in ("x" * 5000, "~nobody-of-this-name/x", "a\0b"):
+        with pytest.raises(fc.ModelLoadError, match="model: "):
+            fc.Engine(name)
     (tmp_path / "broken.gguf").write_bytes(b"GGUF and no more")
     with pytest.raises(fc.ModelLoadError, match=r"broken\.gguf"):
         fc.Engine(tmp_path / "broken.gguf")
