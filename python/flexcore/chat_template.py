@@ -40,6 +40,25 @@ def _tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
+def _with_arguments(message: Message) -> Message:
+    """OpenAI's tool calls have arguments as JSON text, which templates put into JSON once more: as what it says."""
+    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_with_parsed(call) for call in calls]}
+
+
+def _with_parsed(call: Any) -> Any:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if function is None or not isinstance(arguments, str):
+        return call
+    try:
+        return {**call, "function": {**function, "arguments": json.loads(arguments)}}
+    except ValueError:
+        return call
+
+
 def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
@@ -72,7 +91,10 @@ class ChatTemplate:
         names = {**self._tokens, "documents": None, **variables}
         try:
             return self._template.render(
-                messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **names
+                messages=[_with_arguments(message) for message in messages],
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                **names,
             )
         except (jinja2.TemplateError, TypeError, KeyError, ValueError) as error:
             raise InvalidArgument(f"chat template: {error}") from error

@@ -247,6 +247,13 @@ def test_counts_are_positive(option: str, value: str, capsys: pytest.CaptureFixt
     assert f"got '{value}', wanted an integer of at least 1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value", ["65536", "-1", "x"])
+def test_ports_exist(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("serve", "m", "--port", value)
+    assert f"got '{value}', wanted 0 to 65535" in capsys.readouterr().err
+
+
 class Parrot:
     """Stands for an LLM that says SAID, and keeps what it was asked."""
 

@@ -116,6 +116,16 @@ def test_template_knows_what_authors_use() -> None:
     assert '"a"' in template.render(messages, tools=[{"a": 1}])
 
 
+def test_arguments_of_tool_calls_are_json_once() -> None:
+    """As OpenAI's clients send them, and as data sets have them: text or not."""
+    template = ChatTemplate("{% for m in messages %}{{ m.tool_calls[0].function.arguments | tojson }}{% endfor %}")
+    for arguments in ('{"city": "Bern"}', {"city": "Bern"}):
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        assert template.render([{"role": "assistant", "tool_calls": [call]}]) == '{"city": "Bern"}'
+    call["function"] = {"name": "weather", "arguments": "no JSON"}
+    assert template.render([{"role": "assistant", "tool_calls": [call]}]) == '"no JSON"'
+
+
 def test_template_errors_are_ours() -> None:
     with pytest.raises(fc.InvalidArgument, match="only users"):
         ChatTemplate("{{ raise_exception('only users') }}").render([])

@@ -31,7 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    try:
+        prompts = args.prompt or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise InvalidArgument(f"prompt: standard input is not {error.encoding}: {error.reason}") from None
     if not prompts:
         raise InvalidArgument("prompt: got none, wanted --prompt TEXT or lines on standard input")
     adapters = options.adapters_of(args)

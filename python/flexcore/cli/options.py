@@ -57,6 +57,12 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    if not text.strip().isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted 0 to 65535")
+    return int(text)
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model_or_path", nargs="?", metavar="MODEL", help="directory, .gguf file or hub name")
     parser.add_argument("--model", help="the same as MODEL")

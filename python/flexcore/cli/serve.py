@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every interface (default: %(default)s)")
-    group.add_argument("--port", type=int, default=8000)
+    group.add_argument("--port", type=options.port, default=8000)
     group.add_argument("--uds", metavar="PATH", help="a Unix socket instead of host and port")
     group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="default: the model's own")
     group.add_argument("--api-key", action="append", default=[], metavar="KEY", help="also $FLEXCORE_API_KEY")
