@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import socket
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from conftest import write_byte_tokenizer
 from served import ENGINE, Process, Served, json_lines, serving, wait_for, write_model
 
 import flexcore as fc
+from flexcore.server import finetuning
 from flexcore.server.evaluations import Evaluations
 from flexcore.server.store import Store
 from flexcore.tiny import write_tiny_model
@@ -421,6 +423,33 @@ def test_storage_that_fails_pauses_a_job(model: Path, tmp_path: Path, monkeypatc
         http.post(f"/v1/fine_tuning/jobs/{job}/resume")
         wait_for_success(http, job)
         assert [step for step, _ in losses(http, job)] == list(range(1, STEPS + 1))
+
+
+def test_a_job_waits_for_room_in_the_database(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetuning, "RETRY_SECONDS", 0.1)
+    with serving(fc.LLM(model, **ENGINE), tmp_path / "data") as served, served.http() as http:
+        store, refused = served.state.store, threading.Event()
+        update = store.update
+
+        def full(table: str, key: str, **changes: Any) -> None:
+            if changes.get("status") == "queued":
+                refused.set()
+                raise sqlite3.OperationalError("database or disk is full")
+            update(table, key, **changes)
+
+        monkeypatch.setattr(store, "update", full)
+        job = train(http)
+        assert refused.wait(60)
+        assert job_row(http, job)["status"] == "validating_files"
+        monkeypatch.setattr(store, "update", update)
+        wait_for_success(http, job)
+
+        def none(*_: Any) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        monkeypatch.setattr(store, "insert", none)
+        file = {"file": ("a.jsonl", b'{"text": "a"}')}
+        assert error(http.post("/v1/files", files=file, data={"purpose": "fine-tune"}), 507)["code"] == "storage"
 
 
 def test_no_token_waits_for_a_disk(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import sqlite3
 import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from flexcore.server.store import Row, Store, new_id
 from flexcore.server.training import ACTIVE, Trainer
 
 log = logging.getLogger("flexcore.server")
+RETRY_SECONDS = 5.0  # until a job that storage kept from starting tries again
 
 
 class JobManager:
@@ -146,6 +148,10 @@ class JobManager:
             await self._runner.call(self._trainer.start, job, examples, validation)
         except asyncio.CancelledError:
             raise
+        except sqlite3.OperationalError:  # a full disk: the job waits for room
+            log.exception("job %s", job)
+            await asyncio.sleep(RETRY_SECONDS)
+            self._begin(job)
         except _BadFile as error:
             self._failed(job, "invalid_" + error.param, str(error), error.param)
         except ApiError as error:
