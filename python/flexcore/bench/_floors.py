@@ -47,8 +47,8 @@ class Work:
 
 
 def find_binary(named: str | None = None) -> Path | None:
-    """flexcore_bench: as named, on the PATH, or where `make bench` builds it in the current directory."""
-    for candidate in (named, shutil.which("flexcore_bench"), _BUILT):
+    """flexcore_bench: the one named, or that on the PATH, or where `make bench` builds it in the current directory."""
+    for candidate in (named,) if named else (shutil.which("flexcore_bench"), _BUILT):
         if candidate and os.access(candidate, os.X_OK):
             return Path(candidate).resolve()
     return None

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     group = parser.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every interface (default: %(default)s)")
-    group.add_argument("--port", type=options.port, default=8000)
+    group.add_argument("--port", type=options.port, default=8000, help="(default: %(default)s)")
     group.add_argument("--uds", metavar="PATH", help="a Unix socket instead of host and port")
     group.add_argument("--served-model-name", nargs="+", metavar="NAME", help="default: the model's own")
     group.add_argument("--api-key", action="append", default=[], metavar="KEY", help="also $FLEXCORE_API_KEY")
@@ -50,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
         from flexcore.server.app import create_app
         from flexcore.server.state import ServerConfig
     except ImportError as error:
-        raise InvalidArgument(f"serve: {error.name} is not installed (pip install flexcore[serve])") from None
+        raise InvalidArgument(
+            f"serve: {error.name} is not installed (pip install 'flexcore[serve]', or '.[serve]' in a clone)"
+        ) from None
 
     _set_up_logging(args.log_format, args.log_level)
     model = options.model_of(args)

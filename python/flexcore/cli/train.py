@@ -43,12 +43,16 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = output / "checkpoint"
     if args.resume:
         _check_resume(args, checkpoint)
+    elif checkpoint.is_dir():
+        message = f"{checkpoint} is of a run that was stopped: --resume goes on from it; this one begins anew"
+        err.print(message, markup=False, soft_wrap=True)
     llm = load_llm(options.model_of(args), options.engine_config(args))
     dataset = llm.load_dataset(args.data, args.max_length)
     err.print(f"{args.data}: {dataset.summary()}", markup=False, soft_wrap=True)
     examples = dataset.examples[: args.max_samples]
     if args.resume:
         job = llm.engine.resume_finetune(checkpoint, examples)
+        err.print(f"goes on after step {llm.engine.job(job).step}", markup=False, soft_wrap=True)
     else:
         name = args.adapter_name or output.resolve().name
         config = options.finetune_config(args)
