@@ -19,7 +19,7 @@ VERBS = {
     "plan": "where the memory goes, before anything is loaded",
     "inspect": "what a model, adapter or GGUF file is",
     "convert": "GGUF file to Hugging Face directory",
-    "bench": "measure kernels, latency, throughput, memory, quantization, finetuning kept while serving, or a server",
+    "bench": "measure kernels, latency, throughput, memory, quantization, finetuning kept (coserve), a server (serve)",
     "doctor": "check this machine and this installation",
     "completion": "a script that completes this command in a shell",
 }
