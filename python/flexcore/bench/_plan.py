@@ -209,15 +209,27 @@ def _kernels(card: Card, step: Step) -> list[dict[str, Any]]:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+    # In 80 columns the names give way, not the numbers.
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i > 0)
     return table
 
 
+def _brief(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:,.1f}"
+
+
 def _step_table(card: Card, step: Step, args: argparse.Namespace) -> Table:
-    table = _table(f"{step.name}: {step.what}", ("kernel", "launches", "MB", "GFLOP", "floor us", "of it"))
-    table.add_column("bound by", no_wrap=True)
+    table = _table(f"{step.name}: {step.what}", ("kernel", "launches", "MB", "GFLOP", "us", "of it"))
+    table.add_column("bound by", no_wrap=True, min_width=12)
     total = floors.seconds(step.kernels, card)
     styles = {"memory": "cyan", "tensor cores": "green", "float32": "yellow"}
     for kernel in step.kernels:
@@ -225,20 +237,20 @@ def _step_table(card: Card, step: Step, args: argparse.Namespace) -> Table:
         table.add_row(
             kernel.name,
             f"{kernel.launches:,}",
-            f"{kernel.bytes / 1e6:,.1f}",
-            f"{kernel.flops / 1e9:,.1f}",
-            f"{1e6 * seconds:,.1f}",
+            _brief(kernel.bytes / 1e6),
+            _brief(kernel.flops / 1e9),
+            _brief(1e6 * seconds),
             f"{seconds / total:.0%}",
             f"[{styles[bound]}]{bound}[/]",
             style="dim" if seconds < 0.01 * total else None,
         )
     row = _row(card, step, args)
     table.add_section()
-    numbers = (f"{row['launches']:,}", f"{row['bytes'] / 1e6:,.1f}", f"{row['flops'] / 1e9:,.1f}")
-    table.add_row("in all", *numbers, f"{row['floor_us']:,.1f}", "", "", style="bold")
+    numbers = (f"{row['launches']:,}", _brief(row["bytes"] / 1e6), _brief(row["flops"] / 1e9))
+    table.add_row("in all", *numbers, _brief(row["floor_us"]), "", "", style="bold")
     for name, key, each in (("eager", "eager_us", args.launch_us), ("in a graph", "graph_us", args.graph_launch_us)):
         added = row[key] / row["floor_us"] - 1
-        table.add_row(f"with {each:g} us a launch ({name})", "", "", "", f"{row[key]:,.1f}", f"{added:+.0%}", "assumed")
+        table.add_row(f"{each:g} us a launch, {name}", "", "", "", _brief(row[key]), f"{added:+.0%}", "assumed")
     return table
 
 
