@@ -95,7 +95,7 @@ class View:
         row = Table.grid(expand=True, padding=(0, 1))
         row.add_column()
         row.add_column(justify="right")
-        row.add_column(width=20)
+        row.add_column(width=20 if self._console.width >= 100 else 8)
         title = Text.assemble(
             ("flexcore ", "bold"), (self._name, "bold cyan"), (f"  {model.dtype}, {model.device}, ", "dim"),
             (f"{model.num_threads} threads", "dim"),
