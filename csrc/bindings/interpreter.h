@@ -5,7 +5,6 @@
 #include <chrono>
 #include <string>
 #include <thread>
-#include <utility>
 
 // What both Python modules do with the interpreter itself.
 namespace flexcore::python {

@@ -24,7 +24,7 @@ enum class BypassKind : std::uint8_t {
   kSeries,       // product += scaling * act(product A^T) B^T: a bottleneck adapter
   kOwnWeight,    // y = x W'^T, or W'[token] at the embedding: a module of its own (modules_to_save)
   // Beside kDora, in training alone:
-  kDropped,  // product is of x without what is dropped, and bias gets what that leaves out
+  kDropped,  // the product is of x without what is dropped; that of the rest joins it unscaled
   // And, elsewhere, of virtual tokens:
   kPrompt,  // their embeddings
   kPrefix,  // their keys and values in one layer
@@ -67,9 +67,9 @@ struct OwnWeightSegment {
 
 /// The rows of a batch that have a bypass at one site, by what it does; each list in ascending disjoint rows.
 struct SiteSegments {
-  std::vector<LoraSegment> lora;        // added to y
-  std::vector<SegmentDropout> dropout;  // of those, or empty
-  std::vector<DroppedSegment> dropped;
+  std::vector<LoraSegment> lora;                // added to y
+  std::vector<SegmentDropout> dropout;          // of those, or empty
+  std::vector<DroppedSegment> dropped;          // of those with a scale
   std::vector<LoraSegment> product_lora;        // added to the product
   std::vector<SegmentDropout> product_dropout;  // of those, or empty
   std::vector<ScaleSegment> output_scale;       // of the product, after product_lora

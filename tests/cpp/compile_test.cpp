@@ -47,6 +47,18 @@ class CompileTest : public ::testing::Test {
       if (choice.layer == layer) result[choice.name] = choice.keep;
     return result;
   }
+  /// Of the middle layer, at a second a FLOP; the first keeps everything.
+  std::vector<KeepOption> options_of(const BypassSet& bypasses) {
+    Graph graph = model.base();
+    attach_bypasses(graph, &bypasses);
+    fuse_shared_inputs(graph);
+    const std::size_t num_forward = graph.nodes.size();
+    derive_backward(graph);
+    auto options = keep_options(graph, num_forward, 1, {.seconds_per_flop = 1, .seconds_per_byte = 0, .context = 10});
+    EXPECT_GE(options.size(), 4u);
+    EXPECT_TRUE(options.front().keep.recomputed.empty());
+    return options;
+  }
   CompiledModel model;
 };
 
@@ -107,16 +119,7 @@ TEST_F(CompileTest, KeepsLessForMoreTime) {
 
 TEST_F(CompileTest, OfALayersChoicesNoneIsWorseThanAnother) {
   // By hand: 2^6 subsets of q, attention, lse, residual, gate and up, and the front of them.
-  auto graph = std::make_shared<Graph>(model.base());
-  const auto all = model.lora_everywhere();
-  attach_bypasses(*graph, &all);
-  fuse_shared_inputs(*graph);
-  const std::size_t num_forward = graph->nodes.size();
-  derive_backward(*graph);
-  const auto options =
-      keep_options(*graph, num_forward, 1, {.seconds_per_flop = 1, .seconds_per_byte = 0, .context = 10});
-  ASSERT_GE(options.size(), 4u);
-  EXPECT_TRUE(options.front().keep.recomputed.empty());
+  const auto options = options_of(model.lora_everywhere());
   for (std::size_t i = 1; i < options.size(); ++i) {
     EXPECT_GT(options[i].seconds_per_token, options[i - 1].seconds_per_token);
     EXPECT_LT(options[i].bytes_per_token.device, options[i - 1].bytes_per_token.device);
@@ -131,16 +134,9 @@ TEST_F(CompileTest, OfALayersChoicesNoneIsWorseThanAnother) {
 
 // DoRA with dropout has a layer keep more than is tried one by one: the smallest are recomputed together, or not.
 TEST_F(CompileTest, ManyTensorsOfALayerAreStillFewChoices) {
-  auto graph = std::make_shared<Graph>(model.base());
-  auto all = at_sites(*graph, {"proj"}, kNoLayer, BypassKind::kDora);
-  all.merge(at_sites(*graph, {"proj"}, kNoLayer, BypassKind::kDropped));
-  attach_bypasses(*graph, &all);
-  const std::size_t num_forward = graph->nodes.size();
-  derive_backward(*graph);
-  const auto options =
-      keep_options(*graph, num_forward, 1, {.seconds_per_flop = 1, .seconds_per_byte = 0, .context = 10});
-  ASSERT_GE(options.size(), 4u);
-  EXPECT_TRUE(options.front().keep.recomputed.empty());
+  auto all = at_sites(model.base(), {"proj"}, kNoLayer, BypassKind::kDora);
+  all.merge(at_sites(model.base(), {"proj"}, kNoLayer, BypassKind::kDropped));
+  const auto options = options_of(all);
   EXPECT_GT(options.back().keep.recomputed.size(), 11u);
   EXPECT_EQ(options.back().bytes_per_token.device, 2u * 32);  // its input, in bf16
 }

@@ -228,7 +228,7 @@ def _brief(value: float) -> str:
 
 
 def _step_table(card: Card, step: Step, args: argparse.Namespace) -> Table:
-    table = _table(f"{step.name}: {step.what}", ("kernel", "launches", "MB", "GFLOP", "us", "of it"))
+    table = _table(f"{step.name}: {step.what}", ("kernel", "launches", "MB", "GFLOP", "floor\nus", "of it"))
     table.add_column("bound by", no_wrap=True, min_width=12)
     total = floors.seconds(step.kernels, card)
     styles = {"memory": "cyan", "tensor cores": "green", "float32": "yellow"}

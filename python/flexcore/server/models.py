@@ -14,6 +14,10 @@ from flexcore.server.runner import Adapter, EngineRunner
 from flexcore.server.store import Row, Store
 
 
+def _missing(name: str) -> ApiError:
+    return ApiError(404, f"The model `{name}` does not exist", "model", "model_not_found")
+
+
 class Models:
     """Finetuned models are loaded when they are asked for; the one that was not asked for longest makes room."""
 
@@ -34,7 +38,7 @@ class Models:
             return Adapter(name)
         row = self._find(name)
         if row is None:
-            raise ApiError(404, f"The model `{name}` does not exist", "model", "model_not_found")
+            raise _missing(name)
         directory = self._store.directory / "adapters" / row["directory"]
         return Adapter(name, functools.partial(self._load, name, directory))
 
@@ -45,7 +49,7 @@ class Models:
     def _load(self, name: str, directory: Path) -> None:
         """On the engine's thread."""
         if self._find(name) is None:  # deleted since it was resolved
-            raise ApiError(404, f"The model `{name}` does not exist", "model", "model_not_found")
+            raise _missing(name)
         loaded = {adapter.name: adapter for adapter in self._engine.adapters()}
         if name not in loaded:
             idle = [n for n in self._used if n in loaded and not loaded[n].training]
@@ -90,7 +94,7 @@ class Models:
         if row is None:
             if name in self.names or name in self._given:
                 raise ApiError(403, f"{name!r} is not a finetuned model of this server", "model")
-            raise ApiError(404, f"The model `{name}` does not exist", "model", "model_not_found")
+            raise _missing(name)
         self._store.delete("models", name)
         await self._runner.call(self._unload_if_loaded, name)
         directory = self._store.directory / "adapters" / row["directory"]
@@ -115,7 +119,7 @@ class Models:
         for model in self.list():
             if model["id"] == name:
                 return model
-        raise ApiError(404, f"The model `{name}` does not exist", "model", "model_not_found")
+        raise _missing(name)
 
     def _object(self, name: str, created: int, root: str, parent: str | None) -> dict[str, Any]:
         return {

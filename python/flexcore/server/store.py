@@ -53,6 +53,10 @@ _SUFFIXES = (".jsonl.gz", ".json.gz", ".ndjson.gz", ".json", ".csv")
 Row = dict[str, Any]
 
 
+def _key_of(table: str) -> str:
+    return "name" if table == "models" else "id"
+
+
 def new_id(prefix: str) -> str:
     return f"{prefix}-{uuid.uuid4().hex[:24]}"
 
@@ -113,29 +117,25 @@ class Store:
 
     def update(self, table: str, key: str, **changes: Any) -> None:
         names = ", ".join(f"{name} = ?" for name in changes)
-        column = "name" if table == "models" else "id"
         values = [*(_stored(value) for value in changes.values()), key]
-        self._execute(f"UPDATE {table} SET {names} WHERE {column} = ?", values)
+        self._execute(f"UPDATE {table} SET {names} WHERE {_key_of(table)} = ?", values)
 
     def get(self, table: str, key: str) -> Row | None:
-        column = "name" if table == "models" else "id"
-        rows = self.select(f"SELECT * FROM {table} WHERE {column} = ?", key)
+        rows = self.select(f"SELECT * FROM {table} WHERE {_key_of(table)} = ?", key)
         return rows[0] if rows else None
 
     def delete(self, table: str, key: str) -> None:
-        column = "name" if table == "models" else "id"
         with self._lock:
             if (place := self.place(table, key)) is not None:
                 self._gone[table, key] = place
                 while len(self._gone) > _MOST_GONE:
                     del self._gone[next(iter(self._gone))]
-            self._execute(f"DELETE FROM {table} WHERE {column} = ?", [key])
+            self._execute(f"DELETE FROM {table} WHERE {_key_of(table)} = ?", [key])
 
     def place(self, table: str, key: str) -> int | None:
         """In the order of making; also of what was deleted lately, so that a list can go on behind it."""
-        column = "name" if table == "models" else "id"
         with self._lock:
-            row = self._db.execute(f"SELECT rowid FROM {table} WHERE {column} = ?", [key]).fetchone()
+            row = self._db.execute(f"SELECT rowid FROM {table} WHERE {_key_of(table)} = ?", [key]).fetchone()
         return self._gone.get((table, key)) if row is None else int(row[0])
 
     def select(self, query: str, *values: Any) -> list[Row]:
